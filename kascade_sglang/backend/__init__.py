@@ -1,0 +1,1 @@
+"""The attention backend: a dense backend, and Kascade around it."""

@@ -1,0 +1,86 @@
+"""Selection and sparse attention over a step's tiles, tile by tile in the torch reference."""
+
+import torch
+
+from kascade_kernels.reference import anchor_scores, pool_heads, select_topk, sparse_attention
+from kascade_sglang.backend.index_store import Selection
+from kascade_sglang.backend.metadata import StepMetadata, TileRow
+from kascade_sglang.config import KascadeConfig
+
+SINKS = 4
+"""First keys that the ``window`` comparison always keeps (StreamingLLM, arXiv 2309.17453)."""
+
+
+def select(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    step: StepMetadata,
+    config: KascadeConfig,
+    layer_id: int,
+    scale: float,
+) -> Selection:
+    """Select every tile's keys.
+
+    q: [tokens, Hq, D]. k_cache: [slots, H, D], this step's keys already stored.
+    Returns for each tile int64 [H, selected] slots, ascending by position.
+    """
+    selection, request, keys = [], -1, None
+    for row in step.rows:
+        if row.request != request:
+            request, keys = row.request, None
+        if keys is None and not row.is_dense and config.selection == "topk":
+            # One gather a request, in the working precision, serves all its tiles.
+            keys = k_cache[step.slots[request]]
+            keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        positions = _positions(row, q, keys, k_cache.shape[1], config, layer_id, scale)
+        selection.append(step.slots[request][positions])
+    return selection
+
+
+def _positions(
+    row: TileRow,
+    q: torch.Tensor,
+    keys: torch.Tensor | None,
+    kv_heads: int,
+    config: KascadeConfig,
+    layer_id: int,
+    scale: float,
+) -> torch.Tensor:
+    """int64 [H, selected] positions before the tile, ascending."""
+    if row.is_dense:
+        return torch.arange(row.selected, device=q.device).expand(kv_heads, -1)
+    if config.selection == "window":
+        sinks = torch.arange(SINKS, device=q.device)
+        latest = torch.arange(
+            row.own_start - row.selected + SINKS, row.own_start, device=q.device
+        )
+        return torch.cat([sinks, latest]).expand(kv_heads, -1)
+    if config.selection == "random":
+        generator = torch.Generator().manual_seed(layer_id << 32 | row.tile)
+        noise = torch.rand(kv_heads, row.own_start, generator=generator)
+        return select_topk(noise.to(q.device), row.selected)
+    scores = anchor_scores(q[row.start : row.start + row.count], keys[: row.end], scale)
+    if config.pooled:
+        return select_topk(pool_heads(scores), row.selected).expand(kv_heads, -1)
+    return select_topk(scores, row.selected)
+
+
+def attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    step: StepMetadata,
+    selection: Selection,
+    scale: float,
+) -> torch.Tensor:
+    """Attend every tile to its selected keys and, causally, to itself.
+
+    q: [tokens, Hq, D]; rows past the step's last token are padding and come back as zeros.
+    Returns [tokens, Hq, D].
+    """
+    out = torch.zeros_like(q)
+    for row, selected in zip(step.rows, selection, strict=True):
+        rows = slice(row.start, row.start + row.count)
+        own = step.slots[row.request][row.own_start : row.end]
+        out[rows] = sparse_attention(q[rows], k_cache, v_cache, selected, own, scale)
+    return out

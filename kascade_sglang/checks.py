@@ -1,0 +1,119 @@
+"""Everything Kascade refuses, each with one sentence, before the server accepts requests."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from kascade_sglang.config import KascadeConfig, load_config
+from kascade_sglang.errors import KascadeError
+
+if TYPE_CHECKING:
+    from kascade_sglang.compat import ModelRunner
+
+# ServerArgs field -> the values Kascade works with. A flag stays here until it is tested.
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
+    "speculative_algorithm": (None,),
+    "disaggregation_mode": (None, "null"),
+    "dllm_algorithm": (None,),
+    "kv_cache_dtype": ("auto", "bfloat16", "bf16"),
+    "dcp_size": (None, 1),
+    "attn_cp_size": (None, 1),
+    "enable_prefill_cp": (False,),
+    "enable_dp_attention": (False,),
+    "enable_two_batch_overlap": (False,),
+    "enable_single_batch_overlap": (False,),
+    "enable_pdmux": (False,),
+    "enable_torch_compile": (False,),
+    "enable_hierarchical_cache": (False,),
+    "enable_lmcache": (False,),
+    "enable_hisparse": (False,),
+    "enable_mis": (False,),
+    "enable_unified_memory": (False,),
+    "enable_page_major_kv_layout": (False,),
+    "prefill_only_disable_kv_cache": (False,),
+    "use_ray": (False,),
+}
+
+
+def _refused_flags(server_args: Any) -> Iterator[str]:
+    for field, supported in SUPPORTED_VALUES.items():
+        value = getattr(server_args, field)
+        if value not in supported:
+            flag = "--" + field.replace("_", "-")
+            yield (
+                f"{flag}: expected {supported[0]!r} with the kascade backend, got {value!r}; "
+                "drop the flag, or serve with another --attention-backend"
+            )
+    if server_args.cuda_graph_backend_prefill not in (None, "disabled"):
+        yield "--cuda-graph-backend-prefill: kascade computes eagerly; drop the flag"
+    if server_args.cuda_graph_backend_decode not in (None, "disabled"):
+        yield "--cuda-graph-backend-decode: kascade computes eagerly; drop the flag"
+
+
+def _refused_model(model_config: Any) -> Iterator[str]:
+    text = model_config.hf_text_config
+    use = "serve it with another --attention-backend"
+    if model_config.attention_arch.name == "MLA":
+        yield f"model: multi-head latent attention (MLA) has no KV heads to select for; {use}"
+    if model_config.is_encoder_decoder or getattr(text, "add_cross_attention", False):
+        yield f"model: encoder-decoder and cross attention are not supported; {use}"
+    if not model_config.is_generation:
+        yield f"model: expected a generative decoder, got an embedding or reward model; {use}"
+    if model_config.is_multimodal:
+        yield f"model: multimodal models are not supported; {use}"
+    if model_config.is_hybrid_swa:
+        yield f"model: sliding-window layers are not supported; {use}"
+    if model_config.has_attention_sinks:
+        yield f"model: attention sinks are not supported; {use}"
+    if getattr(text, "attn_logit_softcapping", None):
+        yield f"model: soft-capped attention logits are not supported; {use}"
+    if model_config.head_dim != model_config.v_head_dim:
+        yield f"model: expected one head_dim for K and V; {use}"
+
+
+def _refused_ranks(server_args: Any, config: KascadeConfig) -> Iterator[str]:
+    from kascade_sglang.compat import stage_starts
+
+    ranks, kv_heads = server_args.tp_size, config.plan.shape.kv_heads
+    if kv_heads % ranks:
+        yield (
+            f"--tp-size: expected a divisor of the model's {kv_heads} KV heads, got {ranks}; "
+            "a KV head's query group must sit on one rank"
+        )
+    if ranks > 1 and config.pooled:
+        yield "--kascade-heads: expected per_head with --tp-size above 1, got pooled"
+    starts = stage_starts(config.plan.shape.layers, server_args.pp_size)
+    orphans = [layer for layer in starts if layer not in config.plan.anchors]
+    if orphans:
+        yield (
+            f"--pp-size: pipeline stages start at layers {orphans}, whose anchor sits on another "
+            f"rank; calibrate with anchors there, or use --tp-size (anchors: "
+            f"{list(config.plan.anchors)})"
+        )
+
+
+def _refuse(sentences: Iterator[str]) -> None:
+    for sentence in sentences:
+        raise KascadeError(sentence)
+
+
+def check_server_args(server_args: Any) -> KascadeConfig:
+    """Return the configuration to serve with; raises KascadeError for the first thing refused."""
+    from kascade_sglang import compat
+
+    compat.require_supported_host()
+    _refuse(_refused_flags(server_args))
+    model_config = server_args.get_model_config()
+    _refuse(_refused_model(model_config))
+    options = getattr(model_config.hf_config, "kascade", None)
+    config = load_config(server_args.model_path, compat.model_shape(model_config), options)
+    _refuse(_refused_ranks(server_args, config))
+    return config
+
+
+def check_runner(runner: "ModelRunner") -> KascadeConfig:
+    """The same in a worker, where the KV pool exists; catches what bypassed the parent's check."""
+    from kascade_sglang.compat import require_plain_pool
+
+    config = check_server_args(runner.server_args)
+    require_plain_pool(runner.token_to_kv_pool)
+    return config

@@ -1,0 +1,171 @@
+"""The ``kascade`` command: calibrate a model; show, check and import plans.
+
+Whatever the user can mend ends as one line on stderr and exit status 1. Only the commands that
+run or read a model import torch.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import kascade_sglang
+from kascade_kernels.budget import Budget
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.plan.schema import HEAD_MODES, Plan, PlanError, load_plan
+
+if TYPE_CHECKING:
+    from kascade_sglang.plan.schema import ModelShape
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    logging.basicConfig(format="kascade: %(message)s", level=logging.WARNING)
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KascadeError as error:
+        print(f"kascade: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `kascade plan show ... | head`
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _anchor_list(text: str) -> tuple[int, ...]:
+    """Parse ``0,2,8``; argparse reports a ValueError as a usage error."""
+    return tuple(int(number) for number in text.split(","))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kascade", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--version", action="version", version=f"kascade {kascade_sglang.__version__}"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_calibrate(commands)
+    plan = commands.add_parser("plan", help="show, check or import a plan")
+    _add_plan_commands(plan.add_subparsers(required=True, metavar="COMMAND"))
+    return parser
+
+
+def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure a model and write its plan",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hugging Face id")
+    add(
+        "--prompts",
+        required=True,
+        type=Path,
+        help=".jsonl with one object a line (text, prompt or messages), or a text file, which is "
+        "cut into prompts of --max-tokens",
+    )
+    add("--anchors", required=True, type=int, help="number of anchor layers, layer 0 included")
+    add("--out", required=True, type=Path, help="the plan file to write")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--max-tokens", type=int, help="cut prompts to this many tokens")
+    add("--limit", type=int, help="use this many prompts, drawn with the seed")
+    add("--tiles", type=int, default=64, help="query tiles to measure in each prompt")
+    add("--seed", type=int, default=0)
+    _add_budget(parser)
+    parser.set_defaults(run=_calibrate)
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topk-ratio", type=float, default=0.1, help="share of the context")
+    parser.add_argument("--min-k", type=int, default=128, help="least number of keys")
+    parser.add_argument("--heads", choices=HEAD_MODES, default="per_head")
+
+
+def _add_plan_commands(commands: "argparse._SubParsersAction") -> None:
+    show = commands.add_parser("show", help="print a plan as a table")
+    check = commands.add_parser("check", help="say whether a plan can be used")
+    check.add_argument("--model", help="folder or Hugging Face id that it must fit")
+    convert = commands.add_parser(
+        "import", help="convert a head map of microsoft/kascade (.npy) to a plan"
+    )
+    convert.add_argument("--model", required=True, help="folder or Hugging Face id it is for")
+    convert.add_argument("--out", required=True, type=Path, help="the plan file to write")
+    _add_budget(convert)
+    for parser, run in ((show, _show), (check, _check), (convert, _import)):
+        parser.add_argument("path", type=Path, help="plan (.json) or head map (.npy)")
+        parser.add_argument(
+            "--anchors",
+            type=_anchor_list,
+            metavar="0,2,8",
+            help="anchors of a head map whose file name does not end in _layers_0_2_8.npy",
+        )
+        parser.set_defaults(run=run)
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from kascade_sglang.calibration.run import CalibrationConfig, calibrate
+
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    plan = calibrate(CalibrationConfig(**options))
+    print(f"{args.out}: anchors {_numbers(plan.anchors)}")
+
+
+def _load(args: argparse.Namespace, shape: "ModelShape | None" = None) -> Plan:
+    if args.path.suffix != ".npy":
+        return load_plan(args.path)
+    from kascade_sglang.plan.npy import plan_from_npy
+
+    return plan_from_npy(args.path, args.anchors, shape=shape)
+
+
+def _model_shape(model: str) -> "ModelShape":
+    from kascade_sglang.calibration.hf_model import read_config, shape_of
+
+    return shape_of(read_config(model))
+
+
+def _show(args: argparse.Namespace) -> None:
+    from kascade_sglang.plan.table import describe
+
+    print(describe(_load(args)))
+
+
+def _check(args: argparse.Namespace) -> None:
+    shape = _model_shape(args.model) if args.model else None
+    plan = _load(args, shape)
+    if shape is not None:
+        plan.check_fits(shape)
+    fits = f"fits {args.model}" if args.model else "no --model to compare with"
+    print(
+        f"ok: {args.path}: {plan.shape.layers} layers, anchors {_numbers(plan.anchors)}; {fits}"
+    )
+
+
+def _import(args: argparse.Namespace) -> None:
+    from kascade_sglang.plan.npy import plan_from_npy
+
+    try:
+        budget = Budget(args.topk_ratio, args.min_k)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    shape = _model_shape(args.model)
+    plan = plan_from_npy(args.path, args.anchors, args.model, shape, budget, args.heads)
+    try:
+        plan.save(args.out)
+    except OSError as error:
+        raise PlanError(f"--out {args.out}: cannot write ({error.strerror})") from error
+    print(f"{args.out}: anchors {_numbers(plan.anchors)}")
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return ",".join(map(str, values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

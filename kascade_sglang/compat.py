@@ -1,0 +1,153 @@
+"""SGLang's internals that the backend uses, for the one release it is verified against.
+
+Only this module and ``patches/`` import SGLang, so a new release is met in two places.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import sglang
+import torch
+from sglang.srt.distributed.utils import get_pp_indices
+from sglang.srt.layers.attention.attention_registry import (
+    ATTENTION_BACKENDS,
+    register_attention_backend,
+)
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.plan.schema import ModelShape
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+__all__ = [
+    "AttentionBackend",
+    "ForwardBatch",
+    "ModelRunner",
+    "RadixAttention",
+    "build_dense_backend",
+    "is_plain_decoder_layer",
+    "key_value_caches",
+    "local_kv_heads",
+    "model_shape",
+    "register_backend",
+    "require_hooks",
+    "require_plain_pool",
+    "require_supported_host",
+    "stage_starts",
+    "uses_kascade",
+    "write_kv",
+]
+
+SUPPORTED_SGLANG = "0.5.17"
+NAME = "kascade"
+
+
+def require_supported_host(version: str = sglang.__version__) -> None:
+    """Raise KascadeError unless SGLang is the release this package is verified against."""
+    if version != SUPPORTED_SGLANG:
+        raise KascadeError(
+            f"sglang: expected {SUPPORTED_SGLANG}, got {version}; "
+            f"pip install sglang=={SUPPORTED_SGLANG}"
+        )
+
+
+def require_hooks(targets: list[str]) -> None:
+    """Raise KascadeError if SGLang logged and skipped one of our hooks."""
+    missing = sorted(set(targets) - HookRegistry._patched)
+    if missing:
+        raise KascadeError(
+            f"hooks on {', '.join(missing)} are not live; SGLang's log says why "
+            "(is SGLANG_PLUGINS or SGLANG_PLATFORM set without kascade?)"
+        )
+
+
+def register_backend(factory: Any) -> None:
+    """Make ``--attention-backend kascade`` a choice built by ``factory(model_runner)``; repeatable."""
+    if NAME not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([NAME])
+    register_attention_backend(NAME)(factory)
+
+
+def uses_kascade(server_args: Any) -> bool:
+    """Whether any phase of this server runs on the kascade backend."""
+    return NAME in (
+        server_args.attention_backend,
+        server_args.prefill_attention_backend,
+        server_args.decode_attention_backend,
+    )
+
+
+def model_shape(model_config: Any) -> ModelShape:
+    """Return the whole model's shape (all ranks) from SGLang's ModelConfig."""
+    return ModelShape(
+        layers=model_config.num_hidden_layers,
+        q_heads=model_config.num_attention_heads,
+        kv_heads=model_config.get_total_num_kv_heads(),
+        head_dim=model_config.head_dim,
+        hidden=model_config.hidden_size,
+    )
+
+
+def stage_starts(layers: int, stages: int) -> list[int]:
+    """Return the first layer of every pipeline stage."""
+    return [get_pp_indices(layers, stage, stages)[0] for stage in range(stages)]
+
+
+def local_kv_heads(runner: "ModelRunner") -> range:
+    """Return the model's KV heads that this rank holds."""
+    count = runner.model_config.get_num_kv_heads(runner.server_args.tp_size)
+    first = runner.ps.tp_rank * count
+    return range(first, first + count)
+
+
+def build_dense_backend(runner: "ModelRunner") -> AttentionBackend:
+    """Build the in-tree backend that computes whatever is not sparse, chosen by hardware."""
+    if runner.device == "cpu":
+        name = "torch_native"
+    elif torch.cuda.get_device_capability() == (9, 0):
+        name = "fa3"
+    else:
+        name = "flashinfer"
+    return ATTENTION_BACKENDS[name](runner)
+
+
+def require_plain_pool(pool: Any) -> None:
+    """Raise KascadeError unless the KV pool holds plain ``[slots, KV heads, head dim]`` tensors."""
+    if type(pool) is not MHATokenToKVPool:
+        raise KascadeError(
+            f"KV pool: expected SGLang's MHATokenToKVPool, got {type(pool).__name__}; "
+            "serve this model with another attention backend"
+        )
+
+
+def is_plain_decoder_layer(layer: "RadixAttention") -> bool:
+    """Whether a layer is full causal self-attention, the only kind that Kascade makes sparse."""
+    return (
+        layer.attn_type == AttentionType.DECODER
+        and not layer.is_cross_attention
+        and layer.sliding_window_size <= -1
+        and not layer.logit_cap
+    )
+
+
+def key_value_caches(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a layer's K and V, [slots, KV heads, head dim]; waits for loads in flight."""
+    return pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
+
+
+def write_kv(
+    pool: Any,
+    layer: "RadixAttention",
+    batch: "ForwardBatch",
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
+    """Store this step's keys and values in the slots the scheduler gave them."""
+    pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), k, v)

@@ -1,0 +1,120 @@
+"""What the user asked for, merged once into one frozen object.
+
+Precedence: command-line flag, environment variable, ``"kascade"`` key of the model's config,
+then the plan's own defaults. This module alone reads the environment.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kascade_kernels.budget import Budget
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.plan.library import find_plan
+from kascade_sglang.plan.schema import ModelShape, Plan
+
+FLAGS_VARIABLE = "KASCADE_FLAGS"
+"""Carries the parsed flags, as JSON, to the processes that SGLang starts."""
+
+
+class Settings(BaseModel):
+    """One source's settings; None where the source is silent."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    plan: str | None = None
+    topk_ratio: float | None = None
+    min_k: int | None = None
+    heads: Literal["per_head", "pooled"] | None = None
+    selection: Literal["topk", "window", "random"] | None = None
+
+
+@dataclass(frozen=True)
+class KascadeConfig:
+    """A plan and the way it is served.
+
+    selection: ``topk``, the method; ``window`` (sinks and the latest keys) and ``random`` exist
+        so that its quality can be compared at an equal budget.
+    """
+
+    plan: Plan
+    budget: Budget
+    heads: str
+    selection: str = "topk"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether one selection serves all KV heads of a layer."""
+        return self.heads == "pooled"
+
+
+def environment_variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return f"KASCADE_{name.upper()}"
+
+
+def _parse(source: str, values: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "kascade"
+        known = ", ".join(Settings.model_fields)
+        if first["type"] == "extra_forbidden":
+            raise KascadeError(f"{source}: unknown setting {name!r}; known: {known}") from error
+        raise KascadeError(f"{source}: {name}: {first['msg']}, got {first['input']!r}") from error
+
+
+def read_settings(model_options: Any, environ: Mapping[str, str] | None = None) -> Settings:
+    """Merge flags, environment and the model config's ``kascade`` key, in that order.
+
+    model_options: the value of that key, None if there is none.
+    Raises KascadeError naming the source and the setting that is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    if model_options is not None and not isinstance(model_options, Mapping):
+        raise KascadeError(
+            f'model config "kascade": expected an object of settings, got {model_options!r}'
+        )
+    from_environment = {
+        name: environ[environment_variable(name)]
+        for name in Settings.model_fields
+        if environ.get(environment_variable(name))
+    }
+    sources = (
+        _parse('model config "kascade"', model_options or {}),
+        _parse("environment KASCADE_*", from_environment),
+        _parse("command line", json.loads(environ.get(FLAGS_VARIABLE) or "{}")),
+    )
+    merged: dict[str, Any] = {}
+    for settings in sources:
+        merged.update(settings.model_dump(exclude_none=True))
+    return Settings(**merged)
+
+
+def load_config(
+    model: str,
+    shape: ModelShape,
+    model_options: Any = None,
+    environ: Mapping[str, str] | None = None,
+) -> KascadeConfig:
+    """Return the configuration for serving ``model``; raises KascadeError with one sentence."""
+    settings = read_settings(model_options, environ)
+    plan = find_plan(model, shape, settings.plan)
+
+    def choose(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    try:
+        budget = Budget(
+            choose(settings.topk_ratio, plan.budget.ratio), choose(settings.min_k, plan.budget.min_k)
+        )
+    except ValueError as error:
+        raise KascadeError(str(error)) from error
+    return KascadeConfig(
+        plan, budget, choose(settings.heads, plan.heads), settings.selection or "topk"
+    )

@@ -1,0 +1,1 @@
+"""The plan: which layers select keys, and whose keys every other layer reuses."""

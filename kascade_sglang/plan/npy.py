@@ -1,0 +1,124 @@
+"""Read the head maps that microsoft/kascade ships: int32 ``[layers, kv_heads]`` in ``.npy``.
+
+Row ``l`` names, for every KV head of layer ``l``, the anchor head it borrows keys from. The anchors
+stand in the file's name, as in ``Qwen3-8B_layers_0_2_7_14_23.npy``; their own rows are the identity.
+"""
+
+import re
+import tokenize
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from kascade_kernels.budget import Budget
+from kascade_sglang.plan.schema import MAX_LAYERS, ModelShape, Plan, PlanError
+
+_ANCHORS_IN_NAME = re.compile(r"_layers_(\d+(?:_\d+)*)$")
+_MAX_BYTES = 2**20
+_HEADER_READERS = {
+    (1, 0): npy_format.read_array_header_1_0,
+    (2, 0): npy_format.read_array_header_2_0,
+}
+
+
+def plan_from_npy(
+    path: Path,
+    anchors: Sequence[int] | None = None,
+    model: str | None = None,
+    shape: ModelShape | None = None,
+    budget: Budget | None = None,
+    heads: str = "per_head",
+) -> Plan:
+    """Build a plan from a published head map.
+
+    anchors: the anchor layers; read from the file's name if None.
+    model: the model's name; by default the file name's part before ``_layers_``.
+    shape: the model to serve, checked against the array. Without it the plan's shape has the
+        array's layers and KV heads and 0 for what the array does not say: fit to look at, not
+        to serve.
+    The similarity rows are one-hot, for the file holds no similarities.
+    Raises PlanError with the file's name for anything that is wrong.
+    """
+    try:
+        table = _read_table(path)
+        anchors = tuple(anchors) if anchors is not None else _anchors_of(path)
+        layers, kv_heads = table.shape
+        found = ModelShape(layers, 0, kv_heads, 0, 0)
+        if shape is not None and (shape.layers, shape.kv_heads) != table.shape:
+            raise PlanError(
+                f"head map: {layers} layers of {kv_heads} KV heads, the model has "
+                f"{shape.layers} of {shape.kv_heads}"
+            )
+        similarity = {
+            layer: tuple(map(tuple, np.eye(kv_heads)[table[layer]].tolist()))
+            for layer in range(layers)
+            if layer not in anchors
+        }
+        plan = Plan(
+            model=model or _ANCHORS_IN_NAME.sub("", path.stem),
+            shape=shape or found,
+            anchors=anchors,
+            similarity=similarity,
+            budget=budget or Budget(),
+            heads=heads,
+            provenance={"source": "head map of microsoft/kascade", "file": path.name,
+                        "similarity": "one-hot from the map"},  # fmt: skip
+        )
+        _check_anchor_rows(table, plan.anchors)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+    return plan
+
+
+def _anchors_of(path: Path) -> tuple[int, ...]:
+    found = _ANCHORS_IN_NAME.search(path.stem)
+    if not found:
+        raise PlanError(
+            "head map: its name does not end in _layers_ and the anchors, as in "
+            "x_layers_0_2_8.npy; give --anchors 0,2,8"
+        )
+    return tuple(int(number) for number in found.group(1).split("_"))
+
+
+def _check_anchor_rows(table: np.ndarray, anchors: tuple[int, ...]) -> None:
+    identity = np.arange(table.shape[1])
+    for layer in anchors:
+        if not np.array_equal(table[layer], identity):
+            raise PlanError(
+                f"head map: layer {layer} borrows from other heads, so it is not an anchor of "
+                "this map"
+            )
+
+
+def _read_table(path: Path) -> np.ndarray:
+    """Return the array, int32 [layers, kv_heads], checked; no pickle is ever loaded."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise PlanError(f"head map: more than the {_MAX_BYTES} bytes one may have")
+        with path.open("rb") as file:
+            version = npy_format.read_magic(file)
+            if version not in _HEADER_READERS:
+                raise PlanError(f"head map: npy format {version} is not supported")
+            shape, column_major, dtype = _HEADER_READERS[version](file)
+            data = file.read()
+    except PlanError:
+        raise
+    except OSError as error:
+        raise PlanError(f"cannot read the head map ({error.strerror})") from error
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as error:
+        raise PlanError(f"head map: not a valid .npy file ({error})") from error
+    if dtype != np.int32 or len(shape) != 2 or not 1 <= shape[0] <= MAX_LAYERS or shape[1] < 1:
+        raise PlanError(f"head map: expected int32 [layers, kv_heads], got {dtype} {list(shape)}")
+    if len(data) != shape[0] * shape[1] * dtype.itemsize:
+        raise PlanError(f"head map: {len(data)} bytes of data do not make {list(shape)} of {dtype}")
+    table = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if column_major else "C")
+    wrong = np.argwhere((table < 0) | (table >= shape[1]))
+    if len(wrong):
+        layer, head = wrong[0]
+        raise PlanError(
+            f"head map: layer {layer}, head {head} borrows from head {table[layer, head]}; the "
+            f"model has heads 0 to {shape[1] - 1}"
+        )
+    return table

@@ -1,0 +1,236 @@
+"""The plan file: anchors, similarity and defaults, calibrated once per model.
+
+One JSON object, written and read here only. Pure Python: importing it loads neither torch nor
+SGLang, so a bad plan is refused before anything large starts.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kascade_kernels.budget import TILE, Budget
+from kascade_sglang.errors import KascadeError
+
+FORMAT = "kascade-plan"
+VERSION = 1
+MAX_BYTES = 64 * 2**20
+MAX_LAYERS = 4096
+"""More layers or KV heads than any model has; a larger count is a damaged file."""
+HEAD_MODES = ("per_head", "pooled")
+
+
+class PlanError(KascadeError):
+    """A plan that cannot be used; the message says why and what to do."""
+
+
+class LayerRole(Enum):
+    """What a layer does: attend densely and select, select and attend, or attend to others' keys."""
+
+    DENSE = "dense"
+    ANCHOR = "anchor"
+    REUSE = "reuse"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The part of a model's configuration that a plan depends on."""
+
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+
+    def differences(self, other: "ModelShape") -> list[str]:
+        """Return one phrase for each field in which ``other``, the model served, differs."""
+        pairs = asdict(self).items()
+        return [
+            f"{name} is {getattr(other, name)}, the plan has {value}"
+            for name, value in pairs
+            if getattr(other, name) != value
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Anchors and head similarities of one model.
+
+    anchors: ascending layer numbers; the first is 0.
+    similarity: for every reuse layer, [KV heads][anchor heads]: the share of a head's own Top-k
+        mass that the anchor head's keys recover. The head map is its argmax (section 3.4).
+    """
+
+    model: str
+    shape: ModelShape
+    anchors: tuple[int, ...]
+    similarity: dict[int, tuple[tuple[float, ...], ...]]
+    budget: Budget = Budget()
+    heads: str = "per_head"
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_shape(self.shape)
+        _check_anchors(self.anchors, self.shape.layers)
+        if self.heads not in HEAD_MODES:
+            raise PlanError(f"plan.heads: expected one of {HEAD_MODES}, got {self.heads!r}")
+        for layer in self.reuse_layers:
+            _check_similarity(layer, self.similarity.get(layer), self.shape.kv_heads)
+        extra = sorted(set(self.similarity) - set(self.reuse_layers))
+        if extra:
+            raise PlanError(f"plan.similarity: layers {extra} are not reuse layers of this plan")
+
+    @cached_property
+    def anchor_of(self) -> tuple[int, ...]:
+        """For every layer, the nearest anchor at or before it."""
+        return tuple(
+            max(anchor for anchor in self.anchors if anchor <= layer)
+            for layer in range(self.shape.layers)
+        )
+
+    @property
+    def reuse_layers(self) -> list[int]:
+        """Layers that attend to an earlier anchor's keys."""
+        return [layer for layer in range(self.shape.layers) if layer not in self.anchors]
+
+    @cached_property
+    def head_map(self) -> dict[int, tuple[int, ...]]:
+        """For every reuse layer, the anchor head each KV head borrows from; ties go to the lower."""
+        everything = range(self.shape.kv_heads)
+        return {layer: self.local_head_map(layer, everything) for layer in self.reuse_layers}
+
+    def local_head_map(self, layer: int, heads: range) -> tuple[int, ...]:
+        """Head map of a reuse layer within the KV heads of one rank, numbered from that rank's first."""
+        rows = (self.similarity[layer][head][heads.start : heads.stop] for head in heads)
+        return tuple(row.index(max(row)) for row in rows)
+
+    def role(self, layer: int) -> LayerRole:
+        """Return what the layer does; layer 0 attends densely and still selects."""
+        if layer == 0:
+            return LayerRole.DENSE
+        return LayerRole.ANCHOR if layer in self.anchors else LayerRole.REUSE
+
+    def check_fits(self, shape: ModelShape) -> None:
+        """Raise PlanError unless the plan was made for a model of this shape."""
+        differences = self.shape.differences(shape)
+        if differences:
+            raise PlanError(
+                f"plan: made for another model ({self.model}): {'; '.join(differences)}; "
+                "run `kascade calibrate` for the model you serve"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as it stands in the file."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": {"id": self.model, **asdict(self.shape)},
+            "anchors": list(self.anchors),
+            "anchor_of": list(self.anchor_of),
+            "similarity": {str(layer): rows for layer, rows in self.similarity.items()},
+            "tile": TILE,
+            "topk_ratio": self.budget.ratio,
+            "min_k": self.budget.min_k,
+            "heads": self.heads,
+            "provenance": self.provenance,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the plan through a neighbouring file, so that a full disk leaves the old one."""
+        draft = path.with_name(path.name + ".part")
+        draft.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        draft.replace(path)
+
+
+def _check_shape(shape: ModelShape) -> None:
+    for name in ("layers", "kv_heads"):
+        if not 1 <= getattr(shape, name) <= MAX_LAYERS:
+            raise PlanError(
+                f"plan.model.{name}: expected 1 to {MAX_LAYERS}, got {getattr(shape, name)}"
+            )
+
+
+def _check_anchors(anchors: tuple[int, ...], layers: int) -> None:
+    if any(type(anchor) is not int for anchor in anchors):
+        raise PlanError(f"plan.anchors: expected whole numbers, got {list(anchors)}")
+    if not anchors or list(anchors) != sorted(set(anchors)) or anchors[0] != 0:
+        raise PlanError(f"plan.anchors: expected ascending layers from 0, got {list(anchors)}")
+    if anchors[-1] >= layers:
+        raise PlanError(
+            f"plan.anchors: expected layers below {layers}, the model's count, got {anchors[-1]}"
+        )
+
+
+def _check_similarity(layer: int, rows: Any, kv_heads: int) -> None:
+    if rows is None:
+        raise PlanError(f"plan.similarity: reuse layer {layer} is missing; calibrate again")
+    square = len(rows) == kv_heads and all(len(row) == kv_heads for row in rows)
+    if not square or not all(0 <= value <= 1e6 for row in rows for value in row):
+        raise PlanError(
+            f"plan.similarity: layer {layer} must hold {kv_heads} x {kv_heads} numbers of 0 or more"
+        )
+
+
+def _int(raw: dict[str, Any], name: str) -> int:
+    value = raw.get(name)
+    if type(value) is not int:
+        raise PlanError(f"plan.{name}: expected a whole number, got {value!r}")
+    return value
+
+
+def plan_from_json(raw: Any) -> Plan:
+    """Build a plan from the file's JSON value; raises PlanError naming the field that is wrong."""
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise PlanError(f'plan: not a Kascade plan (no "format": "{FORMAT}")')
+    if raw.get("version") != VERSION:
+        raise PlanError(
+            f"plan.version: expected {VERSION}, got {raw.get('version')!r}; "
+            "calibrate again with this release"
+        )
+    if raw.get("tile") != TILE:
+        raise PlanError(f"plan.tile: expected {TILE}, got {raw.get('tile')!r}")
+    try:
+        model = raw["model"]
+        shape = ModelShape(
+            *(_int(model, name) for name in ("layers", "q_heads", "kv_heads", "head_dim", "hidden"))
+        )
+        similarity = {
+            int(layer): tuple(tuple(float(value) for value in row) for row in rows)
+            for layer, rows in raw["similarity"].items()
+        }
+        plan = Plan(
+            model=str(model["id"]),
+            shape=shape,
+            anchors=tuple(raw["anchors"]),
+            similarity=similarity,
+            budget=Budget(raw["topk_ratio"], raw["min_k"]),
+            heads=raw["heads"],
+            provenance=dict(raw["provenance"]),
+        )
+        anchor_of = tuple(raw["anchor_of"])
+    except PlanError:
+        raise
+    except KeyError as error:
+        raise PlanError(f"plan: field {error} is missing; calibrate again") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise PlanError(f"plan: a field has the wrong form ({error}); calibrate again") from error
+    if anchor_of != plan.anchor_of:
+        raise PlanError("plan.anchor_of: every layer must reuse its nearest earlier anchor")
+    return plan
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan file; raises PlanError with the file's name for anything that is wrong."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise PlanError(f"plan: {size} bytes, more than the {MAX_BYTES} a plan may have")
+        return plan_from_json(json.loads(path.read_text()))
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+    except OSError as error:
+        raise PlanError(f"{path}: cannot read the plan ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8, 5000-digit numbers
+        raise PlanError(f"{path}: not valid JSON ({error})") from error

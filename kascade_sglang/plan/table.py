@@ -1,0 +1,65 @@
+"""A plan as text, for ``kascade plan show``."""
+
+from typing import Any
+
+from kascade_sglang.plan.schema import LayerRole, Plan
+
+_MATRICES = ("importance", "layer_score")
+"""Provenance that is shown as columns of the table, or not at all, for its size."""
+
+
+def describe(plan: Plan) -> str:
+    """Return the plan's model, budget, one row per layer, and provenance."""
+    shape = plan.shape
+    lines = [
+        f"model      {plan.model}",
+        f"shape      {shape.layers} layers, {shape.q_heads or '?'} query heads, "
+        f"{shape.kv_heads} KV heads, head_dim {shape.head_dim or '?'}, "
+        f"hidden {shape.hidden or '?'}",
+        f"anchors    {','.join(map(str, plan.anchors))}",
+        f"budget     {plan.budget.ratio:g} of the context, at least {plan.budget.min_k} keys",
+        f"heads      {plan.heads}",
+        "",
+        *_layer_table(plan),
+        "",
+        "provenance",
+    ]
+    lines += [
+        f"  {name:<16} {value}" for name, value in plan.provenance.items() if name not in _MATRICES
+    ]
+    return "\n".join(lines)
+
+
+def _layer_table(plan: Plan) -> list[str]:
+    importance = plan.provenance.get("importance")
+    rows = [("layer", "role", "anchor", "similarity", "importance", "head map")]
+    for layer in range(plan.shape.layers):
+        reuses = plan.role(layer) is LayerRole.REUSE
+        rows.append(
+            (
+                str(layer),
+                plan.role(layer).value,
+                str(plan.anchor_of[layer]),
+                f"{_mean_similarity(plan, layer):.3f}" if reuses else "-",
+                _number_at(importance, layer),
+                " ".join(map(str, plan.head_map[layer])) if reuses else "-",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _mean_similarity(plan: Plan, layer: int) -> float:
+    """Share of their own Top-k mass that the layer's heads recover, on average."""
+    return sum(map(max, plan.similarity[layer])) / plan.shape.kv_heads
+
+
+def _number_at(values: Any, index: int) -> str:
+    """Provenance is free-form: a hand-written one may hold anything."""
+    if not isinstance(values, list) or index >= len(values):
+        return "-"
+    value = values[index]
+    return f"{value:.4f}" if isinstance(value, (int, float)) else "-"

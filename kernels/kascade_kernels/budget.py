@@ -1,0 +1,66 @@
+"""How many keys a query tile attends to: a function of the tile's absolute position alone.
+
+Because neither the prompt's length nor the chunk enters, a chunked prefill, a prefix-cache hit
+and decoding all give a position the same budget.
+"""
+
+from dataclasses import dataclass
+
+TILE = 32
+"""Positions in one query tile; tile ``t`` holds positions ``[32t, 32t + 32)``."""
+
+PPM = 1_000_000
+
+
+def tile_of(position: int) -> int:
+    """Return the index of the tile that holds an absolute position."""
+    return position // TILE
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The share of the context that a tile attends to, with a floor.
+
+    ratio: share of the positions up to the end of the tile, in (0, 1].
+    min_k: least number of positions attended to, own tile included; at least two tiles.
+
+    Raises ValueError for values outside these ranges.
+    """
+
+    ratio: float = 0.1
+    min_k: int = 128
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
+            raise ValueError(
+                f"topk_ratio: expected a number in (0, 1], got {self.ratio!r}; "
+                "0.1 attends to a tenth of the context"
+            )
+        if not isinstance(self.min_k, int) or self.min_k < 2 * TILE:
+            raise ValueError(
+                f"min_k: expected a whole number of at least {2 * TILE} keys, got {self.min_k!r}"
+            )
+
+    @property
+    def ratio_ppm(self) -> int:
+        """The ratio in millionths, so that host and device round alike."""
+        return round(self.ratio * PPM)
+
+    def candidates(self, tile: int) -> int:
+        """Number of keys before the tile, among which it selects."""
+        return TILE * tile
+
+    def selected(self, tile: int) -> int:
+        """Number of keys selected before the tile: min(max(min_k, floor(ratio L)) - 32, 32t)."""
+        length = TILE * (tile + 1)
+        wanted = max(self.min_k, length * self.ratio_ppm // PPM) - TILE
+        return min(wanted, self.candidates(tile))
+
+    def is_dense(self, tile: int) -> bool:
+        """Whether the budget covers every key the tile may see."""
+        return self.selected(tile) == self.candidates(tile)
+
+    def attended(self, position: int) -> int:
+        """Number of keys that the query at this position attends to, its own key included."""
+        tile = tile_of(position)
+        return self.selected(tile) + position - TILE * tile + 1

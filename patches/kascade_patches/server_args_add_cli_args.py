@@ -1,0 +1,40 @@
+"""Add the ``--kascade-*`` flags to SGLang's command line.
+
+Why: a plugin cannot add fields to ServerArgs, which the parser is generated from.
+How: after SGLang has filled its parser, add our group; every server command parses with it.
+Remove when: SGLang offers plugins a way to declare arguments.
+"""
+
+import argparse
+from typing import Any
+
+TARGET = "sglang.srt.server_args.ServerArgs.add_cli_args"
+KIND = "AFTER"
+
+
+def hook(result: Any, parser: argparse.ArgumentParser) -> None:
+    """Declare the flags; their values are checked where all sources are merged."""
+    group = parser.add_argument_group("Kascade", "sparse attention, --attention-backend kascade")
+    group.add_argument(
+        "--kascade-plan",
+        metavar="FILE",
+        help="plan made by `kascade calibrate`; default: kascade_plan.json beside the weights, "
+        "or a shipped plan of that model",
+    )
+    group.add_argument(
+        "--kascade-topk-ratio",
+        type=float,
+        metavar="R",
+        help="share of the context that a query attends to, in (0, 1]; default: the plan's",
+    )
+    group.add_argument(
+        "--kascade-min-k",
+        type=int,
+        metavar="N",
+        help="least number of keys that a query attends to; default: the plan's",
+    )
+    group.add_argument(
+        "--kascade-heads",
+        choices=("per_head", "pooled"),
+        help="one selection per KV head, or one for all heads of a layer; default: the plan's",
+    )

@@ -1,0 +1,33 @@
+"""Carry the ``--kascade-*`` flags to every process, and refuse bad input in one sentence.
+
+Why: ServerArgs drops namespace entries it does not know, and a traceback hides our sentence.
+How: around the conversion, put the flags into the environment, which spawned processes inherit.
+Remove when: SGLang offers plugins a way to declare arguments.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from kascade_sglang.config import FLAGS_VARIABLE
+from kascade_sglang.errors import KascadeError
+
+TARGET = "sglang.srt.server_args.ServerArgs.from_cli_args"
+KIND = "AROUND"
+PREFIX = "kascade_"
+
+
+def hook(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    """Return ServerArgs; exits with status 1 and the sentence where Kascade refuses."""
+    flags = {
+        name.removeprefix(PREFIX): value
+        for name, value in vars(args).items()
+        if name.startswith(PREFIX) and value is not None
+    }
+    os.environ[FLAGS_VARIABLE] = json.dumps(flags)
+    try:
+        return original(cls, args)
+    except KascadeError as error:
+        raise SystemExit(f"kascade: {error}") from None
