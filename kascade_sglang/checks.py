@@ -106,6 +106,7 @@ def check_server_args(server_args: Any) -> KascadeConfig:
     _refuse(_refused_model(model_config))
     options = getattr(model_config.hf_config, "kascade", None)
     config = load_config(server_args.model_path, compat.model_shape(model_config), options)
+    compat.require_dense_backend(config.dense_backend)
     _refuse(_refused_ranks(server_args, config))
     return config
 

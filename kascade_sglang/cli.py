@@ -6,6 +6,7 @@ run or read a model import torch.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
     except KascadeError as error:
         print(f"kascade: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `kascade plan show ... | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
@@ -40,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _anchor_list(text: str) -> tuple[int, ...]:
     """Parse ``0,2,8``; argparse reports a ValueError as a usage error."""
     return tuple(int(number) for number in text.split(","))
+
+
+def _anchor_count_or_list(text: str) -> int | tuple[int, ...]:
+    return _anchor_list(text) if "," in text else int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,11 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
-    parser = commands.add_parser(
-        "calibrate",
-        help="measure a model and write its plan",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = commands.add_parser("calibrate", help="measure a model and write its plan")
     add = parser.add_argument
     add("--model", required=True, help="folder or Hugging Face id")
     add(
@@ -69,22 +71,38 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
         help=".jsonl with one object a line (text, prompt or messages), or a text file, which is "
         "cut into prompts of --max-tokens",
     )
-    add("--anchors", required=True, type=int, help="number of anchor layers, layer 0 included")
+    add(
+        "--anchors",
+        required=True,
+        type=_anchor_count_or_list,
+        metavar="K | 0,2,8",
+        help="how many anchor layers to pick, layer 0 included, or the anchor layers themselves",
+    )
     add("--out", required=True, type=Path, help="the plan file to write")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--device", default="auto", help="auto (the default), cpu, cuda, ...")
+    add("--dtype", default="auto", help="auto (the default), float32, bfloat16 or float16")
     add("--max-tokens", type=int, help="cut prompts to this many tokens")
     add("--limit", type=int, help="use this many prompts, drawn with the seed")
-    add("--tiles", type=int, default=64, help="query tiles to measure in each prompt")
-    add("--seed", type=int, default=0)
+    add("--tiles", type=int, default=64, help="query tiles to measure in each prompt (64)")
+    add("--seed", type=int, default=0, help="of the tiles and prompts drawn (0)")
     _add_budget(parser)
     parser.set_defaults(run=_calibrate)
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--topk-ratio", type=float, default=0.1, help="share of the context")
-    parser.add_argument("--min-k", type=int, default=128, help="least number of keys")
-    parser.add_argument("--heads", choices=HEAD_MODES, default="per_head")
+    parser.add_argument(
+        "--topk-ratio",
+        type=float,
+        default=0.1,
+        help="share of the context that a position attends to (0.1)",
+    )
+    parser.add_argument("--min-k", type=int, default=128, help="least number of keys (128)")
+    parser.add_argument(
+        "--heads",
+        choices=HEAD_MODES,
+        default="per_head",
+        help="one selection for each KV head (the default) or one for all",
+    )
 
 
 def _add_plan_commands(commands: "argparse._SubParsersAction") -> None:
@@ -118,6 +136,8 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace, shape: "ModelShape | None" = None) -> Plan:
     if args.path.suffix != ".npy":
+        if args.anchors is not None:
+            raise PlanError("--anchors: only for .npy head maps; a plan file names its own")
         return load_plan(args.path)
     from kascade_sglang.plan.npy import plan_from_npy
 
@@ -142,9 +162,7 @@ def _check(args: argparse.Namespace) -> None:
     if shape is not None:
         plan.check_fits(shape)
     fits = f"fits {args.model}" if args.model else "no --model to compare with"
-    print(
-        f"ok: {args.path}: {plan.shape.layers} layers, anchors {_numbers(plan.anchors)}; {fits}"
-    )
+    print(f"ok: {args.path}: {plan.shape.layers} layers, anchors {_numbers(plan.anchors)}; {fits}")
 
 
 def _import(args: argparse.Namespace) -> None:

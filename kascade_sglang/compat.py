@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
+from kascade_sglang.backend.dense import default_dense_backend
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.schema import ModelShape
 
@@ -37,6 +38,7 @@ __all__ = [
     "local_kv_heads",
     "model_shape",
     "register_backend",
+    "require_dense_backend",
     "require_hooks",
     "require_plain_pool",
     "require_supported_host",
@@ -69,7 +71,7 @@ def require_hooks(targets: list[str]) -> None:
 
 
 def register_backend(factory: Any) -> None:
-    """Make ``--attention-backend kascade`` a choice built by ``factory(model_runner)``; repeatable."""
+    """Make ``--attention-backend kascade`` build ``factory(model_runner)``; repeatable."""
     if NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([NAME])
     register_attention_backend(NAME)(factory)
@@ -107,15 +109,16 @@ def local_kv_heads(runner: "ModelRunner") -> range:
     return range(first, first + count)
 
 
-def build_dense_backend(runner: "ModelRunner") -> AttentionBackend:
-    """Build the in-tree backend that computes whatever is not sparse, chosen by hardware."""
-    if runner.device == "cpu":
-        name = "torch_native"
-    elif torch.cuda.get_device_capability() == (9, 0):
-        name = "fa3"
-    else:
-        name = "flashinfer"
-    return ATTENTION_BACKENDS[name](runner)
+def build_dense_backend(runner: "ModelRunner", name: str | None) -> AttentionBackend:
+    """Build the in-tree backend that computes whatever is not sparse; None: by hardware."""
+    return ATTENTION_BACKENDS[name or default_dense_backend()](runner)
+
+
+def require_dense_backend(name: str | None) -> None:
+    """Raise KascadeError unless ``name`` is None or another backend that SGLang has."""
+    known = sorted(set(ATTENTION_BACKENDS) - {NAME})
+    if name is not None and name not in known:
+        raise KascadeError(f"dense_backend: expected one of {', '.join(known)}, got {name!r}")
 
 
 def require_plain_pool(pool: Any) -> None:

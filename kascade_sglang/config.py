@@ -30,6 +30,7 @@ class Settings(BaseModel):
     topk_ratio: float | None = None
     min_k: int | None = None
     heads: Literal["per_head", "pooled"] | None = None
+    dense_backend: str | None = None
     selection: Literal["topk", "window", "random"] | None = None
 
 
@@ -37,6 +38,7 @@ class Settings(BaseModel):
 class KascadeConfig:
     """A plan and the way it is served.
 
+    dense_backend: SGLang's backend for layer 0; None leaves the choice to the hardware.
     selection: ``topk``, the method; ``window`` (sinks and the latest keys) and ``random`` exist
         so that its quality can be compared at an equal budget.
     """
@@ -44,6 +46,7 @@ class KascadeConfig:
     plan: Plan
     budget: Budget
     heads: str
+    dense_backend: str | None = None
     selection: str = "topk"
 
     @property
@@ -106,15 +109,18 @@ def load_config(
     settings = read_settings(model_options, environ)
     plan = find_plan(model, shape, settings.plan)
 
-    def choose(value: Any, default: Any) -> Any:
-        return default if value is None else value
-
+    ratio, min_k = settings.topk_ratio, settings.min_k
     try:
         budget = Budget(
-            choose(settings.topk_ratio, plan.budget.ratio), choose(settings.min_k, plan.budget.min_k)
+            plan.budget.ratio if ratio is None else ratio,
+            plan.budget.min_k if min_k is None else min_k,
         )
     except ValueError as error:
         raise KascadeError(str(error)) from error
     return KascadeConfig(
-        plan, budget, choose(settings.heads, plan.heads), settings.selection or "topk"
+        plan=plan,
+        budget=budget,
+        heads=settings.heads or plan.heads,
+        dense_backend=settings.dense_backend,
+        selection=settings.selection or "topk",
     )

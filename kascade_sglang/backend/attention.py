@@ -51,9 +51,7 @@ def _positions(
         return torch.arange(row.selected, device=q.device).expand(kv_heads, -1)
     if config.selection == "window":
         sinks = torch.arange(SINKS, device=q.device)
-        latest = torch.arange(
-            row.own_start - row.selected + SINKS, row.own_start, device=q.device
-        )
+        latest = torch.arange(row.own_start - row.selected + SINKS, row.own_start, device=q.device)
         return torch.cat([sinks, latest]).expand(kv_heads, -1)
     if config.selection == "random":
         generator = torch.Generator().manual_seed(layer_id << 32 | row.tile)

@@ -38,7 +38,7 @@ class KascadeAttnBackend(AttentionBackend):
     def __init__(self, runner: ModelRunner, config: KascadeConfig) -> None:
         super().__init__()
         self.config = config
-        self.dense = build_dense_backend(runner)
+        self.dense = build_dense_backend(runner, config.dense_backend)
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.max_context_len = runner.model_config.context_len

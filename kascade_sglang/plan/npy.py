@@ -1,7 +1,8 @@
 """Read the head maps that microsoft/kascade ships: int32 ``[layers, kv_heads]`` in ``.npy``.
 
-Row ``l`` names, for every KV head of layer ``l``, the anchor head it borrows keys from. The anchors
-stand in the file's name, as in ``Qwen3-8B_layers_0_2_7_14_23.npy``; their own rows are the identity.
+Row ``l`` names, for every KV head of layer ``l``, the anchor head it borrows keys from. The
+anchors stand in the file's name, as in ``Qwen3-8B_layers_0_2_7_14_23.npy``; their own rows are the
+identity.
 """
 
 import re
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from kascade_kernels.budget import Budget
-from kascade_sglang.plan.schema import MAX_LAYERS, ModelShape, Plan, PlanError
+from kascade_sglang.plan.schema import MAX_LAYERS, ONE_HOT, ModelShape, Plan, PlanError
 
 _ANCHORS_IN_NAME = re.compile(r"_layers_(\d+(?:_\d+)*)$")
 _MAX_BYTES = 2**20
@@ -63,8 +64,11 @@ def plan_from_npy(
             similarity=similarity,
             budget=budget or Budget(),
             heads=heads,
-            provenance={"source": "head map of microsoft/kascade", "file": path.name,
-                        "similarity": "one-hot from the map"},  # fmt: skip
+            provenance={
+                "source": "head map of microsoft/kascade",
+                "file": path.name,
+                "similarity": ONE_HOT,
+            },  # fmt: skip
         )
         _check_anchor_rows(table, plan.anchors)
     except PlanError as error:

@@ -20,6 +20,8 @@ MAX_BYTES = 64 * 2**20
 MAX_LAYERS = 4096
 """More layers or KV heads than any model has; a larger count is a damaged file."""
 HEAD_MODES = ("per_head", "pooled")
+ONE_HOT = "one-hot from the map"
+"""Value of ``provenance["similarity"]`` where a head map stood in for measured similarities."""
 
 
 class PlanError(KascadeError):
@@ -27,7 +29,7 @@ class PlanError(KascadeError):
 
 
 class LayerRole(Enum):
-    """What a layer does: attend densely and select, select and attend, or attend to others' keys."""
+    """What a layer does: attend densely and select, select and attend, or reuse a selection."""
 
     DENSE = "dense"
     ANCHOR = "anchor"
@@ -97,12 +99,12 @@ class Plan:
 
     @cached_property
     def head_map(self) -> dict[int, tuple[int, ...]]:
-        """For every reuse layer, the anchor head each KV head borrows from; ties go to the lower."""
+        """For every reuse layer, the anchor head of each KV head; ties go to the lower."""
         everything = range(self.shape.kv_heads)
         return {layer: self.local_head_map(layer, everything) for layer in self.reuse_layers}
 
     def local_head_map(self, layer: int, heads: range) -> tuple[int, ...]:
-        """Head map of a reuse layer within the KV heads of one rank, numbered from that rank's first."""
+        """Head map of a reuse layer within one rank's KV heads, numbered from its first."""
         rows = (self.similarity[layer][head][heads.start : heads.stop] for head in heads)
         return tuple(row.index(max(row)) for row in rows)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kascade_sglang.plan.schema import LayerRole, Plan
+from kascade_sglang.plan.schema import ONE_HOT, LayerRole, Plan
 
 _MATRICES = ("importance", "layer_score")
 """Provenance that is shown as columns of the table, or not at all, for its size."""
@@ -40,7 +40,7 @@ def _layer_table(plan: Plan) -> list[str]:
                 str(layer),
                 plan.role(layer).value,
                 str(plan.anchor_of[layer]),
-                f"{_mean_similarity(plan, layer):.3f}" if reuses else "-",
+                _mean_similarity(plan, layer) if reuses else "-",
                 _number_at(importance, layer),
                 " ".join(map(str, plan.head_map[layer])) if reuses else "-",
             )
@@ -52,9 +52,11 @@ def _layer_table(plan: Plan) -> list[str]:
     ]
 
 
-def _mean_similarity(plan: Plan, layer: int) -> float:
+def _mean_similarity(plan: Plan, layer: int) -> str:
     """Share of their own Top-k mass that the layer's heads recover, on average."""
-    return sum(map(max, plan.similarity[layer])) / plan.shape.kv_heads
+    if plan.provenance.get("similarity") == ONE_HOT:
+        return "-"  # the map's ones are no measurement
+    return f"{sum(map(max, plan.similarity[layer])) / plan.shape.kv_heads:.3f}"
 
 
 def _number_at(values: Any, index: int) -> str:

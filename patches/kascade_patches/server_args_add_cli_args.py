@@ -34,6 +34,12 @@ def hook(result: Any, parser: argparse.ArgumentParser) -> None:
         help="least number of keys that a query attends to; default: the plan's",
     )
     group.add_argument(
+        "--kascade-dense-backend",
+        metavar="NAME",
+        help="SGLang's backend for dense layers; default: fa3 on sm_90, flashinfer on other GPUs, "
+        "torch_native without one",
+    )
+    group.add_argument(
         "--kascade-heads",
         choices=("per_head", "pooled"),
         help="one selection per KV head, or one for all heads of a layer; default: the plan's",

@@ -1,0 +1,1 @@
+"""Retrieval accuracy of every selection method at equal budgets, through a real server."""

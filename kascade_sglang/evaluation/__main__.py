@@ -1,0 +1,153 @@
+"""``make eval``: ask the same questions under every method; write a table and a plot.
+
+Every row of the CSV is one method, task and length. Accuracy is the share of replies that hold
+the right value. A method's rows are written when it is done, so an interrupted run keeps them.
+"""
+
+import argparse
+import asyncio
+import csv
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from openai import AsyncOpenAI
+from rich.console import Console
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from kascade_sglang.backend.dense import default_dense_backend
+from kascade_sglang.demo.client import Answer, ask_all
+from kascade_sglang.demo.server import MODEL, Server
+from kascade_sglang.demo.tasks import TASKS, Document, make_document
+from kascade_sglang.evaluation.methods import Method, all_methods, server_arguments
+from kascade_sglang.evaluation.report import plot, summary
+from kascade_sglang.provenance import provenance
+
+RESULTS = Path("benchmarks/results")
+COLUMNS = """method heads ratio task length accuracy n attended
+    device dtype versions commit date""".split()
+CONCURRENCY = 4
+KeyReads = dict[tuple[str, str], int]
+
+
+def make_documents(length: int, count: int, questions: int) -> list[Document]:
+    """Make documents of just under ``length`` tokens; seeds depend on the length alone."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    return [
+        make_document(1000 * length + index, length, count_tokens, questions)
+        for index in range(count)
+    ]
+
+
+async def answer_documents(url: str, documents: list[Document], bar: Any) -> list[Answer]:
+    """Ask every question; one document at a time, so that its questions share its prefix."""
+    answers: list[Answer] = []
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
+        for document in documents:
+            first, *rest = document.questions
+            for part in ([first], rest):
+                answers += await ask_all(
+                    client, document, part, CONCURRENCY, lambda answer: bar.update()
+                )
+    return answers
+
+
+def evaluate(
+    method: Method, dense: str, documents: dict[int, list[Document]], folder: Path, bar: Any
+) -> list[dict[str, Any]]:
+    """Start the method's server, ask everything and return its rows."""
+    rows = []
+    arguments, environment = server_arguments(method, dense, folder)
+    log = folder / f"{method.label.replace(' ', '_')}.log"
+    with Server(arguments, log, environment=environment) as server:
+        for length, group in documents.items():
+            before = server.key_reads()
+            answers = asyncio.run(answer_documents(server.url, group, bar))
+            attended = share_attended(before, server.key_reads())
+            for task in TASKS:
+                replies = [answer for answer in answers if answer.question.task == task]
+                right = sum(answer.correct for answer in replies)
+                rows.append(
+                    {
+                        "method": method.name,
+                        "heads": method.heads or "",
+                        "ratio": method.ratio or "",
+                        "task": task,
+                        "length": length,
+                        "accuracy": round(right / len(replies), 4),
+                        "n": len(replies),
+                        "attended": round(attended, 4),
+                    }
+                )
+    return rows
+
+
+def share_attended(before: KeyReads, after: KeyReads) -> float:
+    """Keys attended to as a share of dense attention's, between two readings of the counters."""
+    grown = {
+        kind: sum(value - before.get(key, 0) for key, value in after.items() if key[1] == kind)
+        for kind in ("attended", "dense")
+    }
+    return grown["attended"] / grown["dense"] if grown["dense"] else 1.0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="make eval", description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--documents", type=int, default=4, help="documents per length")
+    parser.add_argument("--questions", type=int, default=5, help="questions per task and document")
+    parser.add_argument("--only", nargs="+", help="methods to run, by name; rows are appended")
+    parser.add_argument("--dense", default=default_dense_backend(), help="the dense backend")
+    parser.add_argument("--parallel", type=int, default=1, help="servers to run side by side")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality_demo.csv")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the grid; returns the exit status."""
+    options = parse_arguments()
+    methods = [
+        method
+        for method in all_methods(options.ratios)
+        if not options.only or method.name in options.only
+    ]
+    documents = {
+        length: make_documents(length, options.documents, options.questions)
+        for length in options.lengths
+    }
+    total = len(methods) * sum(len(d.questions) for group in documents.values() for d in group)
+    folder = Path(tempfile.mkdtemp(prefix="kascade-eval-"))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    stamp = provenance()
+    fresh = not options.only or not options.out.exists()
+    with open(options.out, "w" if fresh else "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        with (
+            tqdm(total=total, unit="question") as bar,
+            ThreadPoolExecutor(options.parallel) as pool,
+        ):
+
+            def run(method: Method) -> list[dict[str, Any]]:
+                return evaluate(method, options.dense, documents, folder, bar)
+
+            for rows in pool.map(run, methods):
+                writer.writerows({**row, **stamp} for row in rows)
+                file.flush()
+    Console(width=110).print(summary(options.out))
+    plot(options.out, options.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

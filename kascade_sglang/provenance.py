@@ -1,0 +1,27 @@
+"""Where and with what a result was measured: the columns every results file ends with."""
+
+import subprocess
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def provenance() -> dict[str, str]:
+    """Return device, dtype the demo model is served in, versions, commit and date."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "dtype": "bfloat16" if gpu else "float32",
+        "versions": f"sglang {version('sglang')} torch {torch.__version__}",
+        "commit": commit.stdout.strip() or "unknown",
+        "date": date.today().isoformat(),
+    }

@@ -1,0 +1,197 @@
+"""Drive the backend as SGLang does, with known Q, K, V and any schedule of chunks and batches."""
+
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from kascade_kernels.budget import Budget
+from kascade_sglang.backend.backend import KascadeAttnBackend
+from kascade_sglang.config import KascadeConfig
+from kascade_sglang.plan.schema import ModelShape, Plan
+
+HEAD_DIM = 16
+
+
+class FakePool:
+    """A KV pool of plain tensors with the calls that backends make."""
+
+    def __init__(self, layers: int, slots: int, kv_heads: int, dtype: torch.dtype) -> None:
+        shape = (slots, kv_heads, HEAD_DIM)
+        self.keys = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(layers)]
+        self.values = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(layers)]
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.keys[layer_id]
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.values[layer_id]
+
+    def set_kv_buffer(self, layer, location, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.keys[layer.layer_id][location.loc] = k.view(-1, *self.keys[0].shape[1:])
+        self.values[layer.layer_id][location.loc] = v.view(-1, *self.values[0].shape[1:])
+
+
+def make_plan(layers: int, kv_heads: int, group: int, anchors: tuple[int, ...]) -> Plan:
+    """A plan whose head maps differ from layer to layer."""
+    generator = torch.Generator().manual_seed(7)
+    similarity = {
+        layer: tuple(map(tuple, torch.rand(kv_heads, kv_heads, generator=generator).tolist()))
+        for layer in range(layers)
+        if layer not in anchors
+    }
+    shape = ModelShape(layers, kv_heads * group, kv_heads, HEAD_DIM, 64)
+    return Plan("test", shape, anchors, similarity)
+
+
+class Harness:
+    """Requests with fixed Q, K, V of every layer; each ``step`` runs some of their tokens.
+
+    outputs[layer][request]: [length, Hq, D], filled as steps run.
+    selections[layer][request]: {(tile, first position): int64 [H, selected] positions}.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        layers: int = 4,
+        kv_heads: int = 2,
+        group: int = 4,
+        anchors: tuple[int, ...] = (0, 2),
+        budget: Budget | None = None,
+        heads: str = "per_head",
+        selection: str = "topk",
+        page_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+        slot_seed: int = 0,
+        data_seed: int = 1,
+    ) -> None:
+        plan = make_plan(layers, kv_heads, group, anchors)
+        self.config = KascadeConfig(plan, budget or Budget(0.1, 64), heads, selection)
+        self.lengths, self.layers, self.group, self.kv_heads = lengths, layers, group, kv_heads
+        self._place(lengths, page_size, slot_seed)
+        self.pool = FakePool(layers, self.slots, kv_heads, dtype)
+        runner = SimpleNamespace(
+            device="cpu",
+            req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
+            token_to_kv_pool=self.pool,
+            model_config=SimpleNamespace(
+                context_len=max(lengths), get_num_kv_heads=lambda ranks: kv_heads
+            ),
+            server_args=SimpleNamespace(tp_size=1),
+            ps=SimpleNamespace(tp_rank=0),
+        )
+        self.backend = KascadeAttnBackend(runner, self.config)
+        self.qkv = [
+            [
+                self._tensors(data_seed + 100 * layer + request, length, dtype)
+                for request, length in enumerate(lengths)
+            ]
+            for layer in range(layers)
+        ]
+        q_heads = kv_heads * group
+        self.outputs = [
+            [torch.full((n, q_heads, HEAD_DIM), float("nan"), dtype=dtype) for n in lengths]
+            for _ in range(layers)
+        ]
+        self.selections = [[{} for _ in lengths] for _ in range(layers)]
+
+    def _place(self, lengths: list[int], page_size: int, seed: int) -> None:
+        """Give every request pages in random order; slot 0's page stays unused."""
+        pages = [-(-length // page_size) for length in lengths]
+        order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(seed)) + 1
+        self.slots = (sum(pages) + 1) * page_size
+        self.req_to_token = torch.zeros(len(lengths) + 1, max(lengths), dtype=torch.int32)
+        for request, (length, own) in enumerate(zip(lengths, order.split(pages), strict=True)):
+            slots = own[:, None] * page_size + torch.arange(page_size)
+            self.req_to_token[request + 1, :length] = slots.flatten()[:length]
+
+    def _tensors(self, seed: int, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        heads = (self.kv_heads * self.group, self.kv_heads, self.kv_heads)
+        drawn = (torch.randn(length, h, HEAD_DIM, generator=generator) for h in heads)
+        q, k, v = (tensor.to(dtype) for tensor in drawn)
+        return [2 * q, k, v]
+
+    def step(self, spans: list[tuple[int, int, int]], mode: ForwardMode | None = None) -> None:
+        """Run the tokens [begin, end) of some requests through all layers in one batch."""
+        decode = all(end - begin == 1 for _, begin, end in spans)
+        mode = mode or (ForwardMode.DECODE if decode else ForwardMode.EXTEND)
+        rows = torch.tensor([request + 1 for request, _, _ in spans])
+        batch = SimpleNamespace(
+            forward_mode=mode,
+            req_pool_indices=rows,
+            seq_lens=torch.tensor([end for _, _, end in spans]),
+            seq_lens_cpu=torch.tensor([end for _, _, end in spans]),
+            extend_prefix_lens=torch.tensor([begin for _, begin, _ in spans]),
+            extend_prefix_lens_cpu=[begin for _, begin, _ in spans],
+            extend_seq_lens=torch.tensor([end - begin for _, begin, end in spans]),
+            extend_seq_lens_cpu=[end - begin for _, begin, end in spans],
+            encoder_lens=None,
+            out_cache_loc=torch.cat(
+                [self.req_to_token[r + 1, b:e].to(torch.int64) for r, b, e in spans]
+            ),
+        )
+        self.backend.init_forward_metadata(batch)
+        for layer_id in range(self.layers):
+            self._layer(layer_id, spans, batch)
+
+    def _layer(self, layer_id: int, spans: list[tuple[int, int, int]], batch) -> None:
+        q, k, v = (
+            torch.cat([self.qkv[layer_id][r][i][b:e] for r, b, e in spans]) for i in range(3)
+        )
+        layer = SimpleNamespace(
+            layer_id=layer_id,
+            scaling=HEAD_DIM**-0.5,
+            tp_q_head_num=self.kv_heads * self.group,
+            tp_k_head_num=self.kv_heads,
+            qk_head_dim=HEAD_DIM,
+            v_head_dim=HEAD_DIM,
+            attn_type=AttentionType.DECODER,
+            is_cross_attention=False,
+            sliding_window_size=-1,
+            logit_cap=0.0,
+        )
+        out = self.backend.forward(q.flatten(1), k, v, layer, batch)
+        out = out.view(-1, self.kv_heads * self.group, HEAD_DIM)
+        lengths = [end - begin for _, begin, end in spans]
+        for (request, begin, end), part in zip(spans, out.split(lengths), strict=True):
+            self.outputs[layer_id][request][begin:end] = part
+        self._record(layer_id, spans)
+
+    def _record(self, layer_id: int, spans: list[tuple[int, int, int]]) -> None:
+        """Translate the selected slots back to positions."""
+        selection = self.backend.index_store.get(layer_id)
+        for row, slots in zip(self.backend.step.rows, selection, strict=True):
+            request = spans[row.request][0]
+            position_of = torch.full((self.slots,), -1)
+            table = self.req_to_token[request + 1, : self.lengths[request]].to(torch.int64)
+            position_of[table] = torch.arange(len(table))
+            self.selections[layer_id][request][row.tile, row.position] = position_of[slots]
+
+    def prefill(self, request: int, chunk: int, begin: int = 0) -> None:
+        """Run one request from ``begin`` to its end in chunks."""
+        for start in range(begin, self.lengths[request], chunk):
+            self.step([(request, start, min(start + chunk, self.lengths[request]))])
+
+
+def expected_output(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
+    """Masked float64 attention over the recorded selections, written out without the kernels."""
+    q, k, v = (tensor.double() for tensor in harness.qkv[layer_id][request])
+    length, group = len(q), harness.group
+    mask = torch.zeros(harness.kv_heads, length, length, dtype=torch.bool)
+    for (tile, first), positions in harness.selections[layer_id][request].items():
+        for position in range(first, min(32 * (tile + 1), length)):
+            if layer_id == 0:
+                mask[:, position, : position + 1] = True
+                continue
+            for head in range(harness.kv_heads):
+                mask[head, position] = False
+                mask[head, position, positions[head]] = True
+            mask[:, position, 32 * tile : position + 1] = True
+    logits = torch.einsum("qhgd,khd->hgqk", q.view(length, -1, group, HEAD_DIM), k) / 4
+    logits = logits.masked_fill(~mask[:, None], float("-inf"))
+    out = torch.einsum("hgqk,khd->qhgd", logits.softmax(-1), v)
+    return out.reshape(length, -1, HEAD_DIM)

@@ -1,0 +1,201 @@
+"""``kascade calibrate`` end to end on a tiny model folder, and its refusals."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from kascade_kernels.budget import Budget
+from kascade_sglang.calibration.anchors import pick_anchors
+from kascade_sglang.calibration.collect import collect
+from kascade_sglang.calibration.hf_attention import kascade_generate
+from kascade_sglang.calibration.similarity import anchor_gain, layer_similarity
+from kascade_sglang.cli import main
+from kascade_sglang.plan.schema import load_plan
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two prompts of 201 tokens and one too short to measure."""
+    generator = torch.Generator().manual_seed(11)
+    path = tmp_path_factory.mktemp("prompts") / "dev.jsonl"
+    lines = []
+    for length in (200, 200, 20):
+        words = torch.randint(0, 60, (length,), generator=generator).tolist()
+        lines.append(json.dumps({"text": " ".join(f"w{word}" for word in words)}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def tokens_of(prompts: Path) -> list[list[int]]:
+    texts = [json.loads(line)["text"] for line in prompts.read_text().splitlines()]
+    return [[0, *(int(word[1:]) + 4 for word in text.split())] for text in texts]
+
+
+def calibrate(model: Path, prompts: Path, out: Path, *more: str) -> int:
+    return main(
+        ["calibrate", "--model", str(model), "--prompts", str(prompts), "--out", str(out),
+         "--anchors", "2", "--min-k", "64", "--device", "cpu", *more]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", ["per_head", "pooled"])
+def test_end_to_end(
+    model_folder: Path, llama: LlamaForCausalLM, prompts: Path, tmp_path: Path, heads: str
+) -> None:
+    out = tmp_path / "plan.json"
+    assert calibrate(model_folder, prompts, out, "--heads", heads) == 0
+    plan = load_plan(out)
+
+    stats = collect(llama, tokens_of(prompts)[:2], Budget(0.1, 64))
+    score = stats.pooled if heads == "pooled" else layer_similarity(stats.similarity)
+    choice = pick_anchors(anchor_gain(score, stats.importance), 2)
+    assert plan.anchors == choice.anchors and len(plan.anchors) == 2
+    assert plan.budget == Budget(0.1, 64) and plan.heads == heads
+    for layer, rows in plan.similarity.items():
+        expected = stats.similarity[plan.anchor_of[layer], layer]
+        assert torch.allclose(torch.tensor(rows), torch.tensor(expected).float(), atol=1e-5)
+
+    provenance = plan.provenance
+    assert plan.model == "tiny-llama"
+    assert str(model_folder) not in out.read_text()
+    assert provenance["prompts"] == 2 and provenance["tokens"] == 402
+    assert provenance["prompts_file"] == "dev.jsonl" and len(provenance["prompts_sha256"]) == 64
+    assert provenance["attention"] == "dense" and provenance["dtype"] == "float32"
+    assert provenance["objective"] == pytest.approx(choice.objective, abs=1e-4)
+    assert [len(row) for row in provenance["layer_score"]] == [3, 2, 1, 0]
+    assert len(kascade_generate(llama, plan, tokens_of(prompts)[0], 3)[0]) == 3
+
+
+def test_same_seed_same_plan(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    texts = []
+    for name in ("a.json", "b.json"):
+        assert calibrate(model_folder, prompts, tmp_path / name, "--tiles", "2") == 0
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1]
+    assert json.loads(texts[0])["provenance"]["tiles"] == 4
+
+
+def test_anchors_given(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    picked, given = tmp_path / "picked.json", tmp_path / "given.json"
+    assert calibrate(model_folder, prompts, picked) == 0
+    assert calibrate(model_folder, prompts, given, "--anchors", "0,1,3") == 0
+    plan = load_plan(given)
+    assert plan.anchors == (0, 1, 3) and list(plan.similarity) == [2]
+    assert plan.provenance["anchors_by"] == "the user"
+    same = tmp_path / "same.json"
+    anchors = load_plan(picked).anchors
+    assert calibrate(model_folder, prompts, same, "--anchors", ",".join(map(str, anchors))) == 0
+    assert load_plan(same).similarity == load_plan(picked).similarity
+    objectives = [load_plan(path).provenance["objective"] for path in (same, picked)]
+    assert objectives[0] == pytest.approx(objectives[1], abs=1e-6)
+
+
+def test_says_which_prompts_it_skips(
+    model_folder: Path, prompts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert calibrate(model_folder, prompts, tmp_path / "p.json") == 0
+    assert "skipped 1 of 3 prompts, too short" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--anchors", "5"], "--anchors: expected 1 to 4, the model's layers, got 5"),
+        (["--anchors", "0"], "--anchors: expected 1 to 4"),
+        (["--anchors", "0,4"], "--anchors: expected ascending layers from 0 to at most 3, got 0,4"),
+        (["--anchors", "1,2"], "--anchors: expected ascending layers from 0"),
+        (["--anchors", "0,2,1"], "--anchors: expected ascending layers from 0"),
+        (["--topk-ratio", "1.5"], "topk_ratio: expected a number in (0, 1]"),
+        (["--topk-ratio", "1"], "every prompt is too short to measure"),
+        (["--min-k", "8"], "min_k: expected"),
+        (["--tiles", "0"], "--tiles: expected 1 or more"),
+        (["--max-tokens", "4096"], "more than the model's context of 1024"),
+        (["--max-tokens", "50"], "every prompt is too short to measure"),
+        (["--device", "nonsense"], "--device nonsense: not usable"),
+        (["--dtype", "int8"], "--dtype: expected one of"),
+        (["--out", "/nowhere/plan.json"], "--out /nowhere/plan.json: not a file"),
+        (["--prompts", "/nowhere/p.txt"], "/nowhere/p.txt: cannot read the prompts"),
+        (["--model", "/nowhere/model"], "model /nowhere/model: cannot read its configuration"),
+    ],
+    ids=lambda value: "=".join(value) if isinstance(value, list) else "",
+)
+def test_refusals_are_one_sentence(
+    model_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    sentence: str,
+) -> None:
+    out = tmp_path / "plan.json"
+    assert calibrate(model_folder, prompts, out, *more) == 1
+    stderr = capsys.readouterr().err.strip().splitlines()
+    assert stderr[-1].startswith("kascade: ") and sentence in stderr[-1]
+    assert not any("Traceback" in line for line in stderr)
+    assert not out.exists()
+
+
+def damaged(folder: Path, model_folder: Path, name: str, content: bytes | None) -> Path:
+    """A copy of the model in which one file is replaced or, for None, missing."""
+    copy = folder / "damaged"
+    copy.mkdir()
+    for file in model_folder.iterdir():
+        if file.name != name:
+            (copy / file.name).symlink_to(file)
+    if content is not None:
+        (copy / name).write_bytes(content)
+    return copy
+
+
+def test_tokenizer_of_a_larger_model(
+    model_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    small = json.dumps({**config, "vocab_size": 32}).encode()
+    model = damaged(tmp_path, model_folder, "config.json", small)
+    assert calibrate(model, prompts, tmp_path / "plan.json") == 1
+    assert "yields token 63, but its vocabulary has 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("config.json", None, "cannot read its configuration"),
+        ("config.json", b"{", "cannot read its configuration"),
+        ("config.json", b'{"model_type": "unheard-of"}', "cannot read its configuration"),
+        (
+            "config.json",
+            b'{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}',
+            "hidden size .30. is not a multiple",
+        ),
+        ("tokenizer.json", b"{", "cannot load its tokenizer"),
+        ("model.safetensors", None, "cannot load its weights"),
+        ("model.safetensors", b"\x10" + b"\0" * 7 + b"{", "cannot load its weights"),
+    ],
+    ids=[
+        "no-config",
+        "bad-config",
+        "unknown-type",
+        "odd-config",
+        "bad-tokenizer",
+        "no-weights",
+        "bad-weights",
+    ],
+)
+def test_unreadable_models(
+    model_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes | None,
+    sentence: str,
+) -> None:
+    model = damaged(tmp_path, model_folder, name, content)
+    assert calibrate(model, prompts, tmp_path / "plan.json") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"kascade: model {model}: ") and re.search(sentence, last)

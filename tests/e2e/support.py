@@ -1,0 +1,88 @@
+"""Prompts about real documents, requests to a server, and the reference to compare with."""
+
+import json
+import urllib.request
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kascade_sglang.calibration.hf_attention import kascade_generate
+from kascade_sglang.demo.server import MODEL, Server
+from kascade_sglang.demo.tasks import Document, make_document, messages
+from kascade_sglang.plan.library import PLAN_NAME
+from kascade_sglang.plan.schema import Plan, load_plan
+
+TOLERANCE = 2e-3
+"""Largest difference of a log probability in float32: GEMMs of other shapes round differently."""
+
+
+@cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@cache
+def shipped_plan() -> Plan:
+    return load_plan(MODEL / PLAN_NAME)
+
+
+@cache
+def document(seed: int, tokens: int) -> Document:
+    def count_tokens(text: str) -> int:
+        return len(tokenizer().encode(text, add_special_tokens=False))
+
+    return make_document(seed, tokens, count_tokens, 2, ("single_key", "multi_key"))
+
+
+def prompt_ids(seed: int, tokens: int, question: int = 0) -> list[int]:
+    """Token ids of the chat that asks one question about a document of about ``tokens`` tokens."""
+    text = document(seed, tokens)
+    chat = messages(text, text.questions[question])
+    return tokenizer().apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+
+@cache
+def hf_model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+def reference(plan: Plan, ids: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
+    """Return the tokens and log probabilities that the torch reference gives."""
+    return kascade_generate(hf_model(), plan, ids, new_tokens)
+
+
+def post(server: Server, path: str, body: dict[str, Any], timeout: float = 120) -> Any:
+    request = urllib.request.Request(
+        server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=timeout) as reply:
+        text = reply.read().decode()
+    return json.loads(text) if text.startswith(("{", "[")) else text
+
+
+def sampling(new_tokens: int) -> dict[str, Any]:
+    return {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+
+
+def generate(server: Server, ids: list[int], new_tokens: int) -> dict[str, Any]:
+    """Continue one prompt greedily through /generate."""
+    body = {"input_ids": ids, "sampling_params": sampling(new_tokens), "return_logprob": True}
+    return post(server, "/generate", body)
+
+
+def tokens_and_logprobs(reply: dict[str, Any]) -> tuple[list[int], list[float]]:
+    pairs = reply["meta_info"]["output_token_logprobs"]
+    return [pair[1] for pair in pairs], [pair[0] for pair in pairs]
+
+
+def assert_equals(
+    ours: tuple[list[int], list[float]], theirs: tuple[list[int], list[float]]
+) -> None:
+    """Same tokens, and log probabilities within the tolerance."""
+    assert ours[0] == theirs[0]
+    difference = torch.tensor(ours[1]) - torch.tensor(theirs[1])
+    assert difference.abs().max() <= TOLERANCE

@@ -1,0 +1,121 @@
+"""The commands a user types: ``sglang serve``, help, refusals and SGLang's benchmark tools."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kascade_sglang.demo.server import MODEL, Server, demo_arguments
+from models import LLAMA, make_plan
+from support import (
+    assert_equals,
+    generate,
+    prompt_ids,
+    reference,
+    shipped_plan,
+    tokens_and_logprobs,
+)
+
+pytestmark = pytest.mark.e2e
+
+LAUNCH = [sys.executable, "-m", "sglang.launch_server"]
+SGLANG = [str(Path(sys.executable).with_name("sglang")), "serve"]
+KASCADE = ["--attention-backend", "kascade"]
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_sglang_serve_pooled_at_page_size_one(tmp_path: Path) -> None:
+    flags = ["--kascade-heads", "pooled", "--page-size", "1"]
+    environment = {"KASCADE_TOPK_RATIO": "0.2"}
+    plan = shipped_plan()
+    budget = dataclasses.replace(plan.budget, ratio=0.2)
+    pooled = dataclasses.replace(plan, heads="pooled", budget=budget)
+    ids = prompt_ids(30, 1400)
+    with Server(
+        [*demo_arguments("kascade"), *flags],
+        tmp_path / "log",
+        environment=environment,
+        command=SGLANG,
+    ) as server:
+        replies = [generate(server, ids, 10) for _ in range(2)]
+    assert replies[1]["meta_info"]["cached_tokens"] == len(ids) - 1
+    for reply in replies:
+        assert_equals(tokens_and_logprobs(reply), reference(pooled, ids, 10))
+
+
+def test_help_shows_the_flags() -> None:
+    result = run([*LAUNCH, "--help"])
+    assert result.returncode == 0
+    for flag in ("plan", "topk-ratio", "min-k", "heads"):
+        assert f"--kascade-{flag}" in result.stdout
+
+
+def test_refusal_is_one_sentence_and_status_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    result = run([*SGLANG, "--model-path", str(tmp_path), *KASCADE])
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"kascade: no Kascade plan for {tmp_path}: make one with `kascade")
+
+
+def bench(tool: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", "kascade_sglang.bench", tool, *KASCADE, *flags])
+
+
+def test_bench_one_batch(tmp_path: Path) -> None:
+    """The tool draws token ids up to 10,000, so it gets a model of random weights."""
+    config = {**LLAMA, "vocab_size": 16384}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    make_plan().save(tmp_path / "kascade_plan.json")
+    flags = [
+        "--tokenizer-path",
+        str(MODEL),
+        "--load-format",
+        "dummy",
+        "--dtype",
+        "float32",
+        "--mem-fraction-static",
+        "0.05",
+    ]
+    shape = ["--batch-size", "2", "--input-len", "300", "--output-len", "4", "--run-name", "test"]
+    result = bench(
+        "one_batch", "--model-path", str(tmp_path), *flags, *shape,
+        "--result-filename", str(tmp_path / "out.jsonl"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    row = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[-1])
+    assert row["batch_size"] == 2 and row["median_decode_throughput"] > 0
+
+
+def test_bench_offline_throughput(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Where does the keeper live? " * 40}]
+    turns.append({"from": "gpt", "value": "The keeper lives in room 4412. " * 4})
+    dataset = tmp_path / "sharegpt.json"
+    dataset.write_text(json.dumps([{"conversations": turns}] * 20))
+    out = tmp_path / "out.jsonl"
+    result = bench(
+        "offline_throughput", "--model-path", str(MODEL), "--dataset-path", str(dataset),
+        "--num-prompts", "4", "--dtype", "float32", "--max-total-tokens", "16384",
+        "--mem-fraction-static", "0.1", "--skip-warmup", "--result-filename", str(out),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(out.read_text().splitlines()[-1])["successful_requests"] == 4
+
+
+def test_bench_names_its_tools() -> None:
+    result = run([sys.executable, "-m", "kascade_sglang.bench", "nothing"])
+    assert result.returncode == 1 and "one_batch,offline_throughput" in result.stderr

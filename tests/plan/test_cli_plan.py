@@ -1,0 +1,167 @@
+"""``kascade plan show | check | import``: output, exit status, one line for every mistake."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kascade_sglang.cli import main
+from kascade_sglang.plan.schema import Plan, load_plan
+
+TABLE = np.array([[0, 1, 2], [2, 2, 0], [0, 1, 2], [1, 0, 1], [2, 1, 0], [0, 0, 1]], np.int32)
+
+
+@pytest.fixture
+def npy(tmp_path: Path) -> Path:
+    np.save(tmp_path / "Tiny_layers_0_2.npy", TABLE)
+    return tmp_path / "Tiny_layers_0_2.npy"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model folder with the plan's shape; no weights are needed."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": "llama", "num_hidden_layers": 6, "num_attention_heads": 12,
+              "num_key_value_heads": 3, "head_dim": 16, "hidden_size": 96}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("kascade: ") and "Traceback" not in captured.err
+    return lines[-1]
+
+
+def test_show(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(plan_file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines]
+    assert ["anchors", "0,2"] in rows
+    assert ["0", "dense", "0", "-", "0.5000", "-"] in rows
+    assert ["2", "anchor", "2", "-", "0.3000", "-"] in rows
+    assert ["4", "reuse", "2", "0.900", "0.1000", "1", "2", "2"] in rows
+    assert ["source", "by", "hand"] in rows
+    assert any("0.2 of the context, at least 256 keys" in line for line in lines)
+
+
+def test_show_head_map(npy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(npy)]) == 0
+    out = capsys.readouterr().out
+    assert ["1", "reuse", "0", "-", "-", "2", "2", "0"] in [
+        line.split() for line in out.splitlines()
+    ]
+    assert "? query heads, 3 KV heads" in out
+
+
+def test_anchors_are_for_head_maps(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "show", str(plan_file), "--anchors", "0,3"]) == 1
+    assert "a plan file names its own" in error_of(capsys)
+
+
+@pytest.mark.parametrize("file", ["plan_file", "npy"])
+@pytest.mark.parametrize("with_model", [False, True])
+def test_check_ok(
+    file: str,
+    with_model: bool,
+    model: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = request.getfixturevalue(file)
+    assert main(["plan", "check", str(path), *(["--model", str(model)] * with_model)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("ok: ") and "6 layers, anchors 0,2" in out
+    assert (f"fits {model}" in out) == with_model
+
+
+@pytest.mark.parametrize("file", ["plan_file", "npy"])
+def test_check_another_model(
+    file: str, model: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 8}))
+    path = request.getfixturevalue(file)
+    assert main(["plan", "check", str(path), "--model", str(model)]) == 1
+    assert "8" in error_of(capsys)
+
+
+@pytest.mark.parametrize("command", ["show", "check"])
+@pytest.mark.parametrize(
+    "name, content",
+    [("p.json", b"{"), ("p.json", b"{}"), ("p_layers_0.npy", b"junk"), ("none.json", None),
+     ("p.npy", b"")],
+    ids=["cut", "foreign", "npy-junk", "missing", "npy-empty"],
+)  # fmt: skip
+def test_bad_files_exit_1(
+    tmp_path: Path,
+    command: str,
+    name: str,
+    content: bytes | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert main(["plan", command, str(tmp_path / name)]) == 1
+    assert name in error_of(capsys)
+
+
+def test_import(
+    npy: Path, model: Path, tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "imported.json"
+    command = ["plan", "import", str(npy), "--model", str(model), "--out", str(out)]
+    assert main([*command, "--topk-ratio", "0.2", "--heads", "pooled"]) == 0
+    imported = load_plan(out)
+    assert imported.shape == plan.shape and imported.anchors == (0, 2)
+    assert imported.head_map[3] == (1, 0, 1) and imported.heads == "pooled"
+    assert imported.budget.ratio == 0.2
+    assert str(out) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--topk-ratio", "3"], "topk_ratio: expected"),
+        (["--anchors", "0,3"], "layer 3 borrows from other heads"),
+        (["--out", "/nowhere/p.json"], "--out /nowhere/p.json: cannot write"),
+        (["--model", "/nowhere"], "model /nowhere: cannot read its configuration"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_import_refusals(
+    npy: Path,
+    model: Path,
+    tmp_path: Path,
+    more: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "imported.json"
+    command = ["plan", "import", str(npy), "--model", str(model), "--out", str(out)]
+    assert main([*command, *more]) == 1
+    assert sentence in error_of(capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["plan"], ["nonsense"], ["plan", "show", "x.npy", "--anchors", "0,a"]],
+    ids=str,
+)
+def test_usage_errors_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: kascade" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith("kascade ")

@@ -1,0 +1,56 @@
+"""Where a plan is looked for, and in what order."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kascade_sglang.plan import library
+from kascade_sglang.plan.library import PLAN_NAME, find_plan
+from kascade_sglang.plan.schema import Plan, PlanError
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    monkeypatch.setattr(library, "SHIPPED", folder)
+    return folder
+
+
+def test_order_explicit_then_beside_then_shipped(plan: Plan, tmp_path: Path, shipped: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    replace(plan, model=str(model), heads="per_head").save(shipped / "a.json")
+    assert find_plan(str(model), plan.shape, None).heads == "per_head"
+    replace(plan, provenance={"from": "beside"}).save(model / PLAN_NAME)
+    assert find_plan(str(model), plan.shape, None).provenance == {"from": "beside"}
+    explicit = tmp_path / "mine.json"
+    replace(plan, provenance={"from": "flag"}).save(explicit)
+    assert find_plan(str(model), plan.shape, str(explicit)).provenance == {"from": "flag"}
+
+
+def test_none_says_how_to_calibrate(plan: Plan, shipped: Path) -> None:
+    plan.save(shipped / "a.json")
+    with pytest.raises(PlanError, match="no Kascade plan for org/other: .*kascade calibrate"):
+        find_plan("org/other", plan.shape, None)
+
+
+@pytest.mark.parametrize("place", ["explicit", "beside", "shipped"])
+def test_a_plan_of_another_shape_is_refused(
+    plan: Plan, tmp_path: Path, shipped: Path, place: str
+) -> None:
+    path = {
+        "explicit": tmp_path / "p.json",
+        "beside": tmp_path / PLAN_NAME,
+        "shipped": shipped / "p.json",
+    }[place]
+    replace(plan, model=str(tmp_path)).save(path)
+    explicit = str(path) if place == "explicit" else None
+    with pytest.raises(PlanError, match="hidden is 95, the plan has 96"):
+        find_plan(str(tmp_path), replace(plan.shape, hidden=95), explicit)
+
+
+def test_shipped_plans_load() -> None:
+    for path in library.SHIPPED.glob("*.json"):
+        library.load_plan(path)

@@ -1,0 +1,32 @@
+"""A small Llama's config, and a plan that fits it."""
+
+from typing import Any
+
+from kascade_sglang.plan.schema import ModelShape, Plan
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float32",
+}
+SHAPE = ModelShape(layers=4, q_heads=8, kv_heads=4, head_dim=16, hidden=64)
+
+
+def make_plan(**changes: Any) -> Plan:
+    """A valid plan for LLAMA."""
+    row = (0.1, 0.9, 0.2, 0.3)
+    fields = {
+        "model": "test",
+        "shape": SHAPE,
+        "anchors": (0, 2),
+        "similarity": {1: (row,) * 4, 3: (row,) * 4},
+    }
+    return Plan(**{**fields, **changes})

@@ -1,0 +1,56 @@
+"""Settings: precedence of their sources, and refusals that name the source."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kascade_kernels.budget import Budget
+from kascade_sglang.config import FLAGS_VARIABLE, load_config, read_settings
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.plan.library import PLAN_NAME
+from models import SHAPE, make_plan
+
+
+def test_flag_beats_environment_beats_model_config_beats_plan(tmp_path: Path) -> None:
+    plan = make_plan(budget=Budget(0.5, 512), heads="pooled")
+    plan.save(tmp_path / PLAN_NAME)
+    model_options = {"topk_ratio": 0.4, "min_k": 256}
+    environment = {"KASCADE_TOPK_RATIO": "0.3"}
+    flags = {FLAGS_VARIABLE: json.dumps({"topk_ratio": 0.2})}
+
+    def ratio_minimum_heads(options: dict | None, environ: dict) -> tuple[float, int, str]:
+        config = load_config(str(tmp_path), SHAPE, options, environ)
+        return config.budget.ratio, config.budget.min_k, config.heads
+
+    assert ratio_minimum_heads(None, {}) == (0.5, 512, "pooled")
+    assert ratio_minimum_heads(model_options, {}) == (0.4, 256, "pooled")
+    assert ratio_minimum_heads(model_options, environment) == (0.3, 256, "pooled")
+    both = {**environment, **flags}
+    assert ratio_minimum_heads(model_options, both) == (0.2, 256, "pooled")
+    every = {**both, "KASCADE_HEADS": "per_head", "KASCADE_MIN_K": "64"}
+    assert ratio_minimum_heads(None, every) == (0.2, 64, "per_head")
+
+
+def test_plan_beside_the_weights_gives_way_to_a_named_one(tmp_path: Path) -> None:
+    make_plan(budget=Budget(0.5, 512)).save(tmp_path / PLAN_NAME)
+    other = tmp_path / "other.json"
+    make_plan(budget=Budget(0.25, 64)).save(other)
+    config = load_config(str(tmp_path), SHAPE, None, {"KASCADE_PLAN": str(other)})
+    assert config.budget == Budget(0.25, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "expected"),
+    [
+        ({"ratio": 0.1}, {}, "model config \"kascade\": unknown setting 'ratio'; known: plan"),
+        ([0.1], {}, "expected an object of settings, got"),
+        ({"heads": "all"}, {}, "heads"),
+        ({}, {"KASCADE_TOPK_RATIO": "tenth"}, "environment KASCADE_\\*: topk_ratio"),
+        ({}, {"KASCADE_MIN_K": "128.5"}, "environment KASCADE_\\*: min_k"),
+    ],
+    ids=["unknown", "not-an-object", "heads", "ratio", "min-k"],
+)
+def test_refusals_name_the_source(options: object, environ: dict, expected: str) -> None:
+    with pytest.raises(KascadeError, match=expected):
+        read_settings(options, environ)

@@ -1,0 +1,204 @@
+"""Bad input meets one clear sentence while arguments are read, before any process starts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+from kascade_sglang import checks, compat
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.plan.library import PLAN_NAME
+from kascade_sglang.plan.schema import MAX_BYTES, ModelShape
+from models import make_plan
+
+MakeModel = Callable[..., Path]
+
+
+def parse(model: Path, *flags: str) -> ServerArgs:
+    """Read a command line as every server command does."""
+    return prepare_server_args(
+        ["--model-path", str(model), "--attention-backend", "kascade", *flags]
+    )
+
+
+def refusal(model: Path, *flags: str) -> str:
+    """Return the sentence that a command line is refused with."""
+    with pytest.raises(SystemExit) as stop:
+        parse(model, *flags)
+    sentence = stop.value.code
+    assert isinstance(sentence, str), "a text makes the exit status 1"
+    assert sentence.startswith("kascade: ") and "\n" not in sentence
+    return sentence
+
+
+def test_good_input_is_accepted(make_model: MakeModel) -> None:
+    args = parse(make_model(), "--kascade-topk-ratio", "0.2", "--kascade-heads", "pooled")
+    assert args.attention_backend == "kascade"
+    assert checks.check_server_args(args).budget.ratio == 0.2
+
+
+def test_engine_arguments_are_checked_too(make_model: MakeModel) -> None:
+    with pytest.raises(KascadeError, match="no Kascade plan"):
+        ServerArgs(model_path=str(make_model(with_plan=False)), attention_backend="kascade")
+
+
+def test_other_backends_need_no_plan(make_model: MakeModel) -> None:
+    model = make_model(with_plan=False)
+    args = ServerArgs(model_path=str(model), attention_backend="torch_native")
+    assert args.attention_backend == "torch_native"
+
+
+def test_missing_plan_says_how_to_calibrate(make_model: MakeModel) -> None:
+    sentence = refusal(make_model(with_plan=False))
+    assert "kascade calibrate --model" in sentence and "--kascade-plan" in sentence
+
+
+def test_missing_plan_file(make_model: MakeModel) -> None:
+    assert "cannot read the plan" in refusal(make_model(), "--kascade-plan", "/none/plan.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "not a Kascade plan"),
+        ("\ud800".encode("utf-8", "surrogatepass"), "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+    ids=["corrupt", "foreign", "binary", "nested"],
+)
+def test_unreadable_plan(make_model: MakeModel, content: str | bytes, expected: str) -> None:
+    model = make_model()
+    data = content if isinstance(content, bytes) else content.encode()
+    (model / PLAN_NAME).write_bytes(data)
+    assert expected in refusal(model)
+
+
+def test_huge_plan(make_model: MakeModel) -> None:
+    model = make_model()
+    with open(model / PLAN_NAME, "wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    assert "more than" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"version": 2}, "plan.version: expected 1, got 2"),
+        ({"tile": 64}, "plan.tile: expected 32, got 64"),
+        ({"anchors": [0, 9]}, "expected layers below 4"),
+        ({"anchors": [2, 0]}, "ascending layers from 0"),
+        ({"anchors": [1, 2]}, "ascending layers from 0"),
+        ({"topk_ratio": 1.5}, "(0, 1]"),
+        ({"heads": "some"}, "plan.heads"),
+        ({"similarity": {}}, "reuse layer 1 is missing"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_wrong_plan(make_model: MakeModel, changes: dict[str, Any], expected: str) -> None:
+    model = make_model()
+    (model / PLAN_NAME).write_text(json.dumps({**make_plan().to_json(), **changes}))
+    assert expected in refusal(model)
+
+
+def test_plan_of_another_model(make_model: MakeModel) -> None:
+    shape = ModelShape(layers=4, q_heads=8, kv_heads=4, head_dim=128, hidden=64)
+    sentence = refusal(make_model(plan=make_plan(shape=shape)))
+    assert "head_dim is 16, the plan has 128" in sentence
+
+
+@pytest.mark.parametrize("ratio", ["0", "-0.1", "1.01", "nan"])
+def test_ratio_outside_its_range(make_model: MakeModel, ratio: str) -> None:
+    assert "(0, 1]" in refusal(make_model(), "--kascade-topk-ratio", ratio)
+
+
+def test_min_k_below_two_tiles(make_model: MakeModel) -> None:
+    assert "at least 64" in refusal(make_model(), "--kascade-min-k", "32")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--speculative-algorithm", "NGRAM"],
+        ["--disaggregation-mode", "prefill"],
+        ["--kv-cache-dtype", "fp8_e4m3"],
+        ["--enable-torch-compile"],
+        ["--enable-hierarchical-cache"],
+        ["--enable-two-batch-overlap"],
+        ["--enable-pdmux"],
+        ["--cuda-graph-backend-prefill", "full"],
+    ],
+    ids=lambda flags: flags[0].removeprefix("--"),
+)
+def test_unsupported_flag(make_model: MakeModel, flags: list[str]) -> None:
+    args = parse(make_model())
+    field = flags[0].removeprefix("--").replace("-", "_")
+    object.__setattr__(args, field, flags[1] if flags[1:] else True)
+    with pytest.raises(KascadeError, match=flags[0]):
+        checks.check_server_args(args)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("attention_arch", SimpleNamespace(name="MLA"), "MLA"),
+        ("is_encoder_decoder", True, "encoder-decoder"),
+        ("is_generation", False, "generative decoder"),
+        ("is_multimodal", True, "multimodal"),
+        ("is_hybrid_swa", True, "sliding-window"),
+        ("has_attention_sinks", True, "sinks"),
+        ("v_head_dim", 8, "head_dim"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unsupported_model(make_model: MakeModel, field: str, value: Any, expected: str) -> None:
+    args = parse(make_model())
+    setattr(args.get_model_config(), field, value)
+    with pytest.raises(KascadeError, match=expected):
+        checks.check_server_args(args)
+
+
+def test_soft_capped_and_cross_attention_models(make_model: MakeModel) -> None:
+    assert "soft-capped" in refusal(make_model(attn_logit_softcapping=50.0))
+    assert "cross attention" in refusal(make_model(add_cross_attention=True))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "expected"),
+    [(3, "per_head", "divisor"), (8, "per_head", "divisor"), (2, "pooled", "per_head")],
+)
+def test_tensor_parallel_across_heads(
+    make_model: MakeModel, ranks: int, heads: str, expected: str
+) -> None:
+    args = parse(make_model(), "--kascade-heads", heads)
+    object.__setattr__(args, "tp_size", ranks)
+    with pytest.raises(KascadeError, match=expected):
+        checks.check_server_args(args)
+
+
+def test_pipeline_stage_without_its_anchor(make_model: MakeModel) -> None:
+    args = parse(make_model())
+    object.__setattr__(args, "pp_size", 2)
+    assert checks.check_server_args(args), "the second stage starts at layer 2, an anchor"
+    object.__setattr__(args, "pp_size", 4)
+    with pytest.raises(KascadeError, match=r"stages start at layers \[1, 3\]"):
+        checks.check_server_args(args)
+
+
+def test_other_sglang_release() -> None:
+    with pytest.raises(KascadeError, match=r"expected 0.5.17, got 0.5.23; pip install"):
+        compat.require_supported_host("0.5.23")
+
+
+def test_hook_that_is_not_live() -> None:
+    with pytest.raises(KascadeError, match="nothing.there"):
+        compat.require_hooks(["nothing.there"])
+
+
+def test_foreign_kv_pool() -> None:
+    with pytest.raises(KascadeError, match="got SimpleNamespace"):
+        compat.require_plain_pool(SimpleNamespace())
