@@ -29,5 +29,8 @@ check: $(STAMP)  ## lint
 eval: $(STAMP)  ## retrieval accuracy of every method at equal budgets, through the server
 	$(BIN)/python -m kascade_sglang.evaluation
 
+readme-tables: $(STAMP)  ## fill the README's tables in from benchmarks/results
+	$(BIN)/python benchmarks/readme_tables.py
+
 clean:
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache

@@ -15,7 +15,7 @@ LENGTHS = [1, 31, 32, 33, 127, 129, 301]
 
 
 def assert_same(left: Harness, right: Harness, request: int, begin: int = 0) -> None:
-    """Selections and sparse outputs of the positions from ``begin`` on are equal to the last bit."""
+    """Selections and sparse outputs from position ``begin`` on are equal to the last bit."""
     for layer in range(left.layers):
         theirs = left.selections[layer][request]
         ours = right.selections[layer][request]

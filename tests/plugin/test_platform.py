@@ -32,7 +32,7 @@ def test_slots_are_consecutive_in_pages_and_never_shared(page_size: int) -> None
     lengths = [page_size + 3, 1, 2 * page_size]
     slots = extend(allocator, [0, 0, 0], lengths, [-1, -1, -1])
     tables = [list(part) for part in slots.split(lengths)]
-    for step in range(page_size + 2):
+    for _ in range(page_size + 2):
         lengths = [length + 1 for length in lengths]
         last = torch.tensor([int(table[-1]) for table in tables], dtype=torch.int32)
         new = allocator.alloc_decode(torch.tensor(lengths), torch.tensor(lengths), last)

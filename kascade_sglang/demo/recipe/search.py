@@ -1,17 +1,19 @@
 """Choose the demo plan's anchors by what they do to the model's answers, one layer at a time.
 
-``python -m kascade_sglang.demo.recipe.search --out search.csv [--anchors 5]``
+``python -m kascade_sglang.demo.recipe.search --out search.csv [--anchors 6] [--start 0,4,5,8,9]``
+``python -m kascade_sglang.demo.recipe.search --out sets.csv --sets 0,4,5,8,9 0,2,4,8,9,10``
 
 The dynamic programme of ``kascade calibrate`` maximises recovered attention mass. On this small
 model that misses the two layers whose few sharp heads look facts up. So the anchors are searched
 directly: start from layer 0 and keep adding the layer that raises the log probability of the
-right answers most, with the whole model running on Kascade attention. Names and values are the
-training split's.
+right answers most, with the whole model running on Kascade attention. ``--sets`` scores given
+sets instead, on chats that the search did not see. Names and values are the training split's.
 """
 
 import argparse
 import csv
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from kascade_sglang.demo.tasks import TASKS, compose, prompt
 from kascade_sglang.plan.schema import ModelShape, Plan
 
 LENGTHS = (2048, 4096)
+Layers = tuple[int, ...]
+Row = tuple[Layers | str, float, float]
 Chat = tuple[list[int], list[tuple[int, int]]]
 """Token ids, and the [begin, end) of every answer, its end token included."""
 
@@ -96,34 +100,60 @@ def make_plan(shape: ModelShape, stats: LayerStats, anchors: tuple[int, ...]) ->
     return Plan("demo", shape, anchors, similarity)
 
 
+def greedy(
+    measure: Callable[[Layers], tuple[float, float]], start: Layers, layers: int, count: int
+) -> list[Row]:
+    """Add the layer that helps most until there are ``count`` anchors; returns every set tried."""
+    rows: list[Row] = []
+    chosen = start
+    while len(chosen) < count:
+        others = sorted(set(range(layers)) - set(chosen))
+        sets = [tuple(sorted((*chosen, layer))) for layer in others]
+        tried = [(anchors, *measure(anchors)) for anchors in sets]
+        chosen = max(tried, key=lambda row: row[1])[0]
+        print(f"{len(chosen)} anchors: {chosen}", flush=True)
+        rows += tried
+    return rows
+
+
+def layers(text: str) -> Layers:
+    """Parse ``0,4,8``."""
+    return tuple(map(int, text.split(",")))
+
+
 def main() -> None:
-    """Search greedily; write every set tried, with its score."""
+    """Search greedily, or score given sets; write every set with its score."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--anchors", type=int, default=5)
+    parser.add_argument("--anchors", type=int, default=6)
+    parser.add_argument("--start", type=layers, default=(0,), help="anchors to begin from")
+    parser.add_argument("--sets", type=layers, nargs="+", help="score these sets, do not search")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     device = pick_device("auto")
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval().to(device)
     shape = shape_of(model.config)
-    stats = collect(model, [ids for ids, _ in make_chats(tokenizer, 4, "statistics")], Budget())
-    chats = make_chats(tokenizer, 6, "search")
-    every = make_plan(shape, stats, tuple(range(shape.layers)))
-    rows = [("dense", "all", *score(model, replace(every, budget=Budget(1.0)), chats))]
-    rows.append(("oracle", "all", *score(model, every, chats)))
-    chosen: tuple[int, ...] = (0,)
-    while len(chosen) < options.anchors:
-        tried = []
-        for layer in sorted(set(range(shape.layers)) - set(chosen)):
-            anchors = tuple(sorted((*chosen, layer)))
-            tried.append((*score(model, make_plan(shape, stats, anchors), chats), anchors))
-            rows.append(("greedy", " ".join(map(str, anchors)), *tried[-1][:2]))
-        chosen = max(tried)[2]
-        print(f"{len(chosen)} anchors: {chosen}, {max(tried)[:2]}", flush=True)
+    stats = collect(model, [ids for ids, _ in make_chats(tokenizer, 8, "statistics")], Budget())
+    tag, count = ("validate", 12) if options.sets else ("search", 6)
+    chats = make_chats(tokenizer, count, tag)
+
+    def measure(anchors: Layers, budget: Budget | None = None) -> tuple[float, float]:
+        plan = make_plan(shape, stats, anchors)
+        return score(model, replace(plan, budget=budget or plan.budget), chats)
+
+    every = tuple(range(shape.layers))
+    rows: list[Row] = [("dense", *measure(every, Budget(1.0))), ("oracle", *measure(every))]
+    if options.sets:
+        rows += [(anchors, *measure(anchors)) for anchors in options.sets]
+    else:
+        rows += greedy(measure, options.start, shape.layers, options.anchors)
+    answers = sum(len(spans) for _, spans in chats)
     with open(options.out, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["set", "anchors", "answer_logprob", "answers_right"])
-        writer.writerows((name, a, f"{lp:.6f}", f"{right:.4f}") for name, a, lp, right in rows)
+        writer.writerow(["chats", "answers", "anchors", "answer_logprob", "answers_right"])
+        for anchors, logprob, right in rows:
+            name = anchors if isinstance(anchors, str) else " ".join(map(str, anchors))
+            writer.writerow([tag, answers, name, f"{logprob:.6f}", f"{right:.4f}"])
 
 
 if __name__ == "__main__":
