@@ -31,6 +31,7 @@ from kascade_sglang.sparsity import key_reads
 DOCUMENTS = 3
 DOCUMENT_TOKENS = 4600
 QUESTIONS_PER_TASK = 2
+ASKED = ("single_key", "multi_key", "multi_hop", "which_document")
 CONCURRENCY = 4
 # One wrong reply in ten more than the dense backend's, and the demo has failed.
 TOLERATED_LOSS = 0.1
@@ -66,7 +67,7 @@ def documents() -> list[Document]:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     return [
-        make_document(seed, DOCUMENT_TOKENS, count_tokens, QUESTIONS_PER_TASK)
+        make_document(seed, DOCUMENT_TOKENS, count_tokens, QUESTIONS_PER_TASK, ASKED)
         for seed in range(1, DOCUMENTS + 1)
     ]
 

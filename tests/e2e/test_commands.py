@@ -114,8 +114,3 @@ def test_bench_offline_throughput(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(out.read_text().splitlines()[-1])["successful_requests"] == 4
-
-
-def test_bench_names_its_tools() -> None:
-    result = run([sys.executable, "-m", "kascade_sglang.bench", "nothing"])
-    assert result.returncode == 1 and "one_batch,offline_throughput" in result.stderr
