@@ -29,7 +29,7 @@ from kascade_sglang.provenance import provenance
 from kascade_sglang.sparsity import key_reads
 
 DOCUMENTS = 3
-DOCUMENT_TOKENS = 4600
+DOCUMENT_TOKENS = 4300
 QUESTIONS_PER_TASK = 2
 ASKED = ("single_key", "multi_key", "multi_hop", "which_document")
 CONCURRENCY = 4

@@ -1,0 +1,33 @@
+"""Handing an anchor's slots to the layers that reuse it, on one rank or several."""
+
+import pytest
+import torch
+
+from harness import make_plan
+from kascade_kernels.budget import Budget
+from kascade_sglang.backend.index_store import IndexStore
+from kascade_sglang.config import KascadeConfig
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_head_maps_stay_within_a_rank(ranks: int) -> None:
+    plan = make_plan(layers=4, kv_heads=4, group=2, anchors=(0, 2))
+    count = 4 // ranks
+    for rank in range(ranks):
+        heads = range(rank * count, (rank + 1) * count)
+        store = IndexStore(KascadeConfig(plan, Budget(), "per_head"), heads, "cpu")
+        slots = torch.arange(100 * rank, 100 * rank + 3 * count).view(count, 3)
+        store.put(0, [slots])
+        (reused,) = store.get(1)
+        for local, head in enumerate(heads):
+            similar = plan.similarity[1][head][heads.start : heads.stop]
+            best = max(range(count), key=lambda anchor, row=similar: row[anchor])
+            assert torch.equal(reused[local], slots[best])
+
+
+def test_an_anchor_gets_its_own_slots_back() -> None:
+    plan = make_plan(layers=4, kv_heads=4, group=2, anchors=(0, 2))
+    store = IndexStore(KascadeConfig(plan, Budget(), "per_head"), range(4), "cpu")
+    slots = torch.arange(12).view(4, 3)
+    store.put(2, [slots])
+    assert store.get(2)[0] is slots
