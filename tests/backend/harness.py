@@ -69,7 +69,8 @@ class Harness:
         data_seed: int = 1,
     ) -> None:
         plan = make_plan(layers, kv_heads, group, anchors)
-        self.config = KascadeConfig(plan, budget or Budget(0.1, 64), heads, selection)
+        budget = budget or Budget(0.1, 64)
+        self.config = KascadeConfig(plan, budget, heads, selection=selection)
         self.lengths, self.layers, self.group, self.kv_heads = lengths, layers, group, kv_heads
         self._place(lengths, page_size, slot_seed)
         self.pool = FakePool(layers, self.slots, kv_heads, dtype)
