@@ -52,5 +52,7 @@ def test_a_plan_of_another_shape_is_refused(
 
 
 def test_shipped_plans_load() -> None:
-    for path in library.SHIPPED.glob("*.json"):
-        library.load_plan(path)
+    package = Path(library.__file__).parents[1]
+    plans = [*library.SHIPPED.glob("*.json"), package / "demo" / "model" / PLAN_NAME]
+    for path in plans:
+        assert library.load_plan(path).anchors[0] == 0
