@@ -1,0 +1,67 @@
+"""Attention of one new query to the keys of its list, split over the list."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def decode_attention_kernel(
+    q,  # [rows, Hq, D]
+    k,  # [slots, H, D]
+    v,  # [slots, H, D]
+    slots,  # int32 [total]
+    offsets,  # int64 [rows]
+    counts,  # int32 [rows]
+    spans,  # int32 [rows], blocks of one program
+    head_map,  # int32 [H]
+    part_lse,  # float32 [rows, Hq, SPLITS]
+    part_out,  # float32 [rows, Hq, SPLITS, D]
+    scale_log2,
+    stride_q,
+    stride_slot,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = tl.load(counts + row)
+    span = tl.load(spans + row) * BLOCK
+    lo = split * span
+    hi = tl.minimum(lo + span, count)
+
+    group = tl.arange(0, GROUP_PAD)
+    dim = tl.arange(0, D)
+    real = group < GROUP
+    part = (row.to(tl.int64) * (HEADS * GROUP) + head * GROUP + group) * SPLITS + split
+    if lo >= hi:
+        tl.store(part_lse + part, float("-inf"), mask=real)
+        return
+    list_ = slots + tl.load(offsets + row) + tl.load(head_map + head).to(tl.int64) * count
+    q_rows = row.to(tl.int64) * stride_q + (head * GROUP + group) * D
+    queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
+
+    m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, D], tl.float32)
+    for start in tl.range(lo, hi, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        visible = index < hi
+        slot = tl.load(list_ + index, mask=visible, other=0).to(tl.int64)
+        address = slot[:, None] * stride_slot + head * D + dim[None, :]
+        keys = tl.load(k + address, mask=visible[:, None], other=0.0)
+        s = tl.dot(queries, tl.trans(keys)) * scale_log2
+        s = tl.where(visible[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        rescale = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        total = total * rescale + tl.sum(p, 1)
+        values = tl.load(v + address, mask=visible[:, None], other=0.0)
+        acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None])
+        m = m_new
+
+    tl.store(part_lse + part, m + tl.log2(total), mask=real)
+    out = acc / total[:, None]
+    tl.store(part_out + part[:, None] * D + dim[None, :], out, mask=real[:, None])

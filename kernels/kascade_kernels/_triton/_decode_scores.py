@@ -1,0 +1,155 @@
+"""One pass over a request's keys for one new query: logits, and attention where asked for."""
+
+import triton
+import triton.language as tl
+
+from kascade_kernels._triton._primitives import (
+    encode_score,
+    load_slots,
+    own_tile_start,
+    selected_count,
+    store_counts,
+)
+
+LOGIT_BOUND = tl.constexpr(1e30)
+"""Keeps differences of logits finite where q.k overflows."""
+
+
+@triton.jit
+def _quantise_rows(q):
+    """Rows [M, D] -> int8 rows and their float32 scales [M]."""
+    scale = tl.maximum(tl.max(tl.abs(q), 1), 1e-30) / 127.0
+    return tl.floor(q / scale[:, None] + 0.5).to(tl.int8), scale
+
+
+@triton.jit
+def decode_scores_kernel(
+    q,  # [rows, Hq, D]
+    k,  # [slots, H, D], or int8 with KEYS_8BIT
+    k_scales,  # float32 [slots, H], read with KEYS_8BIT
+    v,  # [slots, H, D], read with ATTEND
+    table,  # int32 [requests, max_context]
+    requests,  # [rows]
+    ends,  # [rows]
+    spans,  # int32 [rows], blocks of one program
+    logits,  # float16 [rows, Hq, stride]: base 2, less the block's maximum
+    block_max,  # float32 [rows, Hq, stride / BLOCK]
+    part_lse,  # float32 [rows, Hq, SPLITS]
+    part_out,  # float32 [rows, Hq, SPLITS, D], written with ATTEND
+    scale_log2,
+    ratio_ppm,
+    min_k,
+    stride_q,
+    stride_slot,
+    stride_table,
+    stride_logits,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KEYS_8BIT: tl.constexpr,
+    ATTEND: tl.constexpr,
+):
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    end = tl.load(ends + row).to(tl.int32)
+    dense = selected_count(end, ratio_ppm, min_k) == own_tile_start(end)
+    if dense and not ATTEND:
+        return
+    span = tl.load(spans + row) * BLOCK
+    lo = split * span
+    hi = tl.minimum(lo + span, end)
+
+    group = tl.arange(0, GROUP_PAD)
+    dim = tl.arange(0, D)
+    real = group < GROUP
+    q_heads = row.to(tl.int64) * (HEADS * GROUP) + head * GROUP + group  # [GROUP_PAD]
+    part = q_heads * SPLITS + split
+    if lo >= hi:
+        tl.store(part_lse + part, float("-inf"), mask=real)
+        return
+    q_rows = row.to(tl.int64) * stride_q + (head * GROUP + group) * D
+    queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
+    if KEYS_8BIT:
+        queries, q_scales = _quantise_rows(queries.to(tl.float32))
+    request_table = table + tl.load(requests + row).to(tl.int64) * stride_table
+
+    m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, D], tl.float32)
+    for start in tl.range(lo, hi, BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        visible = position < hi
+        slot = load_slots(request_table, position, visible)
+        address = slot[:, None] * stride_slot + head * D + dim[None, :]
+        keys = tl.load(k + address, mask=visible[:, None], other=0)
+        if KEYS_8BIT:
+            k_scale = tl.load(k_scales + slot * HEADS + head, mask=visible, other=0.0)
+            products = tl.dot(queries, tl.trans(keys), out_dtype=tl.int32).to(tl.float32)
+            s = products * (q_scales * scale_log2)[:, None] * k_scale[None, :]
+        else:
+            s = tl.dot(queries, tl.trans(keys)) * scale_log2
+        s = tl.minimum(tl.maximum(s, -LOGIT_BOUND), LOGIT_BOUND)
+        s = tl.where(visible[None, :], s, float("-inf"))
+        m_block = tl.max(s, 1)
+        if not dense:
+            # The block's maximum apart: half precision is then finest where scores are largest.
+            where = q_heads * stride_logits + start
+            less = (s - m_block[:, None]).to(tl.float16)
+            offsets = where[:, None] + tl.arange(0, BLOCK)[None, :]
+            tl.store(logits + offsets, less, mask=real[:, None] & visible[None, :])
+            tl.store(block_max + where // BLOCK, m_block, mask=real)
+        m_new = tl.maximum(m, m_block)
+        rescale = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        total = total * rescale + tl.sum(p, 1)
+        m = m_new
+        if ATTEND:
+            values = tl.load(v + address, mask=visible[:, None], other=0.0)
+            acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None])
+
+    tl.store(part_lse + part, m + tl.log2(total), mask=real)
+    if ATTEND:
+        out = acc / total[:, None]
+        tl.store(part_out + part[:, None] * D + dim[None, :], out, mask=real[:, None])
+
+
+@triton.jit
+def pool_scores_kernel(
+    logits,  # float16 [rows, Hq, stride]
+    block_max,  # float32 [rows, Hq, stride / BLOCK]
+    part_lse,  # float32 [rows, Hq, SPLITS]
+    ends,  # [rows]
+    codes,  # uint16 [rows, LISTS, stride]
+    high_counts,  # int16 [rows, LISTS, chunks, 256]
+    ratio_ppm,
+    min_k,
+    stride_logits,
+    LISTS: tl.constexpr,
+    POOLED: tl.constexpr,  # query heads summed into one list
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    end = tl.load(ends + row).to(tl.int32)
+    candidates = own_tile_start(end)
+    if chunk * CHUNK >= candidates or selected_count(end, ratio_ppm, min_k) == candidates:
+        return
+    position = chunk * CHUNK + tl.arange(0, CHUNK)
+    visible = position < candidates
+    list_index = row.to(tl.int64) * LISTS + list_
+    score = tl.zeros([CHUNK], tl.float32)
+    for member in range(POOLED):
+        q_head = list_index * POOLED + member
+        parts = tl.load(part_lse + q_head * SPLITS + tl.arange(0, SPLITS))
+        top = tl.max(parts, 0)
+        lse = top + tl.log2(tl.sum(tl.exp2(parts - top), 0))
+        where = q_head * stride_logits + position
+        less = tl.load(logits + where, mask=visible, other=float("-inf")).to(tl.float32)
+        m_block = tl.load(block_max + where // BLOCK, mask=visible, other=0.0)
+        score += tl.exp2(less + (m_block - lse))
+    code = encode_score(score)
+    tl.store(codes + list_index * stride_logits + position, code, mask=visible)
+    store_counts(high_counts, list_index * tl.num_programs(0) + chunk, code >> 8, visible)

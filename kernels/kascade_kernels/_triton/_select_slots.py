@@ -1,0 +1,219 @@
+"""Exact Top-k of score codes by two rounds of counting, then the keys' slots in order.
+
+A list's codes are cut into chunks, one program each. Between the passes over the codes, one
+program a list turns the chunks' counts into a threshold and into where each chunk writes.
+"""
+
+import triton
+import triton.language as tl
+
+from kascade_kernels._triton._primitives import (
+    TILE,
+    load_slots,
+    own_tile_start,
+    selected_count,
+    store_counts,
+)
+
+
+@triton.jit
+def _load_counts(counts, list_index, chunks, CHUNKS: tl.constexpr):
+    """Counts of a list's first ``chunks`` chunks, int32 [CHUNKS padded, 256]."""
+    PADDED: tl.constexpr = triton.next_power_of_2(CHUNKS)
+    chunk = tl.arange(0, PADDED)[:, None]
+    address = (list_index * CHUNKS + chunk) * 256 + tl.arange(0, 256)[None, :]
+    return tl.load(counts + address, mask=chunk < chunks, other=0).to(tl.int32)
+
+
+@triton.jit
+def _largest_reaching(totals, wanted):
+    """Largest bin with at least ``wanted`` elements in it or above, and how many lie above."""
+    reach = tl.cumsum(totals, 0, reverse=True)
+    bin_ = tl.sum((reach >= wanted).to(tl.int32), 0) - 1
+    above = tl.sum(tl.where(tl.arange(0, 256) == bin_ + 1, reach, 0), 0)
+    return bin_, above
+
+
+@triton.jit
+def count_high_kernel(
+    codes,  # uint16 [rows, LISTS, stride]
+    ends,  # [rows]
+    high_counts,  # int16 [rows, LISTS, CHUNKS, 256]
+    ratio_ppm,
+    min_k,
+    stride_codes,
+    LISTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    end = tl.load(ends + row).to(tl.int32)
+    candidates = own_tile_start(end)
+    if chunk * CHUNK >= candidates or selected_count(end, ratio_ppm, min_k) == candidates:
+        return
+    list_index = row.to(tl.int64) * LISTS + list_
+    position = chunk * CHUNK + tl.arange(0, CHUNK)
+    visible = position < candidates
+    code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
+    store_counts(high_counts, list_index * CHUNKS + chunk, code >> 8, visible)
+
+
+@triton.jit
+def find_high_kernel(
+    ends,  # [rows]
+    high_counts,  # int16 [rows, LISTS, CHUNKS, 256]
+    thresholds,  # int32 [rows, LISTS, 2]: high byte of the threshold
+    ratio_ppm,
+    min_k,
+    LISTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    list_, row = tl.program_id(0), tl.program_id(1)
+    end = tl.load(ends + row).to(tl.int32)
+    candidates = own_tile_start(end)
+    wanted = selected_count(end, ratio_ppm, min_k)
+    if wanted == candidates:
+        return
+    list_index = row.to(tl.int64) * LISTS + list_
+    counts = _load_counts(high_counts, list_index, tl.cdiv(candidates, CHUNK), CHUNKS)
+    high, _ = _largest_reaching(tl.sum(counts, 0), wanted)
+    tl.store(thresholds + list_index * 2, high)
+
+
+@triton.jit
+def count_low_kernel(
+    codes,  # uint16 [rows, LISTS, stride]
+    ends,  # [rows]
+    thresholds,  # int32 [rows, LISTS, 2]
+    low_counts,  # int16 [rows, LISTS, CHUNKS, 256]: codes whose high byte is the threshold's
+    ratio_ppm,
+    min_k,
+    stride_codes,
+    LISTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    end = tl.load(ends + row).to(tl.int32)
+    candidates = own_tile_start(end)
+    if chunk * CHUNK >= candidates or selected_count(end, ratio_ppm, min_k) == candidates:
+        return
+    list_index = row.to(tl.int64) * LISTS + list_
+    position = chunk * CHUNK + tl.arange(0, CHUNK)
+    visible = position < candidates
+    code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
+    code = code.to(tl.int32)
+    counted = visible & ((code >> 8) == tl.load(thresholds + list_index * 2))
+    store_counts(low_counts, list_index * CHUNKS + chunk, code & 255, counted)
+
+
+@triton.jit
+def find_low_kernel(
+    ends,  # [rows]
+    high_counts,  # int16 [rows, LISTS, CHUNKS, 256]
+    low_counts,  # int16 [rows, LISTS, CHUNKS, 256]
+    thresholds,  # int32 [rows, LISTS, 2]: the threshold, and how many equal to it are taken
+    before,  # int32 [rows, LISTS, CHUNKS, 2]: larger codes and ties in earlier chunks
+    ratio_ppm,
+    min_k,
+    LISTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    list_, row = tl.program_id(0), tl.program_id(1)
+    end = tl.load(ends + row).to(tl.int32)
+    candidates = own_tile_start(end)
+    wanted = selected_count(end, ratio_ppm, min_k)
+    if wanted == candidates:
+        return
+    list_index = row.to(tl.int64) * LISTS + list_
+    chunks = tl.cdiv(candidates, CHUNK)
+    high_by_chunk = _load_counts(high_counts, list_index, chunks, CHUNKS)
+    low_by_chunk = _load_counts(low_counts, list_index, chunks, CHUNKS)
+    high, above_high = _largest_reaching(tl.sum(high_by_chunk, 0), wanted)
+    low, above_low = _largest_reaching(tl.sum(low_by_chunk, 0), wanted - above_high)
+    tl.store(thresholds + list_index * 2, high * 256 + low)
+    tl.store(thresholds + list_index * 2 + 1, wanted - above_high - above_low)
+
+    byte = tl.arange(0, 256)[None, :]
+    larger = tl.sum(tl.where(byte > high, high_by_chunk, 0), 1)
+    larger += tl.sum(tl.where(byte > low, low_by_chunk, 0), 1)
+    ties = tl.sum(tl.where(byte == low, low_by_chunk, 0), 1)
+    chunk = tl.arange(0, triton.next_power_of_2(CHUNKS))
+    target = before + (list_index * CHUNKS + chunk) * 2
+    tl.store(target, tl.cumsum(larger, 0) - larger, mask=chunk < chunks)
+    tl.store(target + 1, tl.cumsum(ties, 0) - ties, mask=chunk < chunks)
+
+
+@triton.jit
+def emit_slots_kernel(
+    codes,  # uint16 [rows, LISTS, stride]
+    table,  # int32 [requests, max_context]
+    requests,  # [rows]
+    ends,  # [rows]
+    thresholds,  # int32 [rows, LISTS, 2]
+    before,  # int32 [rows, LISTS, CHUNKS, 2]
+    slots,  # int32 [total]
+    offsets,  # int64 [rows]
+    counts,  # int32 [rows]
+    ratio_ppm,
+    min_k,
+    stride_codes,
+    stride_table,
+    LISTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    APPEND_OWN: tl.constexpr,
+):
+    chunk, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    end = tl.load(ends + row).to(tl.int32)
+    candidates = own_tile_start(end)
+    if chunk > 0 and chunk * CHUNK >= candidates:
+        return
+    wanted = selected_count(end, ratio_ppm, min_k)
+    list_length = wanted
+    if APPEND_OWN:
+        list_length += end - candidates
+    request_table = table + tl.load(requests + row).to(tl.int64) * stride_table
+    out = slots + tl.load(offsets + row) + list_ * list_length.to(tl.int64)
+    if chunk == 0:
+        if list_ == 0:
+            tl.store(counts + row, list_length)
+        if APPEND_OWN:
+            own = candidates + tl.arange(0, TILE)
+            slot = load_slots(request_table, own, own < end)
+            tl.store(out + wanted + tl.arange(0, TILE), slot.to(tl.int32), mask=own < end)
+
+    first = chunk * CHUNK
+    last = tl.minimum(first + CHUNK, candidates)
+    if wanted == candidates:
+        for start in tl.range(first, last, BLOCK):
+            position = start + tl.arange(0, BLOCK)
+            slot = load_slots(request_table, position, position < last)
+            tl.store(out + position, slot.to(tl.int32), mask=position < last)
+    else:
+        list_index = row.to(tl.int64) * LISTS + list_
+        threshold = tl.load(thresholds + list_index * 2)
+        ties = tl.load(thresholds + list_index * 2 + 1)
+        larger_before = tl.load(before + (list_index * CHUNKS + chunk) * 2)
+        ties_before = tl.load(before + (list_index * CHUNKS + chunk) * 2 + 1)
+        for start in tl.range(first, last, BLOCK):
+            position = start + tl.arange(0, BLOCK)
+            visible = position < last
+            code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
+            code = code.to(tl.int32)
+            larger = (visible & (code > threshold)).to(tl.int32)
+            tie = (visible & (code == threshold)).to(tl.int32)
+            # One running sum counts both kinds: larger codes below bit 16, ties from there on.
+            both = larger + (tie << 16)
+            earlier = tl.cumsum(both, 0) - both
+            rank_tie = ties_before + (earlier >> 16)
+            taken = (larger == 1) | ((tie == 1) & (rank_tie < ties))
+            rank = larger_before + (earlier & 0xFFFF) + tl.minimum(rank_tie, ties)
+            slot = load_slots(request_table, position, taken)
+            tl.store(out + rank, slot.to(tl.int32), mask=taken)
+            in_block = tl.sum(both, 0)
+            larger_before += in_block & 0xFFFF
+            ties_before += in_block >> 16

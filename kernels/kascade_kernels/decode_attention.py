@@ -1,0 +1,66 @@
+"""Attention of one new query a request to the keys on its anchor's list."""
+
+import math
+
+import torch
+
+from kascade_kernels._triton._decode_attention import decode_attention_kernel
+from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
+from kascade_kernels.decode_spans import STEP, Spans
+from kascade_kernels.launch import padded_group
+from kascade_kernels.merge_parts import Parts, merge_parts
+from kascade_kernels.structs import Selection
+
+LOG2_E = math.log2(math.e)
+LAUNCH = {"num_warps": 2, "num_stages": 4}
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    selection: Selection,
+    spans: Spans,
+    head_map: torch.Tensor,
+    scale: float,
+    parts: Parts,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend every row to the list of each KV head's anchor head.
+
+    q: [rows, Hq, D]. k_cache, v_cache: [slots, H, D]; keys are gathered straight from the pool.
+    selection: lists that include the query's own tile, so every key on them is visible.
+    head_map: int32 [H], which of the selection's lists a KV head reads.
+    Returns [rows, Hq, D]. Not checked: that slots and head map are within range.
+    """
+    count, q_heads, dim = q.shape
+    kv_heads = k_cache.shape[1]
+    require_last_dim_contiguous("q", q)
+    require_shape("k_cache", k_cache, (None, kv_heads, dim))
+    require_shape("v_cache", v_cache, (None, kv_heads, dim))
+    require_dtype("head_map", head_map, torch.int32)
+    splits = spans.attend_splits
+    group = q_heads // kv_heads
+    decode_attention_kernel[(kv_heads, splits, count)](
+        q,
+        k_cache,
+        v_cache,
+        selection.slots,
+        selection.offsets,
+        selection.counts,
+        spans.attend,
+        head_map,
+        parts.lse,
+        parts.out,
+        scale * LOG2_E,
+        q.stride(0),
+        k_cache.stride(0),
+        HEADS=kv_heads,
+        GROUP=group,
+        GROUP_PAD=padded_group(group),
+        D=dim,
+        BLOCK=STEP,
+        SPLITS=splits,
+        **LAUNCH,
+    )
+    return merge_parts(parts, splits, torch.empty_like(q) if out is None else out)

@@ -1,0 +1,152 @@
+"""Scores of every key for one new query a request, and attention to all of them where asked."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from kascade_kernels._triton._decode_scores import decode_scores_kernel, pool_scores_kernel
+from kascade_kernels.budget import Budget
+from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
+from kascade_kernels.decode_spans import STEP, Spans
+from kascade_kernels.launch import padded_group
+from kascade_kernels.merge_parts import Parts, merge_parts
+from kascade_kernels.select_slots import CHUNK, CodeBuffer
+from kascade_kernels.structs import KeyCopy, Rows
+
+LOG2_E = math.log2(math.e)
+BLOCK = STEP
+LAUNCH = {
+    "exact": {"num_warps": 2, "num_stages": 4},
+    "eight_bit": {"num_warps": 1, "num_stages": 6},
+    "attend": {"num_warps": 2, "num_stages": 3},
+}
+"""One or two warps: the maximum of a block is then a matter of few threads."""
+
+
+class ScoreScratch(NamedTuple):
+    """Buffers of one launch, for up to ``rows`` requests of up to ``keys`` keys.
+
+    logits: float16 [rows, Hq, keys]. block_max: float32 [rows, Hq, keys / 64].
+    codes: the result, with the counts of its high bytes.
+    """
+
+    logits: torch.Tensor
+    block_max: torch.Tensor
+    codes: CodeBuffer
+
+    @staticmethod
+    def bytes_per_row(q_heads: int, lists: int, keys: int) -> int:
+        """Bytes that each request of a launch needs."""
+        keys = padded_keys(keys)
+        logits = q_heads * (2 * keys + 4 * (keys // BLOCK))
+        return logits + CodeBuffer.bytes_per_row(lists, keys)
+
+    @staticmethod
+    def allocate(
+        rows: int, q_heads: int, lists: int, keys: int, device: torch.device | str
+    ) -> ScoreScratch:
+        """Allocate for ``rows`` requests; lists: selections per row, the KV heads or 1."""
+        keys = padded_keys(keys)
+        return ScoreScratch(
+            torch.empty(rows, q_heads, keys, dtype=torch.float16, device=device),
+            torch.empty(rows, q_heads, keys // BLOCK, dtype=torch.float32, device=device),
+            CodeBuffer.allocate(rows, lists, keys, device),
+        )
+
+
+def padded_keys(keys: int) -> int:
+    """Round a context length up to whole blocks."""
+    return triton.cdiv(keys, BLOCK) * BLOCK
+
+
+def decode_scores(
+    q: torch.Tensor,
+    keys: torch.Tensor | KeyCopy,
+    req_to_token: torch.Tensor,
+    rows: Rows,
+    spans: Spans,
+    budget: Budget,
+    scale: float,
+    scratch: ScoreScratch,
+    parts: Parts,
+    values: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Score all candidates of every row into ``scratch.codes``; with ``values`` also attend.
+
+    q: [rows, Hq, D]. keys: [slots, H, D], or their 8-bit copy.
+    values: [slots, H, D]; where given, every row also attends to all its keys, and the result,
+        [rows, Hq, D], goes to ``out``. rows whose budget covers all candidates get no codes.
+    Codes order like the post-softmax mass, summed over the group (section 3.3) or, where the
+    scratch has one list, over all heads. Logits are rounded to half precision, less the
+    maximum of their block of 64.
+    """
+    eight_bit = isinstance(keys, KeyCopy)
+    kind = "eight_bit" if eight_bit else "exact" if values is None else "attend"
+    cache = keys.values if eight_bit else keys
+    count, q_heads, dim = q.shape
+    kv_heads = cache.shape[1]
+    require_last_dim_contiguous("q", q)
+    require_shape("keys", cache, (None, kv_heads, dim))
+    require_dtype("req_to_token", req_to_token, torch.int32)
+    require_shape("scratch.logits", scratch.logits, (None, q_heads, None))
+    _, lists, chunks, _ = scratch.codes.high.shape
+    stride = scratch.logits.shape[2]
+    if count > scratch.logits.shape[0]:
+        raise ValueError(f"q: expected at most {scratch.logits.shape[0]} rows, got {count}")
+    splits = spans.score_splits
+    group = q_heads // kv_heads
+    decode_scores_kernel[(kv_heads, splits, count)](
+        q,
+        cache,
+        keys.scales if eight_bit else cache,
+        cache if values is None else values,
+        req_to_token,
+        rows.requests,
+        rows.ends,
+        spans.score,
+        scratch.logits,
+        scratch.block_max,
+        parts.lse,
+        parts.out,
+        scale * LOG2_E,
+        budget.ratio_ppm,
+        budget.min_k,
+        q.stride(0),
+        cache.stride(0),
+        req_to_token.stride(0),
+        stride,
+        HEADS=kv_heads,
+        GROUP=group,
+        GROUP_PAD=padded_group(group),
+        D=dim,
+        BLOCK=BLOCK,
+        SPLITS=splits,
+        KEYS_8BIT=eight_bit,
+        ATTEND=values is not None,
+        **LAUNCH[kind],
+    )
+    pool_scores_kernel[(chunks, lists, count)](
+        scratch.logits,
+        scratch.block_max,
+        parts.lse,
+        rows.ends,
+        scratch.codes.codes,
+        scratch.codes.high,
+        budget.ratio_ppm,
+        budget.min_k,
+        stride,
+        LISTS=lists,
+        POOLED=q_heads // lists,
+        BLOCK=BLOCK,
+        SPLITS=splits,
+        CHUNK=CHUNK,
+        num_warps=8,
+    )
+    if values is None:
+        return None
+    return merge_parts(parts, splits, torch.empty_like(q) if out is None else out)

@@ -1,0 +1,127 @@
+"""Exact Top-k of score codes, as KV slots in ascending order of position."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from kascade_kernels._triton._select_slots import (
+    count_high_kernel,
+    count_low_kernel,
+    emit_slots_kernel,
+    find_high_kernel,
+    find_low_kernel,
+)
+from kascade_kernels.budget import Budget
+from kascade_kernels.checks import require_dtype, require_shape
+from kascade_kernels.structs import Rows, Selection
+
+CHUNK = 8192
+"""Codes of one program; counts of a chunk fit 16 bits."""
+LAUNCH = {"num_warps": 8}
+EMIT_BLOCK = 2048
+EMIT_LAUNCH = {"num_warps": 4}
+
+
+class CodeBuffer(NamedTuple):
+    """Score codes and what selection counts of them.
+
+    codes: uint16 [rows, lists, keys]. high, low: int16 [rows, lists, chunks, 256].
+    thresholds: int32 [rows, lists, 2]. before: int32 [rows, lists, chunks, 2].
+    """
+
+    codes: torch.Tensor
+    high: torch.Tensor
+    low: torch.Tensor
+    thresholds: torch.Tensor
+    before: torch.Tensor
+
+    @staticmethod
+    def bytes_per_row(lists: int, keys: int) -> int:
+        """Bytes for one row."""
+        return lists * (2 * keys + triton.cdiv(keys, CHUNK) * (256 * 2 * 2 + 8) + 8)
+
+    @staticmethod
+    def allocate(rows: int, lists: int, keys: int, device: torch.device | str) -> CodeBuffer:
+        """Allocate for rows of up to ``keys`` candidates; lists: the KV heads, or 1."""
+        chunks = triton.cdiv(keys, CHUNK)
+        counts = (rows, lists, chunks, 256)
+        return CodeBuffer(
+            torch.empty(rows, lists, keys, dtype=torch.uint16, device=device),
+            torch.empty(counts, dtype=torch.int16, device=device),
+            torch.empty(counts, dtype=torch.int16, device=device),
+            torch.empty(rows, lists, 2, dtype=torch.int32, device=device),
+            torch.empty(rows, lists, chunks, 2, dtype=torch.int32, device=device),
+        )
+
+
+def count_high(buffer: CodeBuffer, rows: Rows, budget: Budget) -> None:
+    """Count the codes' high bytes into ``buffer.high``, where scoring has not done so."""
+    _, lists, chunks, _ = buffer.high.shape
+    count_high_kernel[(chunks, lists, rows.ends.shape[0])](
+        buffer.codes,
+        rows.ends,
+        buffer.high,
+        budget.ratio_ppm,
+        budget.min_k,
+        buffer.codes.stride(1),
+        LISTS=lists,
+        CHUNKS=chunks,
+        CHUNK=CHUNK,
+        **LAUNCH,
+    )
+
+
+def select_slots(
+    buffer: CodeBuffer,
+    req_to_token: torch.Tensor,
+    rows: Rows,
+    budget: Budget,
+    selection: Selection,
+    *,
+    append_own: bool,
+) -> None:
+    """Write every row's lists and their length into ``selection``.
+
+    Each list holds the ``budget.selected`` candidates with the largest codes, ascending by
+    position; ties go to the lower position. Rows whose budget covers all candidates list them
+    all, and read no codes.
+    append_own: whether the list also holds the row's own tile, up to its last query.
+    Not checked: that ``selection.slots`` has room at ``selection.offsets``.
+    """
+    _, lists, chunks, _ = buffer.high.shape
+    count = rows.ends.shape[0]
+    require_dtype("buffer.codes", buffer.codes, torch.uint16)
+    require_shape("buffer.codes", buffer.codes, (None, selection.heads, None))
+    require_dtype("selection.slots", selection.slots, torch.int32)
+    require_dtype("selection.offsets", selection.offsets, torch.int64)
+    keys_wanted = (budget.ratio_ppm, budget.min_k)
+    sizes = {"LISTS": lists, "CHUNKS": chunks, "CHUNK": CHUNK}
+    codes, high, low, thresholds, before = buffer
+    find_high_kernel[(lists, count)](rows.ends, high, thresholds, *keys_wanted, **sizes, **LAUNCH)
+    count_low_kernel[(chunks, lists, count)](
+        codes, rows.ends, thresholds, low, *keys_wanted, codes.stride(1), **sizes, **LAUNCH
+    )
+    find_low_kernel[(lists, count)](
+        rows.ends, high, low, thresholds, before, *keys_wanted, **sizes, **LAUNCH
+    )
+    emit_slots_kernel[(chunks, lists, count)](
+        codes,
+        req_to_token,
+        rows.requests,
+        rows.ends,
+        thresholds,
+        before,
+        selection.slots,
+        selection.offsets,
+        selection.counts,
+        *keys_wanted,
+        codes.stride(1),
+        req_to_token.stride(0),
+        APPEND_OWN=append_own,
+        BLOCK=EMIT_BLOCK,
+        **sizes,
+        **EMIT_LAUNCH,
+    )

@@ -1,0 +1,87 @@
+"""Decode attention over lists against the float64 reference."""
+
+import pytest
+import torch
+
+from decode_case import DEVICE, DecodeCase
+from kascade_kernels.decode_attention import decode_attention
+from kascade_kernels.decode_spans import STEP, Spans
+from kascade_kernels.merge_parts import Parts
+from kascade_kernels.structs import Selection
+
+DTYPES = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def make_lists(counts: list[int], lists: int, slots: int) -> tuple[Selection, list[torch.Tensor]]:
+    """Lists of distinct slots, any order."""
+    drawn = [torch.stack([torch.randperm(slots)[:n] for _ in range(lists)]) for n in counts]
+    offsets = torch.tensor([0, *(lists * n for n in counts)]).cumsum(0)[:-1]
+    flat = torch.cat([one.flatten() for one in drawn]).to(torch.int32)
+    selection = Selection(
+        flat.to(DEVICE),
+        offsets.to(DEVICE),
+        torch.tensor(counts, dtype=torch.int32, device=DEVICE),
+        lists,
+    )
+    return selection, drawn
+
+
+def spans_of(selection: Selection) -> Spans:
+    """One to four programs a list."""
+    share = (selection.counts.max() + 3) // 4
+    steps = ((share + STEP - 1) // STEP).expand(len(selection.counts)).to(torch.int32)
+    return Spans(steps.contiguous(), steps.contiguous(), 4, 4)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """One query over its lists, [Hq, D]; slots: [H, count], heads already mapped."""
+    heads = torch.arange(k.shape[1], device=k.device)[:, None]
+    keys, values = k[slots, heads], v[slots, heads]
+    grouped = q.view(k.shape[1], -1, q.shape[-1])
+    weights = (grouped @ keys.transpose(1, 2) * scale).softmax(-1)
+    return (weights @ values).reshape(q.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [1, 2, 5, 8])
+def test_equals_float64(group: int, dtype: torch.dtype) -> None:
+    counts = [1, 31, 32, 64, 65, 200]
+    case = DecodeCase.make(counts, group=group, dtype=dtype)
+    selection, drawn = make_lists(counts, 2, case.k.shape[0])
+    head_map = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
+    spans = spans_of(selection)
+    parts = Parts.allocate(spans, case.q.shape[1], 32)
+    out = decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
+    for row, slots in enumerate(drawn):
+        mapped = slots.flip(0).to(DEVICE)
+        q, k, v = case.q[row], case.k, case.v
+        exact = attention(q.double(), k.double(), v.double(), mapped, case.scale)
+        eager = attention(q, k, v, mapped, case.scale)
+        eager_error = (eager.double() - exact).abs().max()
+        assert (out[row].double() - exact).abs().max() <= eager_error + 1e-4
+
+
+def test_one_list_for_all_heads() -> None:
+    case = DecodeCase.make([90, 7])
+    selection, drawn = make_lists([90, 7], 1, case.k.shape[0])
+    head_map = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    spans = spans_of(selection)
+    parts = Parts.allocate(spans, case.q.shape[1], 32)
+    out = decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
+    for row, slots in enumerate(drawn):
+        mapped = slots.expand(2, -1).to(DEVICE)
+        exact = attention(
+            case.q[row].double(), case.k.double(), case.v.double(), mapped, case.scale
+        )
+        torch.testing.assert_close(out[row].double(), exact, rtol=2e-3, atol=2e-3)
+
+
+def test_wrong_head_map_type() -> None:
+    case = DecodeCase.make([9])
+    selection, _ = make_lists([9], 2, case.k.shape[0])
+    head_map, spans = torch.zeros(2, device=DEVICE), spans_of(selection)
+    parts = Parts.allocate(spans, 8, 32)
+    with pytest.raises(ValueError, match="head_map: expected int32, got float32"):
+        decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
