@@ -1,13 +1,17 @@
 """Everything Kascade refuses, each with one sentence, before the server accepts requests."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kascade_sglang.config import KascadeConfig, load_config
 from kascade_sglang.errors import KascadeError
 
 if TYPE_CHECKING:
     from kascade_sglang.compat import ModelRunner
+
+HEAD_DIMS = (64, 128, 256)
+"""Head dimensions that the kernels are tested with."""
 
 # ServerArgs field -> the values Kascade works with. A flag stays here until it is tested.
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -43,10 +47,11 @@ def _refused_flags(server_args: Any) -> Iterator[str]:
                 f"{flag}: expected {supported[0]!r} with the kascade backend, got {value!r}; "
                 "drop the flag, or serve with another --attention-backend"
             )
-    if server_args.cuda_graph_backend_prefill not in (None, "disabled"):
-        yield "--cuda-graph-backend-prefill: kascade computes eagerly; drop the flag"
-    if server_args.cuda_graph_backend_decode not in (None, "disabled"):
-        yield "--cuda-graph-backend-decode: kascade computes eagerly; drop the flag"
+    if server_args.cuda_graph_backend_prefill == "full":
+        yield (
+            "--cuda-graph-backend-prefill: expected breakable or disabled with the kascade "
+            "backend, got 'full'; tiles are cut on the host"
+        )
 
 
 def _refused_model(model_config: Any) -> Iterator[str]:
@@ -68,6 +73,21 @@ def _refused_model(model_config: Any) -> Iterator[str]:
         yield f"model: soft-capped attention logits are not supported; {use}"
     if model_config.head_dim != model_config.v_head_dim:
         yield f"model: expected one head_dim for K and V; {use}"
+
+
+def _refused_on_gpu(server_args: Any, model_config: Any, config: KascadeConfig) -> Iterator[str]:
+    from kascade_sglang.compat import phases_on_kascade
+
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    if dtype not in ("bfloat16", "float16"):
+        yield f"--dtype: expected bfloat16 or float16 on a GPU, got {dtype}"
+    if config.plan.shape.head_dim not in HEAD_DIMS:
+        yield f"model: expected a head_dim of {HEAD_DIMS}, got {config.plan.shape.head_dim}"
+    if phases_on_kascade(server_args) == {"decode"} and not config.exact:
+        yield (
+            "--prefill-attention-backend: expected kascade, which keeps 8-bit copies of keys for "
+            f"decoding, got {server_args.prefill_attention_backend!r}; or add --kascade-exact"
+        )
 
 
 def _refused_ranks(server_args: Any, config: KascadeConfig) -> Iterator[str]:
@@ -108,7 +128,36 @@ def check_server_args(server_args: Any) -> KascadeConfig:
     config = load_config(server_args.model_path, compat.model_shape(model_config), options)
     compat.require_dense_backend(config.dense_backend)
     _refuse(_refused_ranks(server_args, config))
-    return config
+    if compat.has_gpu() and config.selection == "topk":
+        _refuse(_refused_on_gpu(server_args, model_config, config))
+    return replace(config, batch_invariant=server_args.enable_deterministic_inference)
+
+
+class ReservedMemory(NamedTuple):
+    """Bytes of one rank that the KV pool must leave. per_token: for each token of the pool."""
+
+    per_token: int
+    scratch: int
+
+
+def reserved_memory(server_args: Any) -> ReservedMemory:
+    """Return what the kernels allocate beside the KV pool; nothing where they do not run."""
+    from kascade_sglang import compat
+    from kascade_sglang.backend.decode_path import list_room
+    from kascade_sglang.backend.key_copies import KeyCopies
+
+    config = check_server_args(server_args)
+    if not compat.has_gpu() or config.selection != "topk":
+        return ReservedMemory(0, 0)
+    shape, layers = config.plan.shape, -(-config.plan.shape.layers // server_args.pp_size)
+    kv_heads = shape.kv_heads // server_args.tp_size
+    copies = 0 if config.exact else min(len(config.plan.anchors), layers)
+    room = list_room(server_args.get_model_config().context_len, config)
+    lists = compat.largest_captured_batch(server_args) * (1 if config.pooled else kv_heads)
+    return ReservedMemory(
+        per_token=copies * KeyCopies.bytes_per_slot(kv_heads, shape.head_dim),
+        scratch=config.score_memory + 4 * lists * room,
+    )
 
 
 def check_runner(runner: "ModelRunner") -> KascadeConfig:

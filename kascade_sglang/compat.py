@@ -16,7 +16,12 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.plugins.hook_registry import HookRegistry
-from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+from sglang.srt.server_args import (
+    ATTENTION_BACKEND_CHOICES,
+    add_attention_backend_choices,
+    add_deterministic_attention_backend_choices,
+    add_radix_supported_deterministic_attention_backend_choices,
+)
 
 from kascade_sglang.backend.dense import default_dense_backend
 from kascade_sglang.errors import KascadeError
@@ -33,10 +38,14 @@ __all__ = [
     "ModelRunner",
     "RadixAttention",
     "build_dense_backend",
+    "has_gpu",
     "is_plain_decoder_layer",
     "key_value_caches",
+    "largest_captured_batch",
     "local_kv_heads",
+    "local_layers",
     "model_shape",
+    "phases_on_kascade",
     "register_backend",
     "require_dense_backend",
     "require_hooks",
@@ -74,16 +83,36 @@ def register_backend(factory: Any) -> None:
     """Make ``--attention-backend kascade`` build ``factory(model_runner)``; repeatable."""
     if NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([NAME])
+        add_deterministic_attention_backend_choices([NAME])
+        add_radix_supported_deterministic_attention_backend_choices([NAME])
     register_attention_backend(NAME)(factory)
+
+
+def has_gpu() -> bool:
+    """Whether steps can run on a GPU of this machine."""
+    return torch.cuda.is_available()
+
+
+def phases_on_kascade(server_args: Any) -> set[str]:
+    """Return which of ``prefill`` and ``decode`` run on the kascade backend."""
+    names = {
+        "prefill": server_args.prefill_attention_backend,
+        "decode": server_args.decode_attention_backend,
+    }
+    return {
+        phase for phase, name in names.items() if (name or server_args.attention_backend) == NAME
+    }
+
+
+def largest_captured_batch(server_args: Any) -> int:
+    """Return the largest decode batch that SGLang captures, 0 where it captures none."""
+    decode = server_args.cuda_graph_config.decode
+    return 0 if decode.backend == "disabled" else max([decode.max_bs or 0, *(decode.bs or [])])
 
 
 def uses_kascade(server_args: Any) -> bool:
     """Whether any phase of this server runs on the kascade backend."""
-    return NAME in (
-        server_args.attention_backend,
-        server_args.prefill_attention_backend,
-        server_args.decode_attention_backend,
-    )
+    return bool(phases_on_kascade(server_args))
 
 
 def model_shape(model_config: Any) -> ModelShape:
@@ -107,6 +136,12 @@ def local_kv_heads(runner: "ModelRunner") -> range:
     count = runner.model_config.get_num_kv_heads(runner.server_args.tp_size)
     first = runner.ps.tp_rank * count
     return range(first, first + count)
+
+
+def local_layers(runner: "ModelRunner") -> range:
+    """Return the model's layers that this rank holds."""
+    pool = runner.token_to_kv_pool
+    return range(pool.start_layer, pool.start_layer + pool.layer_num)
 
 
 def build_dense_backend(runner: "ModelRunner", name: str | None) -> AttentionBackend:

@@ -17,6 +17,7 @@ from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import find_plan
 from kascade_sglang.plan.schema import ModelShape, Plan
 
+MB = 2**20
 FLAGS_VARIABLE = "KASCADE_FLAGS"
 """Carries the parsed flags, as JSON, to the processes that SGLang starts."""
 
@@ -32,6 +33,8 @@ class Settings(BaseModel):
     heads: Literal["per_head", "pooled"] | None = None
     dense_backend: str | None = None
     selection: Literal["topk", "window", "random"] | None = None
+    exact: bool | None = None
+    score_memory_mb: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class KascadeConfig:
     dense_backend: SGLang's backend for layer 0; None leaves the choice to the hardware.
     selection: ``topk``, the method; ``window`` (sinks and the latest keys) and ``random`` exist
         so that its quality can be compared at an equal budget.
+    exact: score with the pool's own keys and every query's exact log-sum-exp, not with 8-bit
+        copies and an estimate.
+    score_memory: bytes that scores of one launch may take.
+    batch_invariant: sums of a request's decoding are in the same order in any batch.
     """
 
     plan: Plan
@@ -48,6 +55,9 @@ class KascadeConfig:
     heads: str
     dense_backend: str | None = None
     selection: str = "topk"
+    exact: bool = False
+    score_memory: int = 512 * MB
+    batch_invariant: bool = False
 
     @property
     def pooled(self) -> bool:
@@ -117,10 +127,15 @@ def load_config(
         )
     except ValueError as error:
         raise KascadeError(str(error)) from error
+    memory = settings.score_memory_mb
+    if memory is not None and memory < 1:
+        raise KascadeError(f"score_memory_mb: expected at least 1, got {memory}; default 512")
     return KascadeConfig(
         plan=plan,
         budget=budget,
         heads=settings.heads or plan.heads,
         dense_backend=settings.dense_backend,
         selection=settings.selection or "topk",
+        exact=bool(settings.exact),
+        score_memory=512 * MB if memory is None else memory * MB,
     )

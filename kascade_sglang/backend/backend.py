@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kascade_sglang.backend.attention import attend, select
-from kascade_sglang.backend.index_store import IndexStore
-from kascade_sglang.backend.metadata import StepMetadata
 from kascade_sglang.backend.metrics import KeyCounter
+from kascade_sglang.backend.paths import build_paths
 from kascade_sglang.compat import (
     AttentionBackend,
     build_dense_backend,
     is_plain_decoder_layer,
     key_value_caches,
-    local_kv_heads,
     write_kv,
 )
 from kascade_sglang.config import KascadeConfig
@@ -33,8 +30,6 @@ class KascadeAttnBackend(AttentionBackend):
     One instance serves one model runner. State between layers lives here for one step.
     """
 
-    needs_cpu_seq_lens = True
-
     def __init__(self, runner: ModelRunner, config: KascadeConfig) -> None:
         super().__init__()
         self.config = config
@@ -42,21 +37,48 @@ class KascadeAttnBackend(AttentionBackend):
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.max_context_len = runner.model_config.context_len
-        self.index_store = IndexStore(config, local_kv_heads(runner), runner.device)
-        self.counter = KeyCounter()
-        self.step: StepMetadata | None = None
+        self.paths = build_paths(runner, config)
+        self.path = self.paths.extend
+        # What decodes without the host needs no lengths there; the delegate may, for prefill.
+        self.needs_cpu_seq_lens = self.paths.decode.delegates_dense or self.dense.needs_cpu_seq_lens
+        metrics = runner.server_args.enable_metrics
+        self.counter = KeyCounter(config, self.paths.shape.layers) if metrics else None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Cut this step's queries into tiles; once a step, before any layer."""
-        self.index_store.clear()
-        self.dense.init_forward_metadata(forward_batch)
-        self.step = StepMetadata.build(
-            forward_batch, self.req_to_token_pool.req_to_token, self.config.budget
-        )
+        """Prepare an eager step; once a step, before any layer."""
+        decode = forward_batch.forward_mode.is_decode()
+        self._begin(forward_batch, self.paths.decode if decode else self.paths.extend)
+        self._count(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Refuse capture: eager torch chooses shapes by length, which a graph would freeze."""
-        raise KascadeError("CUDA graphs: kascade computes eagerly; pass --disable-cuda-graph")
+        """Allocate what captured decode steps of up to ``max_bs`` requests use."""
+        self.paths.decode.reserve(max_bs)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Length of a request that pads a batch."""
+        return 1
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Nothing to prepare for a replay: the graph reads lengths and slots itself."""
+        if not in_capture:
+            self._count(forward_batch)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Record the preparation of a decode step."""
+        self._begin(forward_batch, self.paths.decode)
+
+    def _begin(self, batch: ForwardBatch, path: Any) -> None:
+        self.path = path
+        self.paths.store.clear()
+        if path.delegates_dense:
+            self.dense.init_forward_metadata(batch)
+        path.begin(batch)
+
+    def _count(self, batch: ForwardBatch) -> None:
+        if self.counter is not None:
+            self.counter.add(batch)
 
     def forward_decode(
         self,
@@ -103,27 +125,21 @@ class KascadeAttnBackend(AttentionBackend):
                 f"{sorted(kwargs) or 'another kind'}; serve with another --attention-backend"
             )
         role = self.config.plan.role(layer.layer_id)
-        if role is LayerRole.DENSE:
+        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if role is LayerRole.DENSE and self.path.delegates_dense:
             out = dense_forward(q, k, v, layer, batch, save_kv_cache)
-            self._select(q, layer)
-            self.counter.add_dense(self.step)
+            self._copy_keys(layer, batch)
+            self.path.select(queries, layer)
             return out
         if save_kv_cache:
             write_kv(self.token_to_kv_pool, layer, batch, k, v)
+        self._copy_keys(layer, batch)
+        if role is LayerRole.DENSE:
+            return self.path.attend_all(queries, layer).view_as(q)
         if role is LayerRole.ANCHOR:
-            self._select(q, layer)
-        return self._attend(q, layer)
+            self.path.select(queries, layer)
+        return self.path.attend(queries, layer).view_as(q)
 
-    def _select(self, q: torch.Tensor, layer: RadixAttention) -> None:
+    def _copy_keys(self, layer: RadixAttention, batch: ForwardBatch) -> None:
         keys, _ = key_value_caches(self.token_to_kv_pool, layer.layer_id)
-        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        selection = select(queries, keys, self.step, self.config, layer.layer_id, layer.scaling)
-        self.index_store.put(layer.layer_id, selection)
-        self.counter.add_scored(self.step, self.config.selection)
-
-    def _attend(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
-        keys, values = key_value_caches(self.token_to_kv_pool, layer.layer_id)
-        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        selection = self.index_store.get(layer.layer_id)
-        self.counter.add_attended(self.step, selection)
-        return attend(queries, keys, values, self.step, selection, layer.scaling).view_as(q)
+        self.paths.copies.write(layer.layer_id, keys, batch.out_cache_loc)

@@ -1,42 +1,47 @@
 """The keys that this step's anchors selected, as KV slots."""
 
+from typing import Any
+
 import torch
 
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
 
-Selection = list[torch.Tensor]
-"""For every tile row of the step, int64 [KV heads, selected] slots."""
-
 
 class IndexStore:
-    """Hands an anchor's selection to the layers that reuse it, through the head map.
+    """Hands an anchor's selection to the layers that reuse it, with the head map to read it by.
 
+    A head map is int32 [KV heads]: which of the selection's lists each head attends to. An
+    anchor's own is the identity.
     heads: the model's KV heads that this rank holds; head maps stay within them.
+    one_list: whether selections hold a single list for all heads.
     """
 
-    def __init__(self, config: KascadeConfig, heads: range, device: str) -> None:
-        self._plan = config.plan
-        self._head_maps = {
-            layer: torch.tensor(config.plan.local_head_map(layer, heads), device=device)
-            for layer in config.plan.reuse_layers
-        }
-        self._by_anchor: dict[int, Selection] = {}
+    def __init__(
+        self, config: KascadeConfig, heads: range, device: str, one_list: bool = False
+    ) -> None:
+        plan = config.plan
+        maps = [
+            plan.local_head_map(layer, heads) if layer in plan.reuse_layers else range(len(heads))
+            for layer in range(plan.shape.layers)
+        ]
+        table = torch.tensor(list(map(list, maps)), dtype=torch.int32, device=device)
+        self._head_maps = torch.zeros_like(table) if one_list else table
+        self._anchor_of = plan.anchor_of
+        self._anchor: int | None = None
+        self._selection: Any = None
 
     def clear(self) -> None:
         """Forget the last step."""
-        self._by_anchor = {}
+        self._anchor = self._selection = None
 
-    def put(self, anchor: int, selection: Selection) -> None:
+    def put(self, anchor: int, selection: Any) -> None:
         """Keep an anchor's selection; the one before it is no longer needed."""
-        self._by_anchor = {anchor: selection}
+        self._anchor, self._selection = anchor, selection
 
-    def get(self, layer: int) -> Selection:
-        """Return what ``layer`` attends to: its own selection, or its anchor's, heads mapped."""
-        anchor = self._plan.anchor_of[layer]
-        if anchor not in self._by_anchor:
+    def get(self, layer: int) -> tuple[Any, torch.Tensor]:
+        """Return what ``layer`` attends to, its own selection or its anchor's, and its head map."""
+        anchor = self._anchor_of[layer]
+        if anchor != self._anchor:
             raise KascadeError(f"layer {layer} ran before its anchor, layer {anchor}, in this step")
-        selection = self._by_anchor[anchor]
-        if layer == anchor:
-            return selection
-        return [slots[self._head_maps[layer]] for slots in selection]
+        return self._selection, self._head_maps[layer]

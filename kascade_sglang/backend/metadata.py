@@ -50,28 +50,28 @@ class StepMetadata:
     rows: all tiles of the batch, in the order of q.
     slots: for each request, int64 [sequence length]: its KV slots, copied when the step was
         built because the scheduler may rewrite the table while the step runs.
-    is_decode: whether every request brings exactly one new token.
     """
 
     rows: tuple[TileRow, ...]
     slots: tuple[torch.Tensor, ...]
-    is_decode: bool
 
     @staticmethod
     def build(batch: ForwardBatch, req_to_token: torch.Tensor, budget: Budget) -> StepMetadata:
         """Cut a batch; decoding is the case of one new token a request."""
-        is_decode = batch.forward_mode.is_decode()
         if batch.forward_mode.is_idle():
-            return StepMetadata((), (), is_decode)
-        if is_decode:
-            ends = batch.seq_lens_cpu.tolist()
-            spans = [(end - 1, end) for end in ends]
-        else:
-            lengths = zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True)
-            spans = [(int(prefix), int(prefix) + int(new)) for prefix, new in lengths]
+            return StepMetadata((), ())
+        spans = new_spans(batch)
         tables = zip(batch.req_pool_indices.tolist(), spans, strict=True)
         slots = tuple(req_to_token[row, :end].to(torch.int64) for row, (_, end) in tables)
-        return StepMetadata(tuple(_cut(spans, budget)), slots, is_decode)
+        return StepMetadata(tuple(_cut(spans, budget)), slots)
+
+
+def new_spans(batch: ForwardBatch) -> list[tuple[int, int]]:
+    """Positions [begin, end) that each request of a batch computes."""
+    if batch.forward_mode.is_decode():
+        return [(end - 1, end) for end in batch.seq_lens_cpu.tolist()]
+    lengths = zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True)
+    return [(int(prefix), int(prefix) + int(new)) for prefix, new in lengths]
 
 
 def _cut(spans: list[tuple[int, int]], budget: Budget) -> list[TileRow]:

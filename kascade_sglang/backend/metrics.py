@@ -3,10 +3,19 @@
 Published through prometheus_client, so SGLang's ``/metrics`` (``--enable-metrics``) shows them.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
 from prometheus_client import Counter
 
-from kascade_sglang.backend.index_store import Selection
-from kascade_sglang.backend.metadata import StepMetadata
+from kascade_sglang.backend.metadata import new_spans
+from kascade_sglang.config import KascadeConfig
+from kascade_sglang.sparsity import key_reads
+
+if TYPE_CHECKING:
+    from kascade_sglang.compat import ForwardBatch
 
 KEY_READS = Counter(
     "kascade_key_reads",
@@ -17,38 +26,19 @@ KEY_READS = Counter(
 
 
 class KeyCounter:
-    """Counts query-key pairs of each layer as it runs, by phase (prefill or decode)."""
+    """Counts a step's query-key pairs from its lengths, by phase (prefill or decode)."""
 
-    def add_dense(self, step: StepMetadata) -> None:
-        """Count a layer that attends to everything."""
-        visible = _visible(step)
-        self._add(step, "attended", visible)
-        self._add(step, "dense", visible)
+    def __init__(self, config: KascadeConfig, layers: range) -> None:
+        self._config, self._layers = config, layers
 
-    def add_scored(self, step: StepMetadata, selection_method: str) -> None:
-        """Count a selection; comparisons that ignore the keys read none."""
-        if selection_method == "topk":
-            tiles = (row for row in step.rows if not row.is_dense)
-            self._add(step, "scored", sum(_visible_to(row.position, row.count) for row in tiles))
-
-    def add_attended(self, step: StepMetadata, selection: Selection) -> None:
-        """Count a layer that attends to selected keys and its own tile."""
-        attended = 0
-        for row, selected in zip(step.rows, selection, strict=True):
-            own = _visible_to(row.position - row.own_start, row.count)
-            attended += row.count * selected.shape[1] + own
-        self._add(step, "attended", attended)
-        self._add(step, "dense", _visible(step))
-
-    def _add(self, step: StepMetadata, kind: str, amount: int) -> None:
-        phase = "decode" if step.is_decode else "prefill"
-        KEY_READS.labels(phase, kind).inc(amount)
-
-
-def _visible_to(position: int, count: int) -> int:
-    """Keys visible to ``count`` queries from ``position``: sum of position + 1, ... + count."""
-    return count * position + count * (count + 1) // 2
-
-
-def _visible(step: StepMetadata) -> int:
-    return sum(_visible_to(row.position, row.count) for row in step.rows)
+    def add(self, batch: ForwardBatch) -> None:
+        """Count one step; requests that pad a batch to a graph's size are left out."""
+        spans = new_spans(batch)
+        spans = spans[: len(spans) - getattr(batch, "num_padding", 0)]
+        if not spans:
+            return
+        positions = np.concatenate([np.arange(begin, end) for begin, end in spans])
+        reads = key_reads(self._config, positions, self._layers)
+        phase = "decode" if batch.forward_mode.is_decode() else "prefill"
+        for kind in ("attended", "scored", "dense"):
+            KEY_READS.labels(phase, kind).inc(getattr(reads, kind))

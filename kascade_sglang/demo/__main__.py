@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 from openai import AsyncOpenAI
 from rich.console import Console
 from rich.markup import escape
@@ -82,7 +83,7 @@ def show(answer: Answer, config: KascadeConfig | None) -> None:
     if config:
         # The last token of a reply is never fed back, so it reads nothing.
         end = answer.prompt_tokens + answer.output_tokens - 1
-        reads = key_reads(config, answer.cached_tokens, end)
+        reads = key_reads(config, np.arange(answer.cached_tokens, end))
         share = reads.attended / reads.dense
         line += f", read {reads.attended:,} keys of {reads.dense:,} ({share:.0%})"
     console.print(line, soft_wrap=True, highlight=False)

@@ -6,6 +6,8 @@ and decoding all give a position the same budget.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 TILE = 32
 """Positions in one query tile; tile ``t`` holds positions ``[32t, 32t + 32)``."""
 
@@ -55,6 +57,11 @@ class Budget:
         length = TILE * (tile + 1)
         wanted = max(self.min_k, length * self.ratio_ppm // PPM) - TILE
         return min(wanted, self.candidates(tile))
+
+    def selected_counts(self, tiles: np.ndarray) -> np.ndarray:
+        """``selected`` of many tiles, int64."""
+        wanted = np.maximum(self.min_k, TILE * (tiles + 1) * self.ratio_ppm // PPM) - TILE
+        return np.minimum(wanted, TILE * tiles)
 
     def is_dense(self, tile: int) -> bool:
         """Whether the budget covers every key the tile may see."""

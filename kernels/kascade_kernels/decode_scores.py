@@ -9,6 +9,7 @@ import torch
 import triton
 
 from kascade_kernels._triton._decode_scores import decode_scores_kernel, pool_scores_kernel
+from kascade_kernels.arena import Empty
 from kascade_kernels.budget import Budget
 from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
 from kascade_kernels.decode_spans import STEP, Spans
@@ -46,15 +47,13 @@ class ScoreScratch(NamedTuple):
         return logits + CodeBuffer.bytes_per_row(lists, keys)
 
     @staticmethod
-    def allocate(
-        rows: int, q_heads: int, lists: int, keys: int, device: torch.device | str
-    ) -> ScoreScratch:
+    def allocate(rows: int, q_heads: int, lists: int, keys: int, empty: Empty) -> ScoreScratch:
         """Allocate for ``rows`` requests; lists: selections per row, the KV heads or 1."""
         keys = padded_keys(keys)
         return ScoreScratch(
-            torch.empty(rows, q_heads, keys, dtype=torch.float16, device=device),
-            torch.empty(rows, q_heads, keys // BLOCK, dtype=torch.float32, device=device),
-            CodeBuffer.allocate(rows, lists, keys, device),
+            empty((rows, q_heads, keys), torch.float16),
+            empty((rows, q_heads, keys // BLOCK), torch.float32),
+            CodeBuffer.allocate(rows, lists, keys, empty),
         )
 
 
@@ -94,8 +93,6 @@ def decode_scores(
     require_shape("keys", cache, (None, kv_heads, dim))
     require_dtype("req_to_token", req_to_token, torch.int32)
     require_shape("scratch.logits", scratch.logits, (None, q_heads, None))
-    _, lists, chunks, _ = scratch.codes.high.shape
-    stride = scratch.logits.shape[2]
     if count > scratch.logits.shape[0]:
         raise ValueError(f"q: expected at most {scratch.logits.shape[0]} rows, got {count}")
     splits = spans.score_splits
@@ -119,7 +116,7 @@ def decode_scores(
         q.stride(0),
         cache.stride(0),
         req_to_token.stride(0),
-        stride,
+        scratch.logits.shape[2],
         HEADS=kv_heads,
         GROUP=group,
         GROUP_PAD=padded_group(group),
@@ -130,6 +127,16 @@ def decode_scores(
         ATTEND=values is not None,
         **LAUNCH[kind],
     )
+    _pool(rows, budget, scratch, parts, splits)
+    if values is None:
+        return None
+    return merge_parts(parts, splits, torch.empty_like(q) if out is None else out)
+
+
+def _pool(rows: Rows, budget: Budget, scratch: ScoreScratch, parts: Parts, splits: int) -> None:
+    """Turn logits into codes: normalise each query head's, sum them, and count high bytes."""
+    count, (_, lists, chunks, _) = rows.ends.shape[0], scratch.codes.high.shape
+    _, q_heads, stride = scratch.logits.shape
     pool_scores_kernel[(chunks, lists, count)](
         scratch.logits,
         scratch.block_max,
@@ -147,6 +154,3 @@ def decode_scores(
         CHUNK=CHUNK,
         num_warps=8,
     )
-    if values is None:
-        return None
-    return merge_parts(parts, splits, torch.empty_like(q) if out is None else out)

@@ -14,6 +14,7 @@ from kascade_kernels._triton._select_slots import (
     find_high_kernel,
     find_low_kernel,
 )
+from kascade_kernels.arena import Empty
 from kascade_kernels.budget import Budget
 from kascade_kernels.checks import require_dtype, require_shape
 from kascade_kernels.structs import Rows, Selection
@@ -44,16 +45,16 @@ class CodeBuffer(NamedTuple):
         return lists * (2 * keys + triton.cdiv(keys, CHUNK) * (256 * 2 * 2 + 8) + 8)
 
     @staticmethod
-    def allocate(rows: int, lists: int, keys: int, device: torch.device | str) -> CodeBuffer:
+    def allocate(rows: int, lists: int, keys: int, empty: Empty) -> CodeBuffer:
         """Allocate for rows of up to ``keys`` candidates; lists: the KV heads, or 1."""
         chunks = triton.cdiv(keys, CHUNK)
         counts = (rows, lists, chunks, 256)
         return CodeBuffer(
-            torch.empty(rows, lists, keys, dtype=torch.uint16, device=device),
-            torch.empty(counts, dtype=torch.int16, device=device),
-            torch.empty(counts, dtype=torch.int16, device=device),
-            torch.empty(rows, lists, 2, dtype=torch.int32, device=device),
-            torch.empty(rows, lists, chunks, 2, dtype=torch.int32, device=device),
+            empty((rows, lists, keys), torch.uint16),
+            empty(counts, torch.int16),
+            empty(counts, torch.int16),
+            empty((rows, lists, 2), torch.int32),
+            empty((rows, lists, chunks, 2), torch.int32),
         )
 
 

@@ -10,13 +10,21 @@ import torch
 
 from kascade_patches import (
     get_last_loc,
+    pool_cell_size,
+    pool_sizes,
     server_args_add_cli_args,
     server_args_from_cli_args,
     server_args_post_init,
     support_triton,
 )
 
-EVERYWHERE = (server_args_add_cli_args, server_args_from_cli_args, server_args_post_init)
+EVERYWHERE = (
+    server_args_add_cli_args,
+    server_args_from_cli_args,
+    server_args_post_init,
+    pool_cell_size,
+    pool_sizes,
+)
 WITHOUT_GPU = (support_triton, get_last_loc)
 
 

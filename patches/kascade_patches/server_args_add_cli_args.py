@@ -44,3 +44,15 @@ def hook(result: Any, parser: argparse.ArgumentParser) -> None:
         choices=("per_head", "pooled"),
         help="one selection per KV head, or one for all heads of a layer; default: the plan's",
     )
+    group.add_argument(
+        "--kascade-exact",
+        action="store_true",
+        default=None,
+        help="score with the keys themselves instead of 8-bit copies: slower, the exact Top-k",
+    )
+    group.add_argument(
+        "--kascade-score-memory-mb",
+        type=int,
+        metavar="N",
+        help="GPU memory for one launch's scores; longer batches are scored in parts; default 512",
+    )

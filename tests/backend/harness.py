@@ -21,6 +21,8 @@ class FakePool:
         shape = (slots, kv_heads, HEAD_DIM)
         self.keys = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(layers)]
         self.values = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(layers)]
+        self.start_layer, self.layer_num = 0, layers
+        self.size, self.page_size = slots, 0
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         return self.keys[layer_id]
@@ -81,7 +83,7 @@ class Harness:
             model_config=SimpleNamespace(
                 context_len=max(lengths), get_num_kv_heads=lambda ranks: kv_heads
             ),
-            server_args=SimpleNamespace(tp_size=1),
+            server_args=SimpleNamespace(tp_size=1, enable_metrics=False),
             ps=SimpleNamespace(tp_rank=0),
         )
         self.backend = KascadeAttnBackend(runner, self.config)
@@ -164,13 +166,15 @@ class Harness:
 
     def _record(self, layer_id: int, spans: list[tuple[int, int, int]]) -> None:
         """Translate the selected slots back to positions."""
-        selection = self.backend.index_store.get(layer_id)
-        for row, slots in zip(self.backend.step.rows, selection, strict=True):
+        selection, head_map = self.backend.paths.store.get(layer_id)
+        for row, slots in zip(self.backend.path.step.rows, selection, strict=True):
             request = spans[row.request][0]
             position_of = torch.full((self.slots,), -1)
             table = self.req_to_token[request + 1, : self.lengths[request]].to(torch.int64)
             position_of[table] = torch.arange(len(table))
-            self.selections[layer_id][request][row.tile, row.position] = position_of[slots]
+            self.selections[layer_id][request][row.tile, row.position] = position_of[
+                slots[head_map]
+            ]
 
     def prefill(self, request: int, chunk: int, begin: int = 0) -> None:
         """Run one request from ``begin`` to its end in chunks."""

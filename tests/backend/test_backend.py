@@ -156,13 +156,13 @@ def test_idle_batch_computes_nothing() -> None:
     harness = Harness([40])
     idle = SimpleNamespace(forward_mode=ForwardMode.IDLE, out_cache_loc=None)
     harness.backend.init_forward_metadata(idle)
-    assert harness.backend.step.rows == ()
+    assert harness.backend.path.step.rows == ()
 
 
 def test_reuse_before_its_anchor_is_refused() -> None:
     harness = Harness([40])
     with pytest.raises(KascadeError, match="before its anchor, layer 2"):
-        harness.backend.index_store.get(3)
+        harness.backend.paths.store.get(3)
 
 
 def test_graph_capture_is_refused() -> None:

@@ -18,7 +18,8 @@ def test_head_maps_stay_within_a_rank(ranks: int) -> None:
         store = IndexStore(KascadeConfig(plan, Budget(), "per_head"), heads, "cpu")
         slots = torch.arange(100 * rank, 100 * rank + 3 * count).view(count, 3)
         store.put(0, [slots])
-        (reused,) = store.get(1)
+        (kept,), head_map = store.get(1)
+        reused = kept[head_map]
         for local, head in enumerate(heads):
             similar = plan.similarity[1][head][heads.start : heads.stop]
             best = max(range(count), key=lambda anchor, row=similar: row[anchor])
@@ -30,4 +31,5 @@ def test_an_anchor_gets_its_own_slots_back() -> None:
     store = IndexStore(KascadeConfig(plan, Budget(), "per_head"), range(4), "cpu")
     slots = torch.arange(12).view(4, 3)
     store.put(2, [slots])
-    assert store.get(2)[0] is slots
+    (kept,), head_map = store.get(2)
+    assert kept is slots and head_map.tolist() == [0, 1, 2, 3]

@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from kascade_kernels.budget import TILE, Budget, tile_of
@@ -23,6 +24,12 @@ def test_formula(budget: Budget) -> None:
         length = 32 * (tile + 1)
         wanted = max(budget.min_k, math.floor(ratio * length)) - 32
         assert budget.selected(tile) == min(wanted, 32 * tile)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_many_tiles_at_once(budget: Budget) -> None:
+    counts = budget.selected_counts(np.array(TILES))
+    assert counts.tolist() == [budget.selected(tile) for tile in TILES]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

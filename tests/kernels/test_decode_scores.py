@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from decode_case import DEVICE, DecodeCase, lists_of
+from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.key_copy import allocate_key_copy, copy_keys
@@ -26,7 +27,7 @@ def run(
 ) -> tuple[Selection, torch.Tensor | None, ScoreScratch]:
     rows, q_heads, dim = case.q.shape
     lists = 1 if pooled else case.k.shape[1]
-    scratch = ScoreScratch.allocate(rows, q_heads, lists, max(case.lengths), DEVICE)
+    scratch = ScoreScratch.allocate(rows, q_heads, lists, max(case.lengths), empty_on(DEVICE))
     spans = case.spans(budget, batch_invariant)
     parts = Parts.allocate(spans, q_heads, dim)
     keys = case.k if copy is None else copy
@@ -180,7 +181,7 @@ def test_rows_do_not_depend_on_the_batch() -> None:
 
 def test_more_rows_than_the_scratch_holds() -> None:
     case = DecodeCase.make([40, 50])
-    scratch = ScoreScratch.allocate(1, 8, 2, 50, DEVICE)
+    scratch = ScoreScratch.allocate(1, 8, 2, 50, empty_on(DEVICE))
     table, rows, spans = case.req_to_token, case.rows, case.spans(BUDGET)
     parts = Parts.allocate(spans, 8, 32)
     with pytest.raises(ValueError, match="at most 1 rows, got 2"):

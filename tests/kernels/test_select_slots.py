@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from decode_case import DEVICE, DecodeCase, lists_of
+from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget, tile_of
 from kascade_kernels.reference import select_topk
 from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
@@ -28,7 +29,7 @@ def draw_codes(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def select(case: DecodeCase, codes: torch.Tensor, budget: Budget, append_own: bool) -> Selection:
     rows, lists, keys = codes.shape
-    buffer = CodeBuffer.allocate(rows, lists, keys, DEVICE)
+    buffer = CodeBuffer.allocate(rows, lists, keys, empty_on(DEVICE))
     buffer.codes.copy_(codes.to(torch.uint16))
     count_high(buffer, case.rows, budget)
     selection = case.empty_selection(lists, budget)

@@ -1,14 +1,60 @@
-"""Selection and sparse attention over a step's tiles, tile by tile in the torch reference."""
+"""A step through the torch reference, tile by tile: on a CPU, and for comparisons anywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from kascade_kernels.reference import anchor_scores, pool_heads, select_topk, sparse_attention
-from kascade_sglang.backend.index_store import Selection
+from kascade_sglang.backend.index_store import IndexStore
 from kascade_sglang.backend.metadata import StepMetadata, TileRow
+from kascade_sglang.compat import key_value_caches
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.errors import KascadeError
+
+if TYPE_CHECKING:
+    from kascade_sglang.compat import ForwardBatch, ModelRunner, RadixAttention
 
 SINKS = 4
 """First keys that the ``window`` comparison always keeps (StreamingLLM, arXiv 2309.17453)."""
+
+Selection = list[torch.Tensor]
+"""For every tile row of the step, int64 [KV heads, selected] slots."""
+
+
+class ReferencePath:
+    """Prefill and decoding alike: decoding is the case of one new token a request."""
+
+    delegates_dense = True
+
+    def __init__(self, runner: ModelRunner, config: KascadeConfig, store: IndexStore) -> None:
+        self._table = runner.req_to_token_pool.req_to_token
+        self._pool = runner.token_to_kv_pool
+        self._config = config
+        self._store = store
+        self.step: StepMetadata | None = None
+
+    def reserve(self, rows: int) -> None:
+        """Refuse capture: eager torch chooses shapes by length, which a graph would freeze."""
+        raise KascadeError("CUDA graphs: this path computes eagerly; pass --disable-cuda-graph")
+
+    def begin(self, batch: ForwardBatch) -> None:
+        """Cut this step's queries into tiles."""
+        self.step = StepMetadata.build(batch, self._table, self._config.budget)
+
+    def select(self, q: torch.Tensor, layer: RadixAttention) -> None:
+        """Select for every tile and keep the lists."""
+        keys, _ = key_value_caches(self._pool, layer.layer_id)
+        selection = select(q, keys, self.step, self._config, layer.layer_id, layer.scaling)
+        self._store.put(layer.layer_id, selection)
+
+    def attend(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """Attend every tile to its selection and to itself."""
+        keys, values = key_value_caches(self._pool, layer.layer_id)
+        selection, head_map = self._store.get(layer.layer_id)
+        mapped = [slots[head_map] for slots in selection]
+        return attend(q, keys, values, self.step, mapped, layer.scaling)
 
 
 def select(
