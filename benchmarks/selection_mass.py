@@ -25,6 +25,7 @@ from attention_inputs import Case, Sizes, demo, synthetic
 from tqdm import tqdm
 
 from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_kernels.codes import encode
 from kascade_kernels.reference import select_topk
 from kascade_sglang.demo.server import MODEL
 from kascade_sglang.plan.schema import load_plan
@@ -142,11 +143,6 @@ ARITHMETIC: dict[str, Callable[[Row], torch.Tensor]] = {
 
 Score = Callable[[Row, int], torch.Tensor]
 """(row, keys to select) -> scores of the candidates, [1, C]."""
-
-
-def encode(scores: torch.Tensor) -> torch.Tensor:
-    """Round scores to the uint16 codes of the kernels: log2 in steps of 1/1024 octave."""
-    return ((scores.log2() + 48) * 1024 + 0.5).clamp_(0, 65535).floor_()
 
 
 def full(row: Row, count: int, kind: str, code: bool = False) -> torch.Tensor:

@@ -46,6 +46,8 @@ class KascadeAttnBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""
+        if forward_batch.forward_mode.is_idle():
+            return
         decode = forward_batch.forward_mode.is_decode()
         self._begin(forward_batch, self.paths.decode if decode else self.paths.extend)
         self._count(forward_batch)

@@ -58,8 +58,6 @@ class StepMetadata:
     @staticmethod
     def build(batch: ForwardBatch, req_to_token: torch.Tensor, budget: Budget) -> StepMetadata:
         """Cut a batch; decoding is the case of one new token a request."""
-        if batch.forward_mode.is_idle():
-            return StepMetadata((), ())
         spans = new_spans(batch)
         tables = zip(batch.req_pool_indices.tolist(), spans, strict=True)
         slots = tuple(req_to_token[row, :end].to(torch.int64) for row, (_, end) in tables)

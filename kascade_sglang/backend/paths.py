@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from kascade_sglang.compat import ModelRunner
 
 
+SLACK = 16 * 256
+
+
 class Paths(NamedTuple):
     """How steps are computed, and what they share."""
 
@@ -54,7 +57,8 @@ def build_paths(runner: ModelRunner, config: KascadeConfig) -> Paths:
             f"score_memory_mb: expected at least {-(-one_row // MB)} for a context of "
             f"{shape.context} tokens, got {config.score_memory // MB}"
         )
-    arena = Arena(config.score_memory, shape.device)
+    # Tensors start at multiples of 256 bytes, so a full arena needs a little more.
+    arena = Arena(config.score_memory + SLACK, shape.device)
     parts = (runner, config, shape, store, copies, arena)
     return Paths(DecodePath(*parts), ExtendPath(*parts), store, copies, shape)
 

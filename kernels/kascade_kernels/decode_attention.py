@@ -41,7 +41,7 @@ def decode_attention(
     require_dtype("head_map", head_map, torch.int32)
     splits = spans.attend_splits
     group = q_heads // kv_heads
-    decode_attention_kernel[(kv_heads, splits, count)](
+    decode_attention_kernel[(kv_heads, count, splits)](
         q,
         k_cache,
         v_cache,
@@ -63,4 +63,5 @@ def decode_attention(
         SPLITS=splits,
         **LAUNCH,
     )
-    return merge_parts(parts, splits, torch.empty_like(q) if out is None else out)
+    out = torch.empty_like(q) if out is None else out
+    return merge_parts(parts, splits, selection.counts, spans.attend, out)

@@ -97,7 +97,7 @@ def decode_scores(
         raise ValueError(f"q: expected at most {scratch.logits.shape[0]} rows, got {count}")
     splits = spans.score_splits
     group = q_heads // kv_heads
-    decode_scores_kernel[(kv_heads, splits, count)](
+    decode_scores_kernel[(kv_heads, count, splits)](
         q,
         cache,
         keys.scales if eight_bit else cache,
@@ -130,7 +130,8 @@ def decode_scores(
     _pool(rows, budget, scratch, parts, splits)
     if values is None:
         return None
-    return merge_parts(parts, splits, torch.empty_like(q) if out is None else out)
+    out = torch.empty_like(q) if out is None else out
+    return merge_parts(parts, splits, rows.ends, spans.score, out)
 
 
 def _pool(rows: Rows, budget: Budget, scratch: ScoreScratch, parts: Parts, splits: int) -> None:

@@ -16,7 +16,7 @@ from kascade_kernels.budget import Budget
 
 STEP = 64
 """Keys of one block, in which spans are counted: the compiler then knows their alignment."""
-SCORE_PROGRAMS = 2048
+SCORE_PROGRAMS = 8192
 ATTEND_PROGRAMS = 512
 """Programs of all rows and heads together; attention runs best as one wave of four an SM."""
 INVARIANT_SPLITS = 16

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kascade_kernels._triton._merge_parts import merge_parts_kernel
-from kascade_kernels.decode_spans import Spans
+from kascade_kernels.decode_spans import STEP, Spans
 
 
 class Parts(NamedTuple):
@@ -31,10 +31,26 @@ class Parts(NamedTuple):
         )
 
 
-def merge_parts(parts: Parts, splits: int, out: torch.Tensor) -> torch.Tensor:
-    """Merge the ``splits`` parts of every row and head into ``out``, [rows, Hq, D]."""
+def merge_parts(
+    parts: Parts, splits: int, lengths: torch.Tensor, spans: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Merge the parts of every row and head into ``out``, [rows, Hq, D].
+
+    splits: room for parts of one row and head; lengths: [rows], the keys they were cut from, and
+    spans: int32 [rows], steps of one part, say how many were written.
+    """
     rows, q_heads, dim = out.shape
-    merge_parts_kernel[(rows * q_heads,)](
-        parts.out, parts.lse, out, D=dim, SPLITS=splits, num_warps=1
+    merge_parts_kernel[(q_heads, rows)](
+        parts.out,
+        parts.lse,
+        lengths,
+        spans,
+        out,
+        STEP=STEP,
+        Q_HEADS=q_heads,
+        D=dim,
+        SPLITS=splits,
+        BLOCK=min(splits, 4),
+        num_warps=1,
     )
     return out

@@ -7,11 +7,16 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from kascade_kernels.budget import Budget
+from kascade_kernels.structs import Selection
 from kascade_sglang.backend.backend import KascadeAttnBackend
+from kascade_sglang.backend.metadata import StepMetadata, TileRow
+from kascade_sglang.backend.paths import runs_kernels
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.plan.schema import ModelShape, Plan
 
-HEAD_DIM = 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEAD_DIM = 64 if DEVICE == "cuda" else 16
+DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 
 class FakePool:
@@ -19,8 +24,9 @@ class FakePool:
 
     def __init__(self, layers: int, slots: int, kv_heads: int, dtype: torch.dtype) -> None:
         shape = (slots, kv_heads, HEAD_DIM)
-        self.keys = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(layers)]
-        self.values = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(layers)]
+        unwritten = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+        self.keys = [unwritten.clone() for _ in range(layers)]
+        self.values = [unwritten.clone() for _ in range(layers)]
         self.start_layer, self.layer_num = 0, layers
         self.size, self.page_size = slots, 0
 
@@ -66,18 +72,31 @@ class Harness:
         heads: str = "per_head",
         selection: str = "topk",
         page_size: int = 1,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = DTYPE,
+        exact: bool = True,
+        batch_invariant: bool = False,
+        score_memory: int = 2**24,
         slot_seed: int = 0,
         data_seed: int = 1,
     ) -> None:
         plan = make_plan(layers, kv_heads, group, anchors)
         budget = budget or Budget(0.1, 64)
-        self.config = KascadeConfig(plan, budget, heads, selection=selection)
+        self.config = KascadeConfig(
+            plan,
+            budget,
+            heads,
+            dense_backend="torch_native",
+            selection=selection,
+            exact=exact,
+            score_memory=score_memory,
+            batch_invariant=batch_invariant,
+        )
+        self.runs_kernels = runs_kernels(DEVICE, self.config)
         self.lengths, self.layers, self.group, self.kv_heads = lengths, layers, group, kv_heads
         self._place(lengths, page_size, slot_seed)
         self.pool = FakePool(layers, self.slots, kv_heads, dtype)
         runner = SimpleNamespace(
-            device="cpu",
+            device=DEVICE,
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
             token_to_kv_pool=self.pool,
             model_config=SimpleNamespace(
@@ -96,7 +115,10 @@ class Harness:
         ]
         q_heads = kv_heads * group
         self.outputs = [
-            [torch.full((n, q_heads, HEAD_DIM), float("nan"), dtype=dtype) for n in lengths]
+            [
+                torch.full((n, q_heads, HEAD_DIM), float("nan"), dtype=dtype, device=DEVICE)
+                for n in lengths
+            ]
             for _ in range(layers)
         ]
         self.selections = [[{} for _ in lengths] for _ in range(layers)]
@@ -110,23 +132,24 @@ class Harness:
         for request, (length, own) in enumerate(zip(lengths, order.split(pages), strict=True)):
             slots = own[:, None] * page_size + torch.arange(page_size)
             self.req_to_token[request + 1, :length] = slots.flatten()[:length]
+        self.req_to_token = self.req_to_token.to(DEVICE)
 
     def _tensors(self, seed: int, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         heads = (self.kv_heads * self.group, self.kv_heads, self.kv_heads)
         drawn = (torch.randn(length, h, HEAD_DIM, generator=generator) for h in heads)
-        q, k, v = (tensor.to(dtype) for tensor in drawn)
+        q, k, v = (tensor.to(dtype).to(DEVICE) for tensor in drawn)
         return [2 * q, k, v]
 
     def step(self, spans: list[tuple[int, int, int]], mode: ForwardMode | None = None) -> None:
         """Run the tokens [begin, end) of some requests through all layers in one batch."""
         decode = all(end - begin == 1 for _, begin, end in spans)
         mode = mode or (ForwardMode.DECODE if decode else ForwardMode.EXTEND)
-        rows = torch.tensor([request + 1 for request, _, _ in spans])
+        rows = torch.tensor([request + 1 for request, _, _ in spans], device=DEVICE)
         batch = SimpleNamespace(
             forward_mode=mode,
             req_pool_indices=rows,
-            seq_lens=torch.tensor([end for _, _, end in spans]),
+            seq_lens=torch.tensor([end for _, _, end in spans], device=DEVICE),
             seq_lens_cpu=torch.tensor([end for _, _, end in spans]),
             extend_prefix_lens=torch.tensor([begin for _, begin, _ in spans]),
             extend_prefix_lens_cpu=[begin for _, begin, _ in spans],
@@ -137,15 +160,14 @@ class Harness:
                 [self.req_to_token[r + 1, b:e].to(torch.int64) for r, b, e in spans]
             ),
         )
+        self.batch_tiles = StepMetadata.build(batch, self.req_to_token, self.config.budget)
         self.backend.init_forward_metadata(batch)
         for layer_id in range(self.layers):
             self._layer(layer_id, spans, batch)
 
-    def _layer(self, layer_id: int, spans: list[tuple[int, int, int]], batch) -> None:
-        q, k, v = (
-            torch.cat([self.qkv[layer_id][r][i][b:e] for r, b, e in spans]) for i in range(3)
-        )
-        layer = SimpleNamespace(
+    def layer(self, layer_id: int) -> SimpleNamespace:
+        """What SGLang's RadixAttention says of a layer."""
+        return SimpleNamespace(
             layer_id=layer_id,
             scaling=HEAD_DIM**-0.5,
             tp_q_head_num=self.kv_heads * self.group,
@@ -157,6 +179,12 @@ class Harness:
             sliding_window_size=-1,
             logit_cap=0.0,
         )
+
+    def _layer(self, layer_id: int, spans: list[tuple[int, int, int]], batch) -> None:
+        q, k, v = (
+            torch.cat([self.qkv[layer_id][r][i][b:e] for r, b, e in spans]) for i in range(3)
+        )
+        layer = self.layer(layer_id)
         out = self.backend.forward(q.flatten(1), k, v, layer, batch)
         out = out.view(-1, self.kv_heads * self.group, HEAD_DIM)
         lengths = [end - begin for _, begin, end in spans]
@@ -167,14 +195,25 @@ class Harness:
     def _record(self, layer_id: int, spans: list[tuple[int, int, int]]) -> None:
         """Translate the selected slots back to positions."""
         selection, head_map = self.backend.paths.store.get(layer_id)
-        for row, slots in zip(self.backend.path.step.rows, selection, strict=True):
+        for index, row in enumerate(self.batch_tiles.rows):
             request = spans[row.request][0]
-            position_of = torch.full((self.slots,), -1)
+            position_of = torch.full((self.slots,), -1, device=DEVICE)
             table = self.req_to_token[request + 1, : self.lengths[request]].to(torch.int64)
-            position_of[table] = torch.arange(len(table))
-            self.selections[layer_id][request][row.tile, row.position] = position_of[
-                slots[head_map]
-            ]
+            position_of[table] = torch.arange(len(table), device=DEVICE)
+            if isinstance(selection, Selection):
+                slots = self._lists(selection, index, row)
+            else:
+                slots = selection[index]
+            positions = position_of[slots[head_map]].cpu()
+            self.selections[layer_id][request][row.tile, row.position] = positions
+
+    def _lists(self, selection: Selection, index: int, row: TileRow) -> torch.Tensor:
+        """A row's selected slots; decoding also lists the own tile."""
+        count, offset = int(selection.counts[index]), int(selection.offsets[index])
+        end = offset + selection.heads * count
+        lists = selection.slots[offset:end].view(selection.heads, count).to(torch.int64)
+        assert count in (row.selected, row.selected + row.end - row.own_start)
+        return lists[:, : row.selected]
 
     def prefill(self, request: int, chunk: int, begin: int = 0) -> None:
         """Run one request from ``begin`` to its end in chunks."""
@@ -184,7 +223,7 @@ class Harness:
 
 def expected_output(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
     """Masked float64 attention over the recorded selections, written out without the kernels."""
-    q, k, v = (tensor.double() for tensor in harness.qkv[layer_id][request])
+    q, k, v = (tensor.double().cpu() for tensor in harness.qkv[layer_id][request])
     length, group = len(q), harness.group
     mask = torch.zeros(harness.kv_heads, length, length, dtype=torch.bool)
     for (tile, first), positions in harness.selections[layer_id][request].items():
@@ -196,7 +235,8 @@ def expected_output(harness: Harness, layer_id: int, request: int) -> torch.Tens
                 mask[head, position] = False
                 mask[head, position, positions[head]] = True
             mask[:, position, 32 * tile : position + 1] = True
-    logits = torch.einsum("qhgd,khd->hgqk", q.view(length, -1, group, HEAD_DIM), k) / 4
+    logits = torch.einsum("qhgd,khd->hgqk", q.view(length, -1, group, HEAD_DIM), k)
+    logits *= HEAD_DIM**-0.5
     logits = logits.masked_fill(~mask[:, None], float("-inf"))
     out = torch.einsum("hgqk,khd->qhgd", logits.softmax(-1), v)
     return out.reshape(length, -1, HEAD_DIM)

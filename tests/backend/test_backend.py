@@ -4,14 +4,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from harness import Harness, expected_output
+from harness import DEVICE, DTYPE, HEAD_DIM, Harness, expected_output
 from kascade_kernels.budget import Budget
 from kascade_kernels.reference import anchor_scores
 from kascade_sglang.errors import KascadeError
 
 LENGTHS = [1, 31, 32, 33, 127, 129, 301]
+KERNELS = DEVICE == "cuda" or triton.knobs.runtime.interpret
+TOLERANCE = 1e-5 if DTYPE is torch.float32 else 2e-3
+# Each program of a kernel takes the interpreter milliseconds.
+CHUNKS, PAGES = (
+    ([160], [1, 32]) if triton.knobs.runtime.interpret else ([32, 64, 160], [1, 16, 32, 64])
+)
 
 
 def assert_same(left: Harness, right: Harness, request: int, begin: int = 0) -> None:
@@ -36,10 +43,13 @@ def test_mixed_batch_equals_float64_attention(group: int, heads: str) -> None:
     for layer in range(harness.layers):
         for request in range(len(LENGTHS)):
             expected = expected_output(harness, layer, request)
-            out = harness.outputs[layer][request].double()
-            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+            out = harness.outputs[layer][request].double().cpu()
+            torch.testing.assert_close(out, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="Triton's interpreter has no bfloat16 products"
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_no_worse_than_eager(dtype: torch.dtype) -> None:
     harness = Harness([301], dtype=dtype)
@@ -54,22 +64,25 @@ def test_low_precision_is_no_worse_than_eager(dtype: torch.dtype) -> None:
             q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
         )
         eager_error = (eager.double() - exact).norm() / exact.norm()
-        error = (harness.outputs[layer][0].double() - expected).norm() / expected.norm()
+        out = harness.outputs[layer][0].double().cpu()
+        error = (out - expected).norm() / expected.norm()
         assert error <= eager_error
 
 
 def test_anchor_selects_the_largest_scores() -> None:
     harness = Harness([301])
     harness.prefill(0, 301)
-    q, k, _ = (tensor.double() for tensor in harness.qkv[2][0])
+    q, k, _ = (tensor.double().cpu() for tensor in harness.qkv[2][0])
+    # Kernels round scores to 1/1024 octave before they select.
+    rtol = 1e-3 if KERNELS else 1e-6
     for (tile, first), positions in harness.selections[2][0].items():
         end = min(32 * (tile + 1), 301)
-        scores = anchor_scores(q[first:end], k[:end], 0.25)
+        scores = anchor_scores(q[first:end], k[:end], HEAD_DIM**-0.5)
         budget = harness.config.budget.selected(tile)
         assert positions.shape == (2, budget)
         kept = scores.gather(1, positions).sum(1)
         best = scores.topk(budget, dim=1).values.sum(1)
-        torch.testing.assert_close(kept, best, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(kept, best, rtol=rtol, atol=1e-9)
 
 
 def test_reuse_layers_follow_the_head_map() -> None:
@@ -81,12 +94,14 @@ def test_reuse_layers_follow_the_head_map() -> None:
             assert torch.equal(positions, harness.selections[anchor][0][key][head_map])
 
 
-@pytest.mark.parametrize("chunk", [32, 64, 160])
-@pytest.mark.parametrize("page_size", [1, 16, 32, 64])
-def test_chunks_change_no_bit(chunk: int, page_size: int) -> None:
-    whole = Harness([301], page_size=page_size)
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("page_size", PAGES)
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "default"])
+def test_chunks_change_no_bit(chunk: int, page_size: int, exact: bool) -> None:
+    whole = Harness([301], page_size=page_size, exact=exact)
     whole.prefill(0, 301)
-    chunked = Harness([301], page_size=page_size, slot_seed=5)
+    # Less memory for scores cuts the tiles into other groups.
+    chunked = Harness([301], page_size=page_size, exact=exact, slot_seed=5, score_memory=2**16)
     chunked.prefill(0, chunk)
     assert_same(whole, chunked, 0)
 
@@ -121,9 +136,13 @@ def test_decode_equals_one_token_extend_and_float64() -> None:
     for layer in range(1, 4):
         for request, (begin, end) in enumerate([(100, 105), (65, 70)]):
             ours = decode.outputs[layer][request][begin:end]
-            assert torch.equal(ours, extend.outputs[layer][request][begin:end])
+            theirs = extend.outputs[layer][request][begin:end]
+            if not KERNELS:
+                assert torch.equal(ours, theirs)
             expected = expected_output(decode, layer, request)[begin:end]
-            torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+            for out in (ours, theirs):
+                out = out.double().cpu()
+                torch.testing.assert_close(out, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_budget_of_everything_is_dense() -> None:
@@ -134,7 +153,8 @@ def test_budget_of_everything_is_dense() -> None:
         dense = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )[0].transpose(0, 1)
-        torch.testing.assert_close(harness.outputs[layer][0].double(), dense, rtol=1e-5, atol=1e-5)
+        out = harness.outputs[layer][0].double()
+        torch.testing.assert_close(out, dense, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_comparisons_keep_the_budget() -> None:
@@ -156,7 +176,10 @@ def test_idle_batch_computes_nothing() -> None:
     harness = Harness([40])
     idle = SimpleNamespace(forward_mode=ForwardMode.IDLE, out_cache_loc=None)
     harness.backend.init_forward_metadata(idle)
-    assert harness.backend.path.step.rows == ()
+    layer = SimpleNamespace(tp_q_head_num=8, v_head_dim=HEAD_DIM)
+    assert (
+        harness.backend.forward(torch.empty(0, 8 * HEAD_DIM), None, None, layer, idle).numel() == 0
+    )
 
 
 def test_reuse_before_its_anchor_is_refused() -> None:
@@ -165,6 +188,7 @@ def test_reuse_before_its_anchor_is_refused() -> None:
         harness.backend.paths.store.get(3)
 
 
+@pytest.mark.skipif(KERNELS, reason="the kernels can be captured: test_graphs.py")
 def test_graph_capture_is_refused() -> None:
     with pytest.raises(KascadeError, match="disable-cuda-graph"):
         Harness([40]).backend.init_cuda_graph_state(1, 1)

@@ -6,6 +6,7 @@ import torch
 from decode_case import DEVICE, DecodeCase, lists_of
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_kernels.codes import decode
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.merge_parts import Parts
@@ -99,9 +100,8 @@ def test_codes_are_the_scores(dtype: torch.dtype) -> None:
     _, _, scratch = run(case)
     for row, length in enumerate(case.lengths):
         own = (length - 1) // TILE * TILE
-        codes = scratch.codes.codes[row, :, :own].to(torch.int64).double()
+        found = decode(scratch.codes.codes[row, :, :own]).double()
         exact = case.scores(row)
-        found = torch.exp2(codes / 1024 - 48)
         eager = eager_scores(case, row, False).double()
         error, eager_error = ((x - exact).abs().max() for x in (found, eager))
         assert error <= eager_error + 1e-3 * exact.max()

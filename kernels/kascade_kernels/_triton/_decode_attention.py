@@ -26,7 +26,8 @@ def decode_attention_kernel(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Splits last: those without keys then wait behind all that have some.
+    head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + row)
     span = tl.load(spans + row) * BLOCK
     lo = split * span

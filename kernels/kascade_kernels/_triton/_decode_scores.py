@@ -52,7 +52,8 @@ def decode_scores_kernel(
     KEYS_8BIT: tl.constexpr,
     ATTEND: tl.constexpr,
 ):
-    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Splits last: those without keys then wait behind all that have some.
+    head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(ends + row).to(tl.int32)
     dense = selected_count(end, ratio_ppm, min_k) == own_tile_start(end)
     if dense and not ATTEND:
@@ -137,19 +138,23 @@ def pool_scores_kernel(
     candidates = own_tile_start(end)
     if chunk * CHUNK >= candidates or selected_count(end, ratio_ppm, min_k) == candidates:
         return
-    position = chunk * CHUNK + tl.arange(0, CHUNK)
+    block = chunk * (CHUNK // BLOCK) + tl.arange(0, CHUNK // BLOCK)
+    position = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [CHUNK / BLOCK, BLOCK]
     visible = position < candidates
     list_index = row.to(tl.int64) * LISTS + list_
-    score = tl.zeros([CHUNK], tl.float32)
+    score = tl.zeros([CHUNK // BLOCK, BLOCK], tl.float32)
     for member in range(POOLED):
         q_head = list_index * POOLED + member
         parts = tl.load(part_lse + q_head * SPLITS + tl.arange(0, SPLITS))
         top = tl.max(parts, 0)
         lse = top + tl.log2(tl.sum(tl.exp2(parts - top), 0))
-        where = q_head * stride_logits + position
-        less = tl.load(logits + where, mask=visible, other=float("-inf")).to(tl.float32)
-        m_block = tl.load(block_max + where // BLOCK, mask=visible, other=0.0)
-        score += tl.exp2(less + (m_block - lse))
+        where = q_head * stride_logits
+        less = tl.load(logits + where + position, mask=visible, other=float("-inf"))
+        begun = block * BLOCK < candidates
+        m_block = tl.load(block_max + where // BLOCK + block, mask=begun, other=0.0)
+        score += tl.exp2(less.to(tl.float32) + (m_block - lse)[:, None])
     code = encode_score(score)
     tl.store(codes + list_index * stride_logits + position, code, mask=visible)
-    store_counts(high_counts, list_index * tl.num_programs(0) + chunk, code >> 8, visible)
+    flat = tl.ravel(code >> 8, can_reorder=True)
+    counted = tl.ravel(visible, can_reorder=True)
+    store_counts(high_counts, list_index * tl.num_programs(0) + chunk, flat, counted)

@@ -7,17 +7,30 @@ import triton.language as tl
 @triton.jit
 def merge_parts_kernel(
     part_out,  # float32 [rows, Hq, SPLITS, D]
-    part_lse,  # float32 [rows, Hq, SPLITS], -inf where a part has no keys
+    part_lse,  # float32 [rows, Hq, SPLITS]
+    lengths,  # [rows], keys of each row
+    spans,  # int32 [rows], steps of one part
     out,  # [rows, Hq, D]
+    STEP: tl.constexpr,
+    Q_HEADS: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,  # parts read at once
 ):
-    row = tl.program_id(0).to(tl.int64)
+    q_head, row = tl.program_id(0), tl.program_id(1)
+    length = tl.load(lengths + row).to(tl.int32)
+    used = tl.cdiv(length, tl.load(spans + row) * STEP)
+    index = row.to(tl.int64) * Q_HEADS + q_head
     dim = tl.arange(0, D)
     split = tl.arange(0, SPLITS)
-    lse = tl.load(part_lse + row * SPLITS + split)
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    address = (row * SPLITS + split)[:, None] * D + dim[None, :]
-    parts = tl.load(part_out + address, mask=weight[:, None] > 0, other=0.0)
-    merged = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + row * D + dim, merged.to(out.dtype.element_ty))
+    lse = tl.load(part_lse + index * SPLITS + split, mask=split < used, other=float("-inf"))
+    top = tl.max(lse, 0)
+    total = tl.sum(tl.exp2(lse - top), 0)
+    merged = tl.zeros([D], tl.float32)
+    for first in range(0, used, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        one = tl.load(part_lse + index * SPLITS + part, mask=part < used, other=float("-inf"))
+        address = (index * SPLITS + part)[:, None] * D + dim[None, :]
+        values = tl.load(part_out + address, mask=(part < used)[:, None], other=0.0)
+        merged += tl.sum(values * tl.exp2(one - top)[:, None], 0)
+    tl.store(out + index * D + dim, (merged / total).to(out.dtype.element_ty))

@@ -5,10 +5,19 @@ import triton.language as tl
 
 TILE = tl.constexpr(32)
 PPM = tl.constexpr(1_000_000)
-CODE_STEPS = tl.constexpr(1024)
-"""Steps of a score code per octave: a rounding of 0.03 %, finer than half precision."""
-CODE_BIAS = tl.constexpr(48)
-"""Octaves below 1 that a score code can tell apart; smaller scores share code 0."""
+CODE_SHIFT = tl.constexpr(13)
+CODE_HALF = tl.constexpr(1 << 12)
+CODE_OFFSET = tl.constexpr(79 << 10)
+"""Codes are the upper bits of float32: 10 bits of mantissa, exponents from 2^-48 to 2^16."""
+
+
+@triton.constexpr_function
+def power_of_2(size: int) -> int:
+    """Smallest power of two that is at least ``size``.
+
+    Not ``triton.next_power_of_2``: SGLang replaces that one by a function kernels cannot call.
+    """
+    return 1 << (size - 1).bit_length()
 
 
 @triton.jit
@@ -28,9 +37,10 @@ def selected_count(end, ratio_ppm, min_k):
 
 @triton.jit
 def encode_score(score):
-    """Score in [0, 2^16) -> uint16 that orders like it: log2 in steps of 1/1024 octave."""
-    steps = (tl.log2(score) + CODE_BIAS) * CODE_STEPS + 0.5
-    return tl.minimum(tl.maximum(steps, 0.0), 65535.0).to(tl.uint16)
+    """Score in [0, 2^16) -> uint16 that orders like it, rounded by at most 0.05 %."""
+    bits = score.to(tl.int32, bitcast=True) + CODE_HALF
+    code = (bits >> CODE_SHIFT) - CODE_OFFSET
+    return tl.minimum(tl.maximum(code, 0), 65535).to(tl.uint16)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from kascade_kernels._triton._primitives import (
     TILE,
     load_slots,
     own_tile_start,
+    power_of_2,
     selected_count,
     store_counts,
 )
@@ -19,7 +20,7 @@ from kascade_kernels._triton._primitives import (
 @triton.jit
 def _load_counts(counts, list_index, chunks, CHUNKS: tl.constexpr):
     """Counts of a list's first ``chunks`` chunks, int32 [CHUNKS padded, 256]."""
-    PADDED: tl.constexpr = triton.next_power_of_2(CHUNKS)
+    PADDED: tl.constexpr = power_of_2(CHUNKS)
     chunk = tl.arange(0, PADDED)[:, None]
     address = (list_index * CHUNKS + chunk) * 256 + tl.arange(0, 256)[None, :]
     return tl.load(counts + address, mask=chunk < chunks, other=0).to(tl.int32)
@@ -140,7 +141,7 @@ def find_low_kernel(
     larger = tl.sum(tl.where(byte > high, high_by_chunk, 0), 1)
     larger += tl.sum(tl.where(byte > low, low_by_chunk, 0), 1)
     ties = tl.sum(tl.where(byte == low, low_by_chunk, 0), 1)
-    chunk = tl.arange(0, triton.next_power_of_2(CHUNKS))
+    chunk = tl.arange(0, power_of_2(CHUNKS))
     target = before + (list_index * CHUNKS + chunk) * 2
     tl.store(target, tl.cumsum(larger, 0) - larger, mask=chunk < chunks)
     tl.store(target + 1, tl.cumsum(ties, 0) - ties, mask=chunk < chunks)

@@ -1,0 +1,94 @@
+"""Attention of query tiles to selected keys and, causally, to the tile itself."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from kascade_kernels._triton._tile_attention import tile_attention_kernel
+from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
+from kascade_kernels.structs import Rows, Selection
+from kascade_kernels.tile_scores import (
+    LOG2_E,
+    Launch,
+    check_tiles,
+    is_hopper,
+)
+
+
+def attention_launch(dim: int, bytes_per_value: int, hopper: bool) -> Launch:
+    """Launch parameters: two programs an SM up to 256 bytes a key, where wgmma is there.
+
+    Elsewhere, and for longer keys, four warps would spill the [128, D] accumulator.
+    """
+    if dim * bytes_per_value > 256:
+        return Launch(32, 1, 8, 3 if hopper else 2)
+    return Launch(64, 1, 4, 2) if hopper else Launch(64, 1, 8, 3)
+
+
+def tile_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    rows: Rows,
+    selection: Selection,
+    head_map: torch.Tensor,
+    scale: float,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of every row to its selected slots and, causally, to its own tile.
+
+    q: [tokens, Hq, D]. k_cache, v_cache: [slots, H, D].
+    req_to_token: int32 [requests, max context].
+    selection: KV head h attends to list ``head_map[h]``, which holds no key of the own tile.
+    head_map: int32 [H], entries below ``selection.heads``.
+    out: like q; queries that no row holds are left as they are.
+    Accumulates in float32, own tile first, then the list in its order: a row's result depends
+    neither on the rest of the batch nor on where its keys lie.
+    Not checked: that slots, requests, tokens and the head map's entries lie within their tensors.
+    """
+    count, kv_heads, group = check_tiles(q, k_cache, req_to_token, rows)
+    require_shape("v_cache", v_cache, tuple(k_cache.shape))
+    require_dtype("v_cache", v_cache, k_cache.dtype)
+    require_last_dim_contiguous("v_cache", v_cache)
+    require_dtype("selection.slots", selection.slots, torch.int32)
+    require_shape("selection.offsets", selection.offsets, (count,))
+    require_dtype("selection.offsets", selection.offsets, torch.int64)
+    require_shape("selection.counts", selection.counts, (count,))
+    require_shape("head_map", head_map, (kv_heads,))
+    require_dtype("head_map", head_map, torch.int32)
+    if scale <= 0:
+        raise ValueError(f"scale: expected a positive number, got {scale}")
+    if out is None:
+        out = torch.empty_like(q)
+    require_shape("out", out, tuple(q.shape))
+    require_last_dim_contiguous("out", out)
+    launch = attention_launch(q.shape[-1], q.element_size(), is_hopper(q.device))
+    tile_attention_kernel[(kv_heads * triton.cdiv(group, 4), count)](
+        q,
+        k_cache,
+        v_cache,
+        req_to_token,
+        rows.requests,
+        rows.ends,
+        rows.starts,
+        rows.counts,
+        selection.slots,
+        selection.offsets,
+        selection.counts,
+        head_map,
+        out,
+        scale * LOG2_E,
+        *q.stride()[:2],
+        *k_cache.stride()[:2],
+        *v_cache.stride()[:2],
+        req_to_token.stride(0),
+        *out.stride()[:2],
+        GROUP=group,
+        DIM=q.shape[-1],
+        BLOCK_K=launch.block_k,
+        **launch.options(),
+    )
+    return out

@@ -1,0 +1,255 @@
+"""Scores of every key before a query tile: log-sum-exps, then post-softmax mass as codes.
+
+A tile's query rows of one KV head are numbered query-major: row ``r`` is query ``r // group`` and
+query head ``head * group + r % group``. So ``lse`` is [rows, H, 32 * group], and a partial tile
+uses the first ``count * group`` of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from kascade_kernels._triton._tile_scores import (
+    merge_lse_kernel,
+    tile_lse_kernel,
+    tile_scores_kernel,
+)
+from kascade_kernels.budget import TILE, Budget
+from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
+from kascade_kernels.structs import KeyCopy, Rows
+
+LOG2_E = math.log2(math.e)
+EDGE = 128
+"""Candidates at either end that a sampled log-sum-exp reads one by one."""
+LSE_SPAN = 2048
+"""Keys whose log-sum-exp one program makes. Partial results are merged span by span, so this may
+not depend on anything but the tile: another value gives other last bits."""
+SCORE_SPAN = 4096
+"""Keys that one program scores: a short extension still fills the GPU, and loading the queries
+stays a small part of the work."""
+
+
+class Launch(NamedTuple):
+    """How a kernel is cut up: keys of a step, rows that share keys, warps, pipeline stages."""
+
+    block_k: int
+    tiles: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """Return what the compiler takes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether wgmma is there, which computes 64 rows a warp group."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def score_launch(dim: int, group: int, bytes_per_value: int, hopper: bool) -> Launch:
+    """Launch parameters of the score kernel; measured on an H100 at dim 128 and a group of 4.
+
+    A product of 128 columns, four warps where they have wgmma, and 64 keys a step, or 128 in
+    8 bits, were fastest; wider products or more warps cost 10 to 50 %.
+    """
+    eight_bit, wide = bytes_per_value == 1, dim * bytes_per_value > 256
+    tiles = max(1, 128 // (TILE * triton.next_power_of_2(group)))
+    block_k = 128 if group > 8 and not wide or (eight_bit and group <= 4) else 64
+    four_warps = hopper and dim <= 128 and group <= 8 and not wide
+    return Launch(block_k, tiles, 4 if four_warps else 8, 2 if wide else 3)
+
+
+def lse_launch(dim: int, bytes_per_value: int) -> Launch:
+    """Launch parameters of the log-sum-exp kernel: eight warps are 4 % faster than four."""
+    return Launch(64 if dim * bytes_per_value > 256 else 128, 1, 8, 3)
+
+
+def keys_read(candidates: int, stride: int) -> int:
+    """Candidates that a log-sum-exp with this stride reads."""
+    middle = max(candidates - 2 * EDGE, 0)
+    return candidates - middle + triton.cdiv(middle, stride)
+
+
+def tile_lse(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    rows: Rows,
+    scale: float,
+    budget: Budget,
+    *,
+    stride: int = 1,
+    max_end: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Log-sum-exp of every query row over all keys that it sees, in base 2.
+
+    q: [tokens, Hq, D]. k_cache: [slots, H, D]. req_to_token: int32 [requests, max context].
+    stride: 1 is exact. A larger one reads the first and last 128 candidates and the own tile in
+        full and every stride-th key between, each for all that were left out: an estimate that is
+        a function of the tile alone.
+    max_end: bound on ``rows.ends`` known to the host; it only saves empty programs.
+    Returns float32 [rows, H, 32 * group] of logits * scale * log2(e), +inf where a partial tile
+    has no query. Rows whose budget covers all candidates are not written.
+    Not checked: that slots, requests and tokens lie within their tensors.
+    """
+    count, kv_heads, group = check_tiles(q, k_cache, req_to_token, rows)
+    shape = (count, kv_heads, TILE * group)
+    if stride < 1:
+        raise ValueError(f"stride: expected at least 1, got {stride}")
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float32, device=q.device)
+    _require_lse("out", out, shape)
+    max_end = req_to_token.shape[1] if max_end is None else max_end
+    spans = max(1, triton.cdiv(keys_read(max_end, stride), LSE_SPAN))
+    parts = torch.empty(count, kv_heads, spans, TILE * group, dtype=torch.float32, device=q.device)
+    blocks = triton.cdiv(group, 4)
+    launch = lse_launch(q.shape[-1], q.element_size())
+    sizes = {"HEADS": kv_heads, "GROUP": group, "STRIDE": stride, "SPAN": LSE_SPAN}
+    tile_lse_kernel[(count, kv_heads * blocks, spans)](
+        q,
+        k_cache,
+        req_to_token,
+        rows.requests,
+        rows.ends,
+        rows.starts,
+        rows.counts,
+        parts,
+        scale * LOG2_E,
+        budget.ratio_ppm,
+        budget.min_k,
+        spans,
+        *q.stride()[:2],
+        *k_cache.stride()[:2],
+        req_to_token.stride(0),
+        DIM=q.shape[-1],
+        BLOCK_K=launch.block_k,
+        **sizes,
+        **launch.options(),
+    )
+    merge_lse_kernel[(count, kv_heads)](
+        parts, rows.ends, rows.counts, out, budget.ratio_ppm, budget.min_k, spans, **sizes
+    )
+    return out
+
+
+def tile_scores(
+    q: torch.Tensor,
+    keys: torch.Tensor | KeyCopy,
+    req_to_token: torch.Tensor,
+    rows: Rows,
+    lse: torch.Tensor,
+    scale: float,
+    budget: Budget,
+    *,
+    pooled: bool = False,
+    out: torch.Tensor,
+    sums: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Score all candidates of every row: codes that order like the attention mass on a key.
+
+    q: [tokens, Hq, D]. keys: [slots, H, D], or their 8-bit copy; then q is rounded to 8 bits too.
+    lse: float32 [rows, H, 32 * group], from ``tile_lse``.
+    out: uint16 [rows, H, keys], or [rows, 1, keys] where ``pooled``, summed over KV heads.
+        out[r, h, j] = encode_score(sum over queries and group of exp2(logit - lse)), j a
+        candidate. Not written: entries from the own tile on, and rows whose budget covers all
+        candidates.
+    sums: float32 [rows, keys], scratch for ``pooled``; allocated where None.
+    """
+    eight_bit = isinstance(keys, KeyCopy)
+    cache = keys.values if eight_bit else keys
+    count, kv_heads, group = check_tiles(q, cache, req_to_token, rows, eight_bit)
+    _require_lse("lse", lse, (count, kv_heads, TILE * group))
+    require_shape("out", out, (count, 1 if pooled else kv_heads, None))
+    require_dtype("out", out, torch.uint16)
+    require_last_dim_contiguous("out", out)
+    pooled = pooled and kv_heads > 1
+    room = out.shape[2]
+    if sums is None:
+        sums = torch.empty(count, room if pooled else 0, dtype=torch.float32, device=q.device)
+    elif pooled:
+        require_shape("sums", sums, (count, room))
+        require_dtype("sums", sums, torch.float32)
+        require_last_dim_contiguous("sums", sums)
+    key_scales = keys.scales if eight_bit else lse
+    bytes_per_value = 1 if eight_bit else q.element_size()
+    launch = score_launch(q.shape[-1], group, bytes_per_value, is_hopper(q.device))
+    grid = (
+        triton.cdiv(count, launch.tiles),
+        1 if pooled else kv_heads,
+        triton.cdiv(room, SCORE_SPAN),
+    )
+    tile_scores_kernel[grid](
+        q,
+        cache,
+        key_scales,
+        req_to_token,
+        rows.requests,
+        rows.ends,
+        rows.starts,
+        rows.counts,
+        lse,
+        sums,
+        out,
+        scale * LOG2_E,
+        budget.ratio_ppm,
+        budget.min_k,
+        count,
+        *q.stride()[:2],
+        *cache.stride()[:2],
+        *key_scales.stride()[:2],
+        req_to_token.stride(0),
+        sums.stride(0),
+        *out.stride()[:2],
+        HEADS=kv_heads,
+        GROUP=group,
+        DIM=q.shape[-1],
+        SPAN=SCORE_SPAN,
+        BLOCK_K=launch.block_k,
+        TILES=launch.tiles,
+        POOLED=pooled,
+        EIGHT_BIT=eight_bit,
+        **launch.options(),
+    )
+    return out
+
+
+def check_tiles(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    req_to_token: torch.Tensor,
+    rows: Rows,
+    eight_bit: bool = False,
+) -> tuple[int, int, int]:
+    """Check what every operation on tiles takes; return rows, KV heads and group."""
+    require_shape("q", q, (None, None, None))
+    q_heads, dim = q.shape[1:]
+    require_shape("keys", keys, (None, None, dim))
+    require_dtype("keys", keys, torch.int8 if eight_bit else q.dtype)
+    require_dtype("req_to_token", req_to_token, torch.int32)
+    for name, tensor in (("q", q), ("keys", keys), ("req_to_token", req_to_token)):
+        require_last_dim_contiguous(name, tensor)
+    kv_heads = keys.shape[1]
+    if q_heads % kv_heads:
+        raise ValueError(f"q: expected a multiple of {kv_heads} heads, got {q_heads}")
+    least = 32 if eight_bit else 16
+    if dim & (dim - 1) or dim < least:
+        raise ValueError(f"q: expected a power of two from {least} on as head dimension, got {dim}")
+    if rows.starts is None or rows.counts is None:
+        raise ValueError("rows: expected starts and counts, got None")
+    count = rows.ends.shape[0]
+    for name, tensor in zip(Rows._fields, rows, strict=True):
+        require_shape(f"rows.{name}", tensor, (count,))
+    return count, kv_heads, q_heads // kv_heads
+
+
+def _require_lse(name: str, lse: torch.Tensor, shape: tuple[int, int, int]) -> None:
+    require_shape(name, lse, shape)
+    require_dtype(name, lse, torch.float32)
+    if not lse.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {lse.stride()}")

@@ -1,0 +1,99 @@
+"""Captured decode steps: lengths change between replays, and every bit equals the eager step's."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from harness import DEVICE, HEAD_DIM, Harness
+from kascade_kernels.budget import Budget
+
+pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+
+LENGTHS = [400, 90, 33]
+
+
+class CapturedDecode:
+    """One decode step of all layers over static inputs, as SGLang's runner captures it."""
+
+    def __init__(self, harness: Harness, rows: int) -> None:
+        self.harness = harness
+        self.batch = SimpleNamespace(
+            forward_mode=ForwardMode.DECODE,
+            req_pool_indices=torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+            seq_lens=torch.ones(rows, dtype=torch.int64, device=DEVICE),
+            out_cache_loc=torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        )
+        backend = harness.backend
+        backend.init_cuda_graph_state(rows, rows)
+        heads = (8, 2, 2)
+        self.inputs = [
+            [torch.zeros(rows, h, HEAD_DIM, dtype=torch.float16, device=DEVICE) for h in heads]
+            for _ in range(harness.layers)
+        ]
+        self.graph = torch.cuda.CUDAGraph()
+        for _ in range(2):
+            self._run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self._run()
+
+    def _run(self) -> list[torch.Tensor]:
+        backend = self.harness.backend
+        backend.init_forward_metadata_out_graph(self.batch, in_capture=True)
+        backend.init_forward_metadata_in_graph(self.batch)
+        outputs = []
+        for layer_id, (q, k, v) in enumerate(self.inputs):
+            layer = self.harness.layer(layer_id)
+            outputs.append(backend.forward(q.flatten(1), k, v, layer, self.batch))
+        return outputs
+
+    def replay(self, positions: dict[int, int]) -> list[torch.Tensor]:
+        """Run the new token of some requests at their positions; other rows are padding."""
+        harness, batch = self.harness, self.batch
+        batch.req_pool_indices.zero_()
+        batch.seq_lens.fill_(1)
+        batch.out_cache_loc.zero_()
+        for row, (request, position) in enumerate(positions.items()):
+            batch.req_pool_indices[row] = request + 1
+            batch.seq_lens[row] = position + 1
+            batch.out_cache_loc[row] = harness.req_to_token[request + 1, position]
+            for layer_id, tensors in enumerate(self.inputs):
+                for into, whole in zip(tensors, harness.qkv[layer_id][request], strict=True):
+                    into[row] = whole[position]
+        harness.backend.init_forward_metadata_out_graph(batch)
+        self.graph.replay()
+        return [out[: len(positions)].view(len(positions), 8, HEAD_DIM) for out in self.outputs]
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "default"])
+@pytest.mark.parametrize("heads", ["per_head", "pooled"])
+def test_replays_equal_eager_steps(exact: bool, heads: str) -> None:
+    budget = Budget(0.1, 64)
+
+    def prefilled() -> Harness:
+        harness = Harness(LENGTHS, budget=budget, exact=exact, heads=heads)
+        harness.step([(0, 0, 300), (1, 0, 60), (2, 0, 20)])
+        return harness
+
+    eager, captured = prefilled(), prefilled()
+    decode = CapturedDecode(captured, rows=3)
+    # 60 to 66 crosses the length up to which the budget covers everything.
+    for offset in range(6):
+        steps = {0: 300 + offset, 1: 60 + offset, 2: 20 + offset}
+        eager.step([(request, at, at + 1) for request, at in steps.items()])
+        outputs = decode.replay(steps)
+        for layer in range(eager.layers):
+            for row, (request, at) in enumerate(steps.items()):
+                assert torch.equal(outputs[layer][row], eager.outputs[layer][request][at])
+
+
+def test_padding_changes_nothing() -> None:
+    full, padded = (Harness(LENGTHS, batch_invariant=True) for _ in range(2))
+    outputs = []
+    for harness, rows in ((full, 1), (padded, 4)):
+        harness.step([(0, 0, 300)])
+        outputs.append(CapturedDecode(harness, rows).replay({0: 300}))
+    for one, four in zip(*outputs, strict=True):
+        assert torch.equal(one[0], four[0])

@@ -1,0 +1,117 @@
+"""Every kernel compiles for GPUs that are not there: Ampere, Hopper and Blackwell."""
+
+from collections.abc import Callable
+
+import pytest
+
+# First, because it replaces functions of Triton that kernels might call.
+import sglang.srt.utils.common  # noqa: F401
+import torch
+
+import kascade_kernels.tile_attention as tile_attention_module
+import kascade_kernels.tile_scores as tile_scores_module
+from capture import compiled_launches
+from decode_case import DecodeCase
+from kascade_kernels.arena import empty_on
+from kascade_kernels.budget import Budget
+from kascade_kernels.decode_attention import decode_attention
+from kascade_kernels.decode_scores import ScoreScratch, decode_scores
+from kascade_kernels.key_copy import allocate_key_copy, copy_keys
+from kascade_kernels.merge_parts import Parts
+from kascade_kernels.select_slots import count_high, select_slots
+from kascade_kernels.structs import Rows
+from kascade_kernels.tile_attention import tile_attention
+from kascade_kernels.tile_scores import tile_lse, tile_scores
+
+CONTEXT = 131072
+HEADS = 2
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHAPES = [(torch.bfloat16, 128, 4), (torch.float16, 64, 7), (torch.bfloat16, 256, 2)]
+
+
+def launch_decode(dtype: torch.dtype, dim: int, group: int) -> None:
+    """Launch what a decode step launches, both ways of scoring."""
+    case, budget = DecodeCase.make([65, 9], HEADS, group, dim, dtype=dtype), Budget()
+    q_heads, spans = HEADS * group, case.spans(budget)
+    parts = Parts.allocate(spans, q_heads, dim)
+    scratch = ScoreScratch.allocate(2, q_heads, HEADS, CONTEXT, empty_on("cpu"))
+    copy = allocate_key_copy(len(case.k), HEADS, dim, "cpu")
+    copy_keys(case.k, torch.arange(2), copy)
+    for keys, values in ((case.k, None), (copy, None), (case.k, case.v)):
+        decode_scores(
+            case.q,
+            keys,
+            case.req_to_token,
+            case.rows,
+            spans,
+            budget,
+            case.scale,
+            scratch,
+            parts,
+            values,
+        )
+    selection = case.empty_selection(HEADS, budget)
+    select_slots(scratch.codes, case.req_to_token, case.rows, budget, selection, append_own=True)
+    head_map = torch.zeros(HEADS, dtype=torch.int32)
+    decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
+
+
+def launch_prefill(dtype: torch.dtype, dim: int, group: int) -> None:
+    """Launch what a prefill step launches, both ways of scoring, per head and pooled."""
+    case, budget = DecodeCase.make([65, 9], HEADS, group, dim, dtype=dtype), Budget()
+    one = torch.ones(2, dtype=torch.int32)
+    ends = case.rows.ends.to(torch.int32)
+    rows = Rows(case.rows.requests, ends, one, one)
+    table, scale = case.req_to_token, case.scale
+    copy = allocate_key_copy(len(case.k), HEADS, dim, "cpu")
+    scratch = ScoreScratch.allocate(2, HEADS * group, HEADS, CONTEXT, empty_on("cpu")).codes
+    lse = tile_lse(case.q, case.k, table, rows, scale, budget, max_end=CONTEXT)
+    for keys in (case.k, copy):
+        tile_scores(case.q, keys, table, rows, lse, scale, budget, out=scratch.codes)
+        pooled = scratch.codes[:, :1]
+        tile_scores(case.q, keys, table, rows, lse, scale, budget, pooled=True, out=pooled)
+    count_high(scratch, rows, budget)
+    selection = case.empty_selection(HEADS, budget)
+    select_slots(scratch, table, rows, budget, selection, append_own=False)
+    head_map = torch.zeros(HEADS, dtype=torch.int32)
+    tile_attention(case.q, case.k, case.v, table, rows, selection, head_map, scale)
+
+
+def launch_as_on(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose launch parameters as on a GPU of this capability."""
+    for module in (tile_scores_module, tile_attention_module):
+        monkeypatch.setattr(module, "is_hopper", lambda device: capability == 90)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("launch", [launch_decode, launch_prefill], ids=["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "group"), SHAPES, ids=["bf16-128-4", "fp16-64-7", "bf16-256-2"]
+)
+def test_compiles(
+    capability: int,
+    launch: Callable[..., None],
+    dtype: torch.dtype,
+    dim: int,
+    group: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launch_as_on(capability, monkeypatch)
+    with compiled_launches(capability) as compiled:
+        launch(dtype, dim, group)
+    assert len(compiled) >= 9
+    for kernel in compiled:
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability], kernel.metadata.name
+
+
+def test_hopper_pipelines_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of gathered keys overlap with products, and prefill uses Hopper's wide products."""
+    launch_as_on(90, monkeypatch)
+    with compiled_launches(90) as compiled:
+        launch_decode(torch.bfloat16, 128, 4)
+        launch_prefill(torch.bfloat16, 128, 4)
+    text = {kernel.metadata.name: kernel.asm["ptx"] for kernel in compiled}
+    for name in ("decode_scores_kernel", "decode_attention_kernel", "tile_attention_kernel"):
+        assert "cp.async" in text[name]
+    for name in ("tile_attention_kernel", "tile_scores_kernel"):
+        assert "wgmma" in text[name]

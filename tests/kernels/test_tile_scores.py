@@ -1,0 +1,283 @@
+"""Log-sum-exps and score codes of query tiles against the float64 reference."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from kascade_kernels import tile_scores as module
+from kascade_kernels._triton._primitives import encode_score
+from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_kernels.key_copy import allocate_key_copy, copy_keys
+from kascade_kernels.reference import pool_heads
+from kascade_kernels.structs import KeyCopy, Rows
+from kascade_kernels.tile_scores import EDGE, keys_read, tile_lse, tile_scores
+from tile_case import DEVICE, TileCase
+
+BUDGET = Budget(0.1, 64)
+EXTENDS = [(270, 301), (0, 70), (128, 129), (90, 127), (31, 32), (0, 1)]
+"""Whole tiles, first and last tiles in part, one query in mid-tile, and tiles that are dense."""
+DTYPES = [torch.float16, torch.bfloat16 if DEVICE == "cuda" else torch.float32]
+GROUPS = pytest.mark.parametrize("group", [1, 4, 5, 8])
+UNTOUCHED = 12345
+
+
+@triton.jit
+def encode_kernel(score_ptr, code_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    score = tl.load(score_ptr + at, mask=at < count, other=0.0)
+    tl.store(code_ptr + at, encode_score(score), mask=at < count)
+
+
+def codes_of(scores: torch.Tensor) -> torch.Tensor:
+    """Codes of scores, as int64."""
+    scores = scores.float().contiguous()
+    codes = torch.zeros(scores.shape, dtype=torch.uint16, device=scores.device)
+    encode_kernel[(triton.cdiv(scores.numel(), 1024),)](scores, codes, scores.numel(), 1024)
+    return codes.long()
+
+
+def exact_lse(case: TileCase, row: int, group: int) -> torch.Tensor:
+    """Float64 log-sum-exps of a row, [H, TILE * group], +inf where there is no query."""
+    lse = torch.logsumexp(case.logits(row) * math.log(2), dim=-1) / math.log(2)
+    return torch.nn.functional.pad(lse, (0, TILE * group - lse.shape[1]), value=math.inf)
+
+
+def lse_of(case: TileCase, **options: object) -> torch.Tensor:
+    return tile_lse(case.q, case.k, case.req_to_token, case.rows, case.scale, BUDGET, **options)
+
+
+def score(
+    case: TileCase,
+    lse: torch.Tensor | None = None,
+    keys: KeyCopy | None = None,
+    pooled: bool = False,
+) -> torch.Tensor:
+    """Codes of a case, UNTOUCHED where nothing was written; int64 [rows, lists, keys]."""
+    lists = 1 if pooled else case.k.shape[1]
+    room = case.req_to_token.shape[1]
+    out = torch.full((len(case.places), lists, room), UNTOUCHED, device=DEVICE)
+    out = out.to(torch.uint16)
+    tile_scores(
+        case.q,
+        case.k if keys is None else keys,
+        case.req_to_token,
+        case.rows,
+        lse_of(case) if lse is None else lse,
+        case.scale,
+        BUDGET,
+        pooled=pooled,
+        out=out,
+    )
+    return out.long()
+
+
+def check_codes(case: TileCase, codes: torch.Tensor, steps: int, pooled: bool = False) -> None:
+    """Codes are within some steps of the exact scores', and nothing else was written."""
+    for row in range(len(case.places)):
+        scores = pool_heads(case.scores(row)) if pooled else case.scores(row)
+        candidates = 0 if case.is_dense(row, BUDGET) else scores.shape[1]
+        off = codes[row, :, :candidates] - codes_of(scores[:, :candidates])
+        assert candidates == 0 or off.abs().max() <= steps
+        assert (codes[row, :, candidates:] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@GROUPS
+def test_lse(dtype: torch.dtype, group: int) -> None:
+    case = TileCase.make(EXTENDS, group=group, dtype=dtype)
+    out = torch.full((len(case.places), 2, TILE * group), float("nan"), device=DEVICE)
+    lse = lse_of(case, out=out, max_end=301)
+    assert lse is out
+    for row in range(len(case.places)):
+        if case.is_dense(row, BUDGET):
+            assert lse[row].isnan().all()
+        else:
+            exact = exact_lse(case, row, group)
+            torch.testing.assert_close(lse[row].double(), exact, atol=2e-5, rtol=0)
+
+
+def test_lse_merges_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that outweighs all others, in each span in turn."""
+    monkeypatch.setattr(module, "LSE_SPAN", 128)
+    case = TileCase.make([(480, 500), (64, 300)])
+    for position in (3, 200, 383, 481):
+        case.k[case.req_to_token[case.places[0][0], position]] *= 9
+    lse = lse_of(case)
+    for row in range(len(case.places)):
+        if not case.is_dense(row, BUDGET):
+            exact = exact_lse(case, row, 4)
+            torch.testing.assert_close(lse[row].double(), exact, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stride, span", [(2, 2048), (8, 128), (1000, 128)])
+def test_sampled_lse(stride: int, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LSE_SPAN", span)
+    case = TileCase.make([(590, 617), (260, 290), (150, 256)])
+    sampled, full = lse_of(case, stride=stride), lse_of(case)
+    for row, (_, end, _, _) in enumerate(case.places):
+        if case.is_dense(row, BUDGET):
+            continue
+        own = TILE * tile_of(end - 1)
+        assert torch.equal(sampled[row], full[row]) == (own <= 2 * EDGE)
+        weight = torch.zeros(end, dtype=torch.float64, device=DEVICE)
+        middle = weight[EDGE : max(EDGE, own - EDGE)]
+        picked = middle[::stride]
+        picked += math.log2(max(len(middle), 1) / max(len(picked), 1))
+        left_out = torch.arange(len(middle), device=DEVICE) % stride > 0
+        middle.masked_fill_(left_out, float("-inf"))
+        assert weight.isfinite().sum() == end - own + keys_read(own, stride)
+        exact = torch.logsumexp((case.logits(row) + weight) * math.log(2), -1) / math.log(2)
+        found = sampled[row, :, : exact.shape[1]].double()
+        torch.testing.assert_close(found, exact, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@GROUPS
+def test_scores(dtype: torch.dtype, group: int) -> None:
+    case = TileCase.make(EXTENDS, group=group, dtype=dtype)
+    check_codes(case, score(case), steps=1)
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_scores_on_pages(page_size: int, dim: int) -> None:
+    case = TileCase.make([(96, 129), (33, 130)], kv_heads=1, dim=dim, page_size=page_size)
+    check_codes(case, score(case), steps=1)
+
+
+@pytest.mark.parametrize("kv_heads, group", [(3, 4), (2, 5), (1, 4)])
+def test_pooled(kv_heads: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SCORE_SPAN", 128)
+    case = TileCase.make(EXTENDS, kv_heads=kv_heads, group=group)
+    check_codes(case, score(case, pooled=True), steps=1, pooled=True)
+
+
+def test_pooled_with_scratch() -> None:
+    case = TileCase.make([(96, 160)])
+    lse, room = lse_of(case), case.req_to_token.shape[1]
+    out = torch.zeros(len(case.places), 1, room, dtype=torch.uint16, device=DEVICE)
+    sums = torch.full((len(case.places), room + 5), float("nan"), device=DEVICE)[:, :room]
+    found = tile_scores(
+        case.q, case.k, case.req_to_token, case.rows, lse, case.scale, BUDGET,
+        pooled=True, out=out, sums=sums,
+    )  # fmt: skip
+    assert found is out
+    exact = codes_of(pool_heads(case.scores(1)))
+    assert (out[1, :, :128].long() - exact).abs().max() <= 1
+
+
+def rounded(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """Round to whole multiples of the largest magnitude over some dimensions / 127."""
+    step = x.float().abs().amax(dims, keepdim=True) / 127
+    return (x.float() / step + 0.5).floor().double() * step
+
+
+def copy_of(case: TileCase) -> KeyCopy:
+    slots = case.req_to_token[case.req_to_token > 0].long()
+    copy = allocate_key_copy(case.k.shape[0], case.k.shape[1], case.k.shape[2], DEVICE)
+    copy_keys(case.k, slots, copy)
+    return copy
+
+
+@pytest.mark.parametrize(
+    "group, pooled", [(1, False), (4, False), (4, True), (5, True), (8, False)]
+)
+def test_eight_bit(group: int, pooled: bool) -> None:
+    """Equals the exact scores of rounded q and K: q has one scale a block of 128 query rows.
+
+    A GPU divides less exactly, so that a tie may be rounded to the other side.
+    """
+    case = TileCase.make([(270, 301), (90, 130), (0, 1)], group=group)
+    copy, lse = copy_of(case), lse_of(case)
+    codes = score(case, lse, copy, pooled)
+    keys = copy.values.double() * copy.scales.double().unsqueeze(-1)
+    for row, (_, end, _, count) in enumerate(case.places):
+        if case.is_dense(row, BUDGET):
+            continue
+        own = TILE * tile_of(end - 1)
+        q = case.queries_of(row).unflatten(1, (2, group)).transpose(0, 1).flatten(1, 2)
+        q = torch.cat([rounded(block, (1, 2)) for block in q.split(128, dim=1)], 1)
+        k = keys[case.slots_of(row)[:own]]
+        logits = torch.einsum("hrd,lhd->hrl", q, k) * case.scale / math.log(2)
+        mass = (logits - lse[row, :, : count * group, None].double()).exp2().sum(1)
+        mass = pool_heads(mass) if pooled else mass
+        steps = 16 if DEVICE == "cuda" else 1
+        assert (codes[row, :, :own] - codes_of(mass)).abs().max() <= steps
+        # Against unrounded q and K: 1.5 nats of spread a logit, of which 8 bits lose about 1 %.
+        exact = pool_heads(case.scores(row)) if pooled else case.scores(row)
+        assert (mass / exact - 1).abs().max() < 0.1
+
+
+def test_eight_bit_takes_any_layout_of_the_scales() -> None:
+    case = TileCase.make([(96, 160)])
+    copy, lse = copy_of(case), lse_of(case)
+    turned = KeyCopy(copy.values, copy.scales.t().contiguous().t())
+    assert torch.equal(score(case, lse, copy), score(case, lse, turned))
+
+
+def test_zero_queries() -> None:
+    """All keys weigh the same, and nothing divides by a scale of zero."""
+    case = TileCase.make([(96, 128)])
+    case.q.zero_()
+    check_codes(case, score(case), steps=1)
+    check_codes(case, score(case, keys=copy_of(case)), steps=1)
+
+
+@pytest.mark.parametrize(
+    "kind, group", [("exact", 1), ("exact", 4), ("pooled", 4), ("eight_bit", 2)]
+)
+def test_rows_do_not_depend_on_the_batch(kind: str, group: int) -> None:
+    """Same bits alone, reversed, and between rows of other requests."""
+    case = TileCase.make([(110, 193), (0, 161)], group=group)
+    copy = copy_of(case) if kind == "eight_bit" else None
+    lse = lse_of(case, stride=4)
+    codes = score(case, lse, copy, pooled=kind == "pooled")
+    count = len(case.places)
+    mixed = [row // 2 + row % 2 * (count // 2) for row in range(count)]
+    for chosen in [list(range(count))[::-1], mixed, [2], [count - 1]]:
+        part = case.only(chosen)
+        part_lse = lse_of(part, stride=4)
+        part_codes = score(part, part_lse, copy, pooled=kind == "pooled")
+        for place, row in enumerate(chosen):
+            if not case.is_dense(row, BUDGET):
+                assert torch.equal(part_lse[place], lse[row])
+            assert torch.equal(part_codes[place], codes[row])
+
+
+def test_large_logits_stay_finite() -> None:
+    case = TileCase.make([(96, 140)], spread=300.0)
+    lse = lse_of(case)
+    assert not lse[0].isnan().any()
+    check_codes(case, score(case, lse), steps=40)
+
+
+def test_refusals() -> None:
+    case = TileCase.make([(96, 128)])
+    out = torch.zeros(1, 2, 128, dtype=torch.uint16, device=DEVICE)
+    lse = torch.zeros(1, 2, 128, device=DEVICE)
+
+    def run(lse: torch.Tensor = lse, **changes: object) -> None:
+        arguments = {"q": case.q, "keys": case.k, "rows": case.rows, "out": out} | changes
+        tile_scores(req_to_token=case.req_to_token, lse=lse, scale=1.0, budget=BUDGET, **arguments)
+
+    with pytest.raises(ValueError, match=r"lse: expected shape \[1, 2, 128\], got \[1, 2, 64\]"):
+        run(lse=lse[:, :, :64])
+    with pytest.raises(ValueError, match="out: expected uint16, got int32"):
+        run(out=out.to(torch.int32))
+    with pytest.raises(ValueError, match=r"out: expected shape \[1, 1, any\]"):
+        run(pooled=True)
+    with pytest.raises(ValueError, match="keys: expected float16, got float32"):
+        run(keys=case.k.float())
+    with pytest.raises(ValueError, match="rows: expected starts and counts"):
+        run(rows=Rows(case.rows.requests, case.rows.ends))
+    with pytest.raises(ValueError, match="q: expected a multiple of 2 heads, got 7"):
+        run(q=case.q[:, :7])
+    with pytest.raises(
+        ValueError, match="q: expected a power of two from 16 on as head dimension, got 24"
+    ):
+        run(q=case.q[..., :24], keys=case.k[..., :24])
+    with pytest.raises(ValueError, match="stride: expected at least 1, got 0"):
+        lse_of(case, stride=0)

@@ -1,0 +1,123 @@
+"""Extends of several requests on shuffled pages, cut into tiles, and what float64 says of them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_kernels.reference import anchor_scores
+from kascade_kernels.structs import Rows, Selection
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass
+class TileCase:
+    """Requests with keys up to some length, whose last tokens are queries.
+
+    places: (request, end, first query in q, queries) of each row. Slots that hold no key are NaN.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    req_to_token: torch.Tensor
+    places: list[tuple[int, int, int, int]]
+    scale: float
+
+    @staticmethod
+    def make(
+        extends: list[tuple[int, int]],
+        kv_heads: int = 2,
+        group: int = 4,
+        dim: int = 32,
+        page_size: int = 1,
+        dtype: torch.dtype = torch.float16,
+        spread: float = 2.0,
+    ) -> "TileCase":
+        """Make requests of (positions that a cache held, length)."""
+        generator = torch.Generator().manual_seed(0)
+        pages = [-(-length // page_size) for _, length in extends]
+        order = torch.randperm(sum(pages), generator=generator) + 1
+        table = torch.zeros(len(extends) + 2, max(end for _, end in extends) + 7, dtype=torch.int32)
+        requests = (torch.randperm(len(extends), generator=generator) + 1).tolist()
+        places, tokens = [], 0
+        for request, (start, length), own in zip(
+            requests, extends, order.split(pages), strict=True
+        ):
+            slots = own[:, None] * page_size + torch.arange(page_size)
+            table[request, :length] = slots.flatten()[:length].to(torch.int32)
+            while start < length:
+                end = min(TILE * (tile_of(start) + 1), length)
+                places.append((request, end, tokens, end - start))
+                tokens, start = tokens + end - start, end
+        pool = torch.full(((sum(pages) + 1) * page_size, kv_heads, dim), float("nan"))
+        used = table[table > 0].long()
+        k, v = pool.clone(), pool.clone()
+        for cache in (k, v):
+            cache[used] = torch.randn(len(used), kv_heads, dim, generator=generator)
+        q = torch.randn(tokens, kv_heads * group, dim, generator=generator) * spread
+        tensors = (tensor.to(DEVICE, dtype) for tensor in (q, k, v))
+        return TileCase(*tensors, table.to(DEVICE), places, dim**-0.5)
+
+    @property
+    def rows(self) -> Rows:
+        """The places as the kernels take them."""
+        columns = zip(*self.places, strict=True)
+        return Rows(*(torch.tensor(column, dtype=torch.int32).to(DEVICE) for column in columns))
+
+    def only(self, chosen: list[int]) -> "TileCase":
+        """The same requests with these rows, in this order."""
+        places = [self.places[row] for row in chosen]
+        return TileCase(self.q, self.k, self.v, self.req_to_token, places, self.scale)
+
+    def slots_of(self, row: int) -> torch.Tensor:
+        """Slots of the positions that a row's last query sees."""
+        request, end, _, _ = self.places[row]
+        return self.req_to_token[request, :end].long()
+
+    def queries_of(self, row: int) -> torch.Tensor:
+        """A row's queries, [count, Hq, D]."""
+        _, _, first, count = self.places[row]
+        return self.q[first : first + count]
+
+    def is_dense(self, row: int, budget: Budget) -> bool:
+        """Whether the budget covers all of a row's candidates."""
+        return budget.is_dense(tile_of(self.places[row][1] - 1))
+
+    def scores(self, row: int) -> torch.Tensor:
+        """Float64 scores of a row's candidates, [H, candidates]."""
+        keys = self.k[self.slots_of(row)].double()
+        return anchor_scores(self.queries_of(row).double(), keys, self.scale)
+
+    def logits(self, row: int) -> torch.Tensor:
+        """Float64 logits in base 2, [H, count * group, keys], rows query-major; -inf if unseen."""
+        keys, q = self.k[self.slots_of(row)].double(), self.queries_of(row).double()
+        count, heads = len(q), keys.shape[1]
+        grouped = q.view(count, heads, -1, q.shape[-1])
+        logits = torch.einsum("nhgd,lhd->hngl", grouped, keys) * self.scale * 1.4426950408889634
+        seen = torch.ones(count, len(keys), dtype=torch.bool, device=q.device)
+        seen = seen.tril(len(keys) - count)
+        return logits.masked_fill(~seen[:, None], float("-inf")).flatten(1, 2)
+
+    def draw_lists(self, counts: list[int], heads: int) -> list[torch.Tensor]:
+        """Some candidates of every row, ascending by position, as slots: int64 [heads, count]."""
+        generator = torch.Generator().manual_seed(1)
+        lists = []
+        for row, count in enumerate(counts):
+            slots = self.slots_of(row)
+            own = TILE * tile_of(len(slots) - 1)
+            picks = [torch.randperm(own, generator=generator)[:count] for _ in range(heads)]
+            lists.append(slots[torch.stack(picks).sort(dim=1).values.to(DEVICE)])
+        return lists
+
+
+def selection_of(lists: list[torch.Tensor]) -> Selection:
+    """Pack lists [heads, count] of every row, the last row's first: offsets say where."""
+    counts = torch.tensor([found.shape[1] for found in lists], dtype=torch.int32)
+    heads = lists[0].shape[0]
+    sizes = (counts.long() * heads).flip(0)
+    offsets = (sizes.cumsum(0) - sizes).flip(0)
+    slots = torch.cat([found.flatten() for found in reversed(lists)]).to(torch.int32)
+    slots = torch.cat([slots, slots.new_zeros(1)])  # Never empty, so that it has an address.
+    return Selection(slots, offsets.to(DEVICE), counts.to(DEVICE), heads)
