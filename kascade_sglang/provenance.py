@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 
 
-def provenance() -> dict[str, str]:
-    """Return device, dtype the demo model is served in, versions, commit and date."""
-    commit = subprocess.run(
+def provenance(commit: str | None = None) -> dict[str, str]:
+    """Return device, dtype the demo model is served in, versions, commit and date.
+
+    commit: where the files are no repository; otherwise it is asked.
+    """
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
@@ -22,6 +25,6 @@ def provenance() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "dtype": "bfloat16" if gpu else "float32",
         "versions": f"sglang {version('sglang')} torch {torch.__version__}",
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or described.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
     }

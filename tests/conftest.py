@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from interpreter import INTERPRETED, prepare_interpreter
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
@@ -25,3 +27,9 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        prepare_interpreter(monkeypatch)

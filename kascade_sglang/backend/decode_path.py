@@ -133,7 +133,9 @@ class DecodePath:
         out: torch.Tensor | None = None,
     ) -> None:
         shape, budget = self._shape, self._config.budget
-        count, step = len(q), self._rows_scored_at_once
+        count = len(q)
+        launches = -(-count // self._rows_scored_at_once)
+        step = -(-count // launches)
         for first in range(0, count, step):
             last = min(first + step, count)
             rows = Rows(self._rows.requests[first:last], self._rows.ends[first:last])

@@ -19,6 +19,8 @@ STEP = 64
 SCORE_PROGRAMS = 8192
 ATTEND_PROGRAMS = 512
 """Programs of all rows and heads together; attention runs best as one wave of four an SM."""
+SCORE_SPLITS, ATTEND_SPLITS = 64, 32
+"""Most programs of one row and head."""
 INVARIANT_SPLITS = 16
 """Programs of each row and head where a row must not depend on its batch."""
 
@@ -48,7 +50,8 @@ class Spans(NamedTuple):
         if batch_invariant:
             return Spans(steps[0], steps[1], INVARIANT_SPLITS, INVARIANT_SPLITS)
         lists = rows * heads
-        return Spans(steps[0], steps[1], _splits(8192, lists, 64), _splits(4096, lists, 32))
+        splits = _splits(8192, lists, SCORE_SPLITS), _splits(4096, lists, ATTEND_SPLITS)
+        return Spans(steps[0], steps[1], *splits)
 
     def rows(self, first: int, last: int) -> Spans:
         """Return the spans of some of the rows."""

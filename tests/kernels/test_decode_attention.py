@@ -9,7 +9,7 @@ from kascade_kernels.decode_spans import STEP, Spans
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.structs import Selection
 
-DTYPES = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+DTYPES = [torch.float16, torch.bfloat16]
 
 
 def make_lists(counts: list[int], lists: int, slots: int) -> tuple[Selection, list[torch.Tensor]]:

@@ -12,7 +12,7 @@ EXTENDS = [(270, 301), (0, 33), (128, 129), (90, 127), (0, 1)]
 """Whole tiles, first and last tiles in part, and single queries: 8 rows."""
 COUNTS = [201, 0, 32, 100, 64, 63, 65, 0]
 """Keys in the rows' lists: none, all candidates, and around whole steps of 64 keys."""
-DTYPES = [torch.float16, torch.bfloat16 if DEVICE == "cuda" else torch.float32]
+DTYPES = [torch.float16, torch.bfloat16]
 
 
 def attend(

@@ -1,0 +1,186 @@
+"""Decode attention on a GPU beside FlashAttention-3: ``make bench-decode``.
+
+Every measurement is the replay of a CUDA graph, L2 cold, slots in random order at page size 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from kernel_common import (
+    ANCHOR,
+    DEVICE,
+    DIM,
+    KV_HEADS,
+    LAYER0,
+    MODES,
+    Q_HEADS,
+    RESULTS,
+    REUSE,
+    SCALE,
+    Pool,
+    Row,
+    append_rows,
+    composites,
+    layer,
+    make_paths,
+    measure,
+    print_rows,
+)
+from plot_kernels import plot
+from rivals import fa3_decode, flashinfer_attend, flashinfer_select, torch_select
+from tqdm import tqdm
+
+from kascade_kernels.arena import empty_on
+from kascade_kernels.budget import Budget, tile_of
+from kascade_kernels.decode_scores import ScoreScratch, decode_scores
+from kascade_kernels.decode_spans import Spans, decode_spans
+from kascade_kernels.merge_parts import Parts
+from kascade_kernels.select_slots import select_slots
+from kascade_kernels.structs import Rows
+from kascade_sglang.backend.paths import Paths
+from kascade_sglang.provenance import provenance
+
+K = 1024
+CONTEXT = 128 * K
+"""Positions of the slot table: scratch is laid out for the longest request that may come."""
+
+
+def mixed_lengths() -> list[int]:
+    """32 lengths from 256 to 64K, log-uniform."""
+    draw = torch.Generator().manual_seed(0)
+    return (256 * 256 ** torch.rand(32, generator=draw)).int().tolist()
+
+
+CASES = {
+    "64x8K": [8 * K] * 64,
+    "64x32K": [32 * K] * 64,
+    "32x64K": [64 * K] * 32,
+    "16x128K": [128 * K] * 16,
+    "8x32K": [32 * K] * 8,
+    "1x32K": [32 * K],
+    "1x128K": [128 * K],
+    "mixed": mixed_lengths(),
+}
+HEAVY_TAILED = ("16x128K", "64x32K")
+"""Cases measured on clustered selections, too."""
+TOKEN_BYTES = KV_HEADS * DIM * 2
+
+
+def decode_batch(lengths: list[int], pool: Pool) -> SimpleNamespace:
+    """A step in which every request's last token is new."""
+    ends = torch.tensor(lengths, device=DEVICE)
+    requests = torch.arange(len(lengths), device=DEVICE)
+    batch = SimpleNamespace(req_pool_indices=requests, seq_lens=ends)
+    batch.out_cache_loc = pool.table[requests, ends - 1].long()
+    return batch
+
+
+def bytes_read(lengths: list[int], kind: str, mode: str) -> float:
+    """Bytes of keys and values that a layer has to read."""
+    keys = sum(lengths)
+    listed = sum(Budget().attended(length - 1) for length in lengths)
+    scored = keys * KV_HEADS * (DIM + 4) if mode == "default" else keys * TOKEN_BYTES
+    return {
+        "layer0": 2 * keys * TOKEN_BYTES,
+        "anchor": scored + 2 * listed * TOKEN_BYTES,
+        "reuse": 2 * listed * TOKEN_BYTES,
+    }[kind]
+
+
+def measure_case(case: str, lengths: list[int], inputs: str, rivals: bool) -> Iterator[Row]:
+    """Measure the three kinds of layer in both modes, and the plans."""
+    pool = Pool(lengths, inputs, context=CONTEXT)
+    batch, q = decode_batch(lengths, pool), pool.queries(len(lengths))
+    fa3_ms = measure(fa3_decode(q, pool, batch.seq_lens))
+    for mode in MODES:
+        paths = make_paths(pool, exact=mode == "exact")
+        path = paths.decode
+        path.reserve(len(lengths))
+        path.begin(batch)
+
+        def layer0(paths=paths, path=path) -> None:
+            paths.copies.write(LAYER0, pool.k, batch.out_cache_loc)
+            path.attend_all(q, layer(LAYER0))
+
+        def anchor(paths=paths, path=path) -> None:
+            paths.copies.write(ANCHOR, pool.k, batch.out_cache_loc)
+            path.select(q, layer(ANCHOR))
+            path.attend(q, layer(ANCHOR))
+
+        def reuse(path=path) -> None:
+            path.attend(q, layer(REUSE))
+
+        kinds = {}
+        for kind, step in (("layer0", layer0), ("anchor", anchor), ("reuse", reuse)):
+            read = bytes_read(lengths, kind, mode)
+            kinds[kind] = Row(case, kind, mode, measure(step), fa3_ms, inputs, bytes=read)
+            yield kinds[kind]
+        yield from composites(kinds, measure(lambda path=path: path.begin(batch)))
+        if mode == "exact" and rivals:
+            yield from measure_rivals(case, pool, batch, q, paths, fa3_ms)
+
+
+def measure_rivals(
+    case: str,
+    pool: Pool,
+    batch: SimpleNamespace,
+    q: torch.Tensor,
+    paths: Paths,
+    fa3_ms: float,
+) -> Iterator[Row]:
+    """Selection, and attention to what is selected, beside other libraries'."""
+    count, budget, context = len(q), Budget(), int(batch.seq_lens.max())
+    rows = Rows(batch.req_pool_indices, batch.seq_lens)
+    spans = Spans.allocate(count, KV_HEADS, DEVICE)
+    decode_spans(rows.ends, KV_HEADS, budget, spans)
+    parts = Parts.allocate(spans, Q_HEADS, DIM)
+    scratch = ScoreScratch.allocate(count, Q_HEADS, KV_HEADS, context, empty_on(DEVICE))
+    decode_scores(q, pool.k, pool.table, rows, spans, budget, SCALE, scratch, parts)
+    paths.decode.select(q, layer(ANCHOR))
+    selection, _ = paths.store.get(ANCHOR)
+    codes, most = scratch.codes, budget.selected(tile_of(context - 1))
+    steps = {
+        ("select", "kascade"): lambda: select_slots(
+            codes, pool.table, rows, budget, selection, append_own=True
+        ),
+        ("select", "torch"): torch_select(codes.codes, most),
+        ("select", "flashinfer"): flashinfer_select(codes.codes, pool.table, rows.ends, most),
+        ("attend", "kascade"): lambda: paths.decode.attend(q, layer(ANCHOR)),
+        ("attend", "flashinfer"): flashinfer_attend(q, pool, selection, tensor_cores=True),
+    }
+    for (kind, method), step in steps.items():
+        yield Row(case, kind, "exact", measure(step), fa3_ms, method=method)
+
+
+def main() -> int:
+    """Measure, print, append to the CSV and draw."""
+    parser = argparse.ArgumentParser(prog="make bench-decode", description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", type=Path, default=RESULTS / "decode_h100.csv")
+    parser.add_argument("--no-rivals", action="store_true", help="Kascade and FA3 only")
+    parser.add_argument("--commit", help="what to write as the commit, outside a repository")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench-decode: expected a CUDA GPU, got none; run it on a machine that has one")
+    stamp = provenance(options.commit)
+    stamp["gpu"] = stamp.pop("device")
+    del stamp["dtype"]
+    every: list[Row] = []
+    for case in tqdm(options.cases, unit="case"):
+        for inputs in ("random", "heavy_tailed")[: 1 + (case in HEAVY_TAILED)]:
+            rivals = case in HEAVY_TAILED and inputs == "random" and not options.no_rivals
+            rows = list(measure_case(case, CASES[case], inputs, rivals))
+            append_rows(options.out, rows, stamp)
+            every += rows
+            torch.cuda.empty_cache()
+    print_rows(every)
+    plot(options.out, options.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What the kernel benchmarks share: a KV pool, the paths that the server runs, timing and rows.
+
+One layer of each kind is timed as the backend runs it. Both plans have the same heads, so a
+composite is a sum over the plan's layers.
+"""
+
+import csv
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from kascade_kernels.budget import TILE, Budget
+from kascade_kernels.key_copy import copy_keys
+from kascade_sglang.backend.paths import Paths, build_paths
+from kascade_sglang.config import KascadeConfig
+from kascade_sglang.plan.schema import ModelShape, Plan
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = """case kind plan mode method inputs ms fa3_ms speedup share tb_per_s scratch_mb
+    gpu versions commit date""".split()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""A CPU runs the steps in Triton's interpreter, for tests; nothing is timed there."""
+KV_HEADS, GROUP, DIM = 8, 4, 128
+Q_HEADS = KV_HEADS * GROUP
+DTYPE = torch.bfloat16
+SCALE = DIM**-0.5
+PLANS = {"llama-3.1-8b": (32, (0, 2, 8, 13, 14)), "qwen3-8b": (36, (0, 2, 7, 14, 23))}
+"""Layers and anchors, from the paper, section 4.1; both have 8 KV heads, group 4, head dim 128."""
+LAYER0, ANCHOR, REUSE = range(3)
+MODES = ("default", "exact")
+FLUSH_BYTES = 256 * 2**20
+"""Written before every measurement: several times the L2 cache of any GPU."""
+
+
+class Pool:
+    """A KV pool whose layers share their memory; a request's slots lie anywhere in it.
+
+    lengths: of the requests. shared: positions from 0 on that all requests have in common.
+    context: positions of the slot table, the longest request's where not given.
+    """
+
+    start_layer, layer_num, page_size = 0, 3, 1
+
+    def __init__(
+        self, lengths: list[int], inputs: str, shared: int = 0, context: int | None = None
+    ) -> None:
+        own = [length - shared for length in lengths]
+        self.size = shared + sum(own)
+        order = torch.randperm(self.size, device=DEVICE, dtype=torch.int32)
+        prefix, *rest = order.split([shared, *own])
+        positions = context or max(lengths)
+        self.table = torch.zeros(len(lengths), positions, dtype=torch.int32, device=DEVICE)
+        for row, slots in zip(self.table, rest, strict=True):
+            row[:shared] = prefix
+            row[shared : shared + len(slots)] = slots
+        shape = (self.size + self.page_size, KV_HEADS, DIM)
+        self.k = torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_()
+        self.v = torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_()
+        self._topics = torch.randn(64, KV_HEADS, DIM, device=DEVICE)
+        self._inputs = inputs
+        if inputs == "heavy_tailed":
+            for row, length in zip(self.table, lengths, strict=True):
+                self._add_topics(row[:length].long())
+
+    def _add_topics(self, slots: torch.Tensor) -> None:
+        """Give runs of 64 keys a common direction, so that what is selected lies in runs."""
+        topic = torch.randint(64, (-(-len(slots) // 64),), device=DEVICE)
+        for first in range(0, len(slots), 8192):
+            part = slots[first : first + 8192]
+            chosen = topic[first // 64 :].repeat_interleave(64)[: len(part)]
+            self.k[part] = (self._topics[chosen] + self.k[part]).to(DTYPE)
+
+    def queries(self, count: int) -> torch.Tensor:
+        """Queries [count, Hq, D]; heavy-tailed ones want three topics, 32 queries the same."""
+        q = torch.empty(count, Q_HEADS, DIM, dtype=DTYPE, device=DEVICE).normal_()
+        if self._inputs == "heavy_tailed":
+            tiles = -(-count // TILE)
+            wanted = torch.randint(64, (tiles, 3), device=DEVICE)
+            weights = torch.rand(tiles, 3, 1, 1, device=DEVICE) * SCALE * 4
+            common = (self._topics[wanted] * weights).sum(1).repeat_interleave(GROUP, 1)
+            q += common.repeat_interleave(TILE, 0)[:count].to(DTYPE)
+        return q
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        """Keys [slots, H, D]."""
+        return self.k
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        """Values [slots, H, D]."""
+        return self.v
+
+
+def layer(index: int) -> SimpleNamespace:
+    """What the paths read of a layer."""
+    return SimpleNamespace(layer_id=index, scaling=SCALE)
+
+
+def make_paths(pool: Pool, exact: bool) -> Paths:
+    """Build what the backend would, for a model of one layer of each kind."""
+    maps = torch.rand(KV_HEADS, KV_HEADS, generator=torch.Generator().manual_seed(0)).tolist()
+    shape = ModelShape(3, Q_HEADS, KV_HEADS, DIM, Q_HEADS * DIM)
+    plan = Plan("benchmark", shape, (LAYER0, ANCHOR), {REUSE: tuple(map(tuple, maps))})
+    runner = SimpleNamespace(
+        device=DEVICE,
+        req_to_token_pool=SimpleNamespace(req_to_token=pool.table),
+        token_to_kv_pool=pool,
+        model_config=SimpleNamespace(get_num_kv_heads=lambda ranks: KV_HEADS),
+        server_args=SimpleNamespace(tp_size=1),
+        ps=SimpleNamespace(tp_rank=0),
+    )
+    paths = build_paths(runner, KascadeConfig(plan, Budget(), "per_head", exact=exact))
+    for index in (LAYER0, ANCHOR):
+        copy = paths.copies.scoring_keys(index, pool.k)
+        if copy is not pool.k:
+            copy_keys(pool.k, torch.arange(pool.size, device=DEVICE), copy)
+    return paths
+
+
+def measure(step: Callable[[], Any], repeats: int = 15) -> float:
+    """Median time of a captured step, L2 cold, in ms."""
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
+    times = []
+    for _ in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[2:])
+
+
+class Row(NamedTuple):
+    """One measurement; fa3_ms: FlashAttention-3 on the same work, in the same run."""
+
+    case: str
+    kind: str
+    mode: str
+    ms: float
+    fa3_ms: float
+    inputs: str = "random"
+    plan: str = ""
+    method: str = "kascade"
+    bytes: float = 0
+    scratch: float = 0
+
+    def cells(self) -> dict[str, Any]:
+        """Return the CSV's cells, without those that say where it was measured."""
+        return {
+            "case": self.case,
+            "kind": self.kind,
+            "plan": self.plan,
+            "mode": self.mode,
+            "method": self.method,
+            "inputs": self.inputs,
+            "ms": f"{self.ms:.4f}",
+            "fa3_ms": f"{self.fa3_ms:.4f}",
+            "speedup": f"{self.fa3_ms / self.ms:.3f}",
+            "share": f"{self.ms / self.fa3_ms:.4f}",
+            "tb_per_s": f"{self.bytes / self.ms / 1e9:.2f}" if self.bytes else "",
+            "scratch_mb": f"{self.scratch / 2**20:.0f}" if self.scratch else "",
+        }
+
+
+def composites(kinds: dict[str, Row], step: float = 0.0) -> Iterator[Row]:
+    """Sum a step of each plan's attention; ``step``: what it costs once, in ms."""
+    layer0, anchor, reuse = (kinds[kind] for kind in ("layer0", "anchor", "reuse"))
+    for plan, (layers, anchors) in PLANS.items():
+        counts = (1, len(anchors) - 1, layers - len(anchors))
+        rows = zip(counts, (layer0, anchor, reuse), strict=True)
+        ms = step + sum(count * row.ms for count, row in rows)
+        fa3 = layers * layer0.fa3_ms
+        yield layer0._replace(kind="composite", plan=plan, ms=ms, fa3_ms=fa3, bytes=0, scratch=0)
+
+
+def append_rows(path: Path, rows: list[Row], stamp: dict[str, str]) -> None:
+    """Add rows to a CSV, newest last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerows({**row.cells(), **stamp} for row in rows)
+
+
+def print_rows(rows: list[Row]) -> None:
+    """Print a short table."""
+    for row in rows:
+        name = f"{row.case:>18} {row.kind:12} {row.plan:12} {row.mode:8} {row.method:10}"
+        print(
+            f"{name} {row.inputs:12} {row.ms:9.4f} ms  {row.ms / row.fa3_ms:.4f} of FA3 "
+            f"({row.fa3_ms / row.ms:.2f}x)"
+        )

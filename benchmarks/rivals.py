@@ -1,0 +1,108 @@
+"""Other libraries' kernels for the same work, to be timed beside ours."""
+
+from collections.abc import Callable
+
+import torch
+from kernel_common import DEVICE, DIM, DTYPE, GROUP, KV_HEADS, SCALE, Pool
+
+from kascade_kernels.structs import Selection
+
+Step = Callable[[], object]
+
+
+def fa3_decode(q: torch.Tensor, pool: Pool, lengths: torch.Tensor) -> Step:
+    """FlashAttention-3 as SGLang's fa3 backend calls it to decode; lengths: [requests]."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    table = pool.table[:, : int(lengths.max())].contiguous()
+    seqlens = lengths.int()
+    return lambda: flash_attn_with_kvcache(
+        q[:, None],
+        pool.k[:, None],
+        pool.v[:, None],
+        cache_seqlens=seqlens,
+        page_table=table,
+        softmax_scale=SCALE,
+        causal=True,
+    )
+
+
+def fa3_extend(q: torch.Tensor, pool: Pool, spans: list[tuple[int, int]]) -> Step:
+    """FlashAttention-3 as SGLang's fa3 backend calls it to prefill positions [begin, end)."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    new = torch.tensor([0, *(end - begin for begin, end in spans)])
+    ends = [end for _, end in spans]
+    table = pool.table[:, : max(ends)].contiguous()
+    starts = new.cumsum(0).int().to(DEVICE)
+    seqlens = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    most = int(new.max())
+    return lambda: flash_attn_with_kvcache(
+        q,
+        pool.k[:, None],
+        pool.v[:, None],
+        cache_seqlens=seqlens,
+        page_table=table,
+        cu_seqlens_q=starts,
+        max_seqlen_q=most,
+        softmax_scale=SCALE,
+        causal=True,
+    )
+
+
+def torch_select(codes: torch.Tensor, k: int) -> Step:
+    """``torch.topk`` of float32 scores, one k for all; positions, not sorted, not translated."""
+    scores = codes.flatten(0, 1).float()
+    return lambda: torch.topk(scores, k, sorted=False)
+
+
+def flashinfer_select(
+    codes: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, k: int
+) -> Step:
+    """FlashInfer's Top-k of bfloat16 scores, translated to slots; one k for all, not sorted."""
+    from flashinfer import top_k_page_table_transform
+
+    rows, lists, _ = codes.shape
+    scores = codes.flatten(0, 1).to(DTYPE)
+    keys = lengths.int().repeat_interleave(lists)
+    batch = torch.arange(rows, dtype=torch.int32, device=DEVICE).repeat_interleave(lists)
+    width = table[:, : scores.shape[1]].contiguous()
+    return lambda: top_k_page_table_transform(scores, width, keys, k, row_to_batch=batch)
+
+
+def flashinfer_attend(
+    q: torch.Tensor, pool: Pool, selection: Selection, *, tensor_cores: bool
+) -> Step:
+    """FlashInfer's paged decode, the pool seen as pages of one key of one KV head.
+
+    Its plan needs every list's length on the host, so a captured graph would not fit the next
+    step; planning is not timed.
+    """
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    rows = len(q)
+    counts = selection.counts.repeat_interleave(KV_HEADS)
+    heads = torch.arange(KV_HEADS, device=DEVICE).repeat(rows)
+    first = selection.offsets.repeat_interleave(KV_HEADS) + heads * counts
+    pages = [
+        selection.slots[at : at + n] * KV_HEADS + head
+        for at, n, head in zip(first.tolist(), counts.tolist(), heads.tolist(), strict=True)
+    ]
+    indptr = torch.tensor([0, *counts.tolist()]).cumsum(0).int().to(DEVICE)
+    workspace = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    indices = torch.cat(pages).int()
+    lists = rows * KV_HEADS
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        workspace,
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=tensor_cores,
+        paged_kv_indptr_buffer=torch.empty(lists + 1, dtype=torch.int32, device=DEVICE),
+        paged_kv_indices_buffer=torch.empty_like(indices),
+        paged_kv_last_page_len_buffer=torch.empty(lists, dtype=torch.int32, device=DEVICE),
+    )
+    ones = torch.ones(lists, dtype=torch.int32, device=DEVICE)
+    wrapper.plan(indptr, indices, ones, GROUP, 1, DIM, 1, q_data_type=DTYPE, kv_data_type=DTYPE)
+    queries = q.view(lists, GROUP, DIM)
+    paged = tuple(cache.view(-1, 1, 1, DIM) for cache in (pool.k, pool.v))
+    return lambda: wrapper.run(queries, paged)

@@ -1,0 +1,86 @@
+"""The kernel benchmarks on a small scale: what they run, what they write, what they refuse."""
+
+import csv
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import triton
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+INTERPRETED = triton.knobs.runtime.interpret and not torch.cuda.is_available()
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+
+
+def run_once(step, repeats: int = 1) -> float:
+    step()
+    return 1.0
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A benchmark's module, with steps run once instead of timed, and FA3 left out."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module(request.param)
+    monkeypatch.setattr(module, "measure", run_once)
+    for name in ("fa3_decode", "fa3_extend", "flashinfer_select", "flashinfer_attend"):
+        monkeypatch.setattr(module, name, lambda *args, **more: lambda: None, raising=False)
+    monkeypatch.setattr(module, "scratch_bytes", lambda step: 0, raising=False)
+    return module
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bench", ["bench_decode"], indirect=True)
+def test_decode_measures_every_kind_of_layer(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "CONTEXT", 1024)
+    rows = list(bench.measure_case("tiny", [300, 40], "heavy_tailed", rivals=True))
+    found = {(row.kind, row.plan, row.mode, row.method) for row in rows}
+    for mode in ("default", "exact"):
+        assert {("layer0", "", mode, "kascade"), ("anchor", "", mode, "kascade")} <= found
+        assert ("composite", "qwen3-8b", mode, "kascade") in found
+    assert {("select", "", "exact", name) for name in ("torch", "flashinfer")} <= found
+    step, layers = 1.0, 32
+    composite = next(row for row in rows if row.plan == "llama-3.1-8b")
+    assert (composite.ms, composite.fa3_ms) == (step + layers, layers)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bench", ["bench_prefill"], indirect=True)
+def test_prefill_sums_chunks(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = bench.Case([[(96, 160)], [(160, 170)]])
+    shared = bench.Case([[(130, 140)] * 2], shared=130)
+    monkeypatch.setattr(bench, "CASES", {"chunks": chunks, "shared": shared})
+    monkeypatch.setattr(bench, "PIECES", ("shared",))
+    rows = list(bench.measure_case("chunks", "random"))
+    assert {row.ms for row in rows if row.kind == "anchor"} == {2.0}
+    assert {row.fa3_ms for row in rows if row.plan == "qwen3-8b"} == {72.0}
+    pieces = {row.kind for row in bench.measure_case("shared", "heavy_tailed")}
+    assert {"lse", "score", "select", "attend", "composite"} <= pieces
+
+
+@pytest.mark.parametrize("bench", ["bench_decode"], indirect=True)
+def test_rows_are_appended_and_the_newest_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
+    plots = importlib.import_module("plot_kernels")
+    stamp = {"gpu": "G", "versions": "v", "commit": "c", "date": "d"}
+    path = tmp_path / "rows.csv"
+    for ms in (2.0, 1.0):
+        row = bench.Row("16x128K", "composite", "exact", ms, 4.0, plan="qwen3-8b")
+        bench.append_rows(path, [row], stamp)
+    assert len(list(csv.DictReader(path.open()))) == 2
+    assert [row["speedup"] for row in plots.newest(path)] == ["4.000"]
+    plots.plot(path, tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("bench", ["bench_decode", "bench_prefill"], indirect=True)
+def test_needs_a_gpu(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    with pytest.raises(SystemExit, match="expected a CUDA GPU, got none"):
+        bench.main()

@@ -1,0 +1,83 @@
+"""Real servers on a GPU: the replies of a float32 server on the CPU, whatever is captured or exact.
+
+``cpu_replies.json`` holds what the torch reference answers: ``python tests/e2e/test_gpu.py`` asks
+a server on a CPU and writes it anew.
+"""
+
+import asyncio
+import json
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from openai import AsyncOpenAI
+
+from kascade_sglang.demo.__main__ import documents
+from kascade_sglang.demo.client import ask_all
+from kascade_sglang.demo.server import Server, demo_arguments
+from support import generate, prompt_ids, tokens_and_logprobs
+
+REPLIES = Path(__file__).with_name("cpu_replies.json")
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def ask_everything(server: Server) -> dict[str, str]:
+    """Ask the demo's questions, those about one document four at a time."""
+
+    async def replies() -> dict[str, str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
+            answers = []
+            for document in documents():
+                answers += await ask_all(client, document, document.questions, 4)
+        return {answer.question.text: answer.text for answer in answers}
+
+    return asyncio.run(replies())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--disable-cuda-graph"],
+        ["--kascade-exact"],
+        ["--kascade-exact", "--disable-cuda-graph", "--disable-radix-cache"],
+        ["--chunked-prefill-size", "1024", "--disable-overlap-schedule"],
+    ],
+    ids=["default", "eager", "exact", "exact-eager", "chunked"],
+)
+def test_replies_are_those_of_the_cpu(flags: list[str], tmp_path: Path) -> None:
+    with Server([*demo_arguments("kascade"), *flags], tmp_path / "log") as server:
+        assert ask_everything(server) == json.loads(REPLIES.read_text())
+
+
+def test_deterministic_inference_is_bit_identical_cold_warm_and_in_company(tmp_path: Path) -> None:
+    flags = ["--enable-deterministic-inference", "--chunked-prefill-size", "2048"]
+    prompts = [prompt_ids(seed, tokens) for seed, tokens in ((3, 3000), (4, 6000), (5, 1500))]
+    with Server([*demo_arguments("kascade"), *flags], tmp_path / "log") as server:
+        cold = [generate(server, ids, 24) for ids in prompts]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            warm = list(pool.map(lambda ids: generate(server, ids, 24), prompts))
+    assert all(reply["meta_info"]["cached_tokens"] < 128 for reply in cold)
+    assert all(reply["meta_info"]["cached_tokens"] > 1000 for reply in warm)
+    assert list(map(tokens_and_logprobs, cold)) == list(map(tokens_and_logprobs, warm))
+
+
+def record() -> None:
+    """Write the replies of a server on this machine's CPU."""
+    if torch.cuda.is_available():
+        sys.exit("expected no GPU: set CUDA_VISIBLE_DEVICES to nothing")
+    log = Path(tempfile.mkdtemp()) / "log"
+    with Server(demo_arguments("kascade"), log) as server:
+        replies = ask_everything(server)
+    REPLIES.write_text(json.dumps(replies, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    record()
