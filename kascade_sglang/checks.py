@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kascade_kernels.budget import TILE
 from kascade_sglang.config import KascadeConfig, load_config
 from kascade_sglang.errors import KascadeError
 
@@ -153,7 +154,10 @@ def reserved_memory(server_args: Any) -> ReservedMemory:
     kv_heads = shape.kv_heads // server_args.tp_size
     copies = 0 if config.exact else min(len(config.plan.anchors), layers)
     room = list_room(server_args.get_model_config().context_len, config)
-    lists = compat.largest_captured_batch(server_args) * (1 if config.pooled else kv_heads)
+    # Lists of a captured decode step, which stay, and of the tiles of a prefill step.
+    rows = compat.largest_captured_batch(server_args)
+    rows += -(-compat.largest_prefill(server_args) // TILE)
+    lists = rows * (1 if config.pooled else kv_heads)
     return ReservedMemory(
         per_token=copies * KeyCopies.bytes_per_slot(kv_heads, shape.head_dim),
         scratch=config.score_memory + 4 * lists * room,

@@ -110,6 +110,12 @@ def largest_captured_batch(server_args: Any) -> int:
     return 0 if decode.backend == "disabled" else max([decode.max_bs or 0, *(decode.bs or [])])
 
 
+def largest_prefill(server_args: Any) -> int:
+    """Return how many new tokens a prefill step may hold."""
+    chunk = server_args.chunked_prefill_size or 0
+    return chunk if chunk > 0 else server_args.max_prefill_tokens
+
+
 def uses_kascade(server_args: Any) -> bool:
     """Whether any phase of this server runs on the kascade backend."""
     return bool(phases_on_kascade(server_args))

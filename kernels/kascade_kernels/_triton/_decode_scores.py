@@ -155,6 +155,6 @@ def pool_scores_kernel(
         score += tl.exp2(less.to(tl.float32) + (m_block - lse)[:, None])
     code = encode_score(score)
     tl.store(codes + list_index * stride_logits + position, code, mask=visible)
-    flat = tl.ravel(code >> 8, can_reorder=True)
-    counted = tl.ravel(visible, can_reorder=True)
-    store_counts(high_counts, list_index * tl.num_programs(0) + chunk, flat, counted)
+    # One tensor is flattened, in any order: two might each get an order of their own.
+    high = tl.ravel(tl.where(visible, (code >> 8).to(tl.int32), 256), can_reorder=True)
+    store_counts(high_counts, list_index * tl.num_programs(0) + chunk, high, high < 256)

@@ -1,0 +1,56 @@
+"""What the KV pool leaves for the kernels: copies of keys, scores and lists."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sglang.srt.server_args import ServerArgs
+
+from kascade_sglang import checks, compat
+from kascade_sglang.config import MB, load_config
+from models import SHAPE
+
+LISTS, ROOM = 4, 409 - 32 + 32
+"""KV heads; a tenth of the 4096 positions, in which the own tile is counted, and a tile."""
+
+
+@pytest.fixture
+def server_args(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., ServerArgs]:
+    """Arguments of a server whose kernels run, as they are in a worker."""
+
+    def make(exact: bool = False, pooled: bool = False, chunk: int = 256) -> ServerArgs:
+        model = str(make_model())
+        args = ServerArgs(model_path=model, attention_backend="kascade", chunked_prefill_size=chunk)
+        config = load_config(model, SHAPE)
+        config = replace(config, exact=exact, heads="pooled" if pooled else "per_head")
+        monkeypatch.setattr(checks, "check_server_args", lambda given: config)
+        monkeypatch.setattr(compat, "has_gpu", lambda: True)
+        monkeypatch.setattr(compat, "largest_captured_batch", lambda given: 8)
+        return args
+
+    return make
+
+
+def test_scores_and_lists_are_counted(server_args: Callable[..., ServerArgs]) -> None:
+    reserved = checks.reserved_memory(server_args(chunk=256))
+    decode_and_prefill_rows = 8 + 256 // 32
+    assert reserved.scratch == 512 * MB + 4 * decode_and_prefill_rows * LISTS * ROOM
+    pooled = checks.reserved_memory(server_args(pooled=True))
+    assert pooled.scratch - 512 * MB == (reserved.scratch - 512 * MB) / LISTS
+
+
+def test_copies_are_counted_by_the_token(server_args: Callable[..., ServerArgs]) -> None:
+    anchors, kv_heads, head_dim = 2, 4, 16
+    copied = checks.reserved_memory(server_args()).per_token
+    assert copied == anchors * kv_heads * (head_dim + 4)
+    assert checks.reserved_memory(server_args(exact=True)).per_token == 0
+
+
+def test_unchunked_prefill_counts_what_a_step_may_hold(
+    server_args: Callable[..., ServerArgs],
+) -> None:
+    args = server_args(chunk=-1)
+    assert compat.largest_prefill(args) == args.max_prefill_tokens > 256
