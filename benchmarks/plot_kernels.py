@@ -22,7 +22,7 @@ def plot(path: Path, picture: Path) -> None:
     rows = [r for r in newest(path) if r["kind"] == "composite" and r["inputs"] == "random"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     bars = list(dict.fromkeys((row["plan"], row["mode"]) for row in rows))
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
     for index, bar in enumerate(bars):
         mine = {
             row["case"]: float(row["speedup"]) for row in rows if (row["plan"], row["mode"]) == bar
@@ -34,8 +34,8 @@ def plot(path: Path, picture: Path) -> None:
         drawn = axes.bar(places, heights, 0.8 / len(bars), label=", ".join(bar))
         axes.bar_label(drawn, fmt="%.1f", fontsize=7)
     axes.axhline(1, color="black", linestyle="--", label="FlashAttention-3")
-    axes.set_xticks(range(len(cases)), cases)
+    axes.set_xticks(range(len(cases)), cases, rotation=20)
     gpus = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
     axes.set(ylabel="times as fast as FlashAttention-3", title=f"Attention of all layers, {gpus}")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=5)
     figure.savefig(picture, dpi=120)

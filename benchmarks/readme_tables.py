@@ -1,13 +1,16 @@
-"""Write the README's tables from the CSVs in ``results/``: ``make readme-tables``.
+"""Write the tables of the documents from the CSVs in ``results/``: ``make readme-tables``.
 
 A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``. ``--check`` changes nothing and
-fails where the README differs from the CSVs.
+fails where a document differs from the CSVs.
 """
 
 import csv
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from plot_kernels import newest
 
 from kascade_sglang.evaluation.report import mean_accuracy, read_rows
 
@@ -52,19 +55,96 @@ def quality_table() -> str:
     return markdown(["method", *(f"{float(ratio):.0%}" for ratio in ratios)], lines)
 
 
+def prefill_table() -> str:
+    """``make bench-prefill``: speed over FlashAttention-3, one row a case; random inputs."""
+    return kernel_table("prefill_h100.csv")
+
+
+def kernel_table(name: str) -> str:
+    """Composites and shares of a kernel benchmark, one row a case."""
+    rows = [row for row in newest(RESULTS / name) if row["inputs"] == "random"]
+    found = {(r["case"], r["kind"], r["plan"], r["mode"]): r for r in rows}
+    modes = ("default", "exact")
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        cells = [f"{found[case, 'composite', 'llama-3.1-8b', mode]['speedup']}" for mode in modes]
+        cells += [f"{found[case, 'composite', 'qwen3-8b', mode]['speedup']}" for mode in modes]
+        speeds = [f"{float(cell):.1f}x" for cell in cells]
+        shares = [
+            f"{float(found[case, kind, '', 'default']['share']):.2f}"
+            for kind in ("layer0", "anchor", "reuse")
+        ]
+        fa3 = float(found[case, "reuse", "", "default"]["fa3_ms"])
+        lines.append([case, *speeds, *shares, f"{fa3:.2f}"])
+    plans = [f"{plan}, {mode}" for plan in ("Llama-3.1-8B", "Qwen3-8B") for mode in modes]
+    shares = [f"{kind} / FA3" for kind in ("layer 0", "anchor", "reuse")]
+    return markdown(["case", *plans, *shares, "FA3, ms a layer"], lines)
+
+
+MASS_METHODS = {
+    "int8_kq": "keys and queries in 8 bits (int8), exact LSE",
+    "fp8_kq": "keys and queries in 8 bits (fp8), exact LSE",
+    "int4_k": "keys in 4 bits, exact LSE",
+    "fp32_lse4": "LSE from every 4th key, exact keys",
+    "int8_kq_lse4": "**the default: int8, LSE from every 4th key**",
+    "int8_kq_lse8": "int8, LSE from every 8th key",
+    "int8_kq_lse16": "int8, LSE from every 16th key",
+    "int8_kq_lse16_refine2": "int8, LSE from every 16th key; twice as many, scored again exactly",
+    "queries_2": "every second query of a tile",
+    "queries_4": "every fourth query of a tile",
+    "pages16_x4": "bounds of pages of 16 keys; four times as many, scored exactly",
+}
+
+
+def mass_table() -> str:
+    """``selection_mass.py``: mean loss of mass in prefill at a ratio of 0.1, one row a method."""
+    with open(RESULTS / "selection_mass.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if (r["phase"], r["ratio"]) == ("prefill", "0.1")]
+    found = {(r["method"], r["source"], r["length"]): r for r in rows}
+    inputs = sorted({key[1:] for key in found}, key=lambda one: (one[0], int(one[1])))
+    lines = [
+        [text, *(f"{1 - float(found[(method, *one)]['mean']):.2%}" for one in inputs)]
+        for method, text in MASS_METHODS.items()
+    ]
+    return markdown(["selection", *(f"{source}, {length}" for source, length in inputs)], lines)
+
+
+def pieces_table() -> str:
+    """``make bench-prefill``: an anchor layer's pieces as shares of FlashAttention-3."""
+    rows = [r for r in newest(RESULTS / "prefill_h100.csv") if r["case"] == "8K-on-120K"]
+    found = {(r["kind"], r["mode"], r["inputs"]): r for r in rows if not r["plan"]}
+    columns = [(mode, inputs) for mode in ("default", "exact") for inputs in INPUTS]
+    kinds = ("lse", "score", "select", "attend", "anchor", "layer0", "reuse")
+    lines = [
+        [kind, *(f"{float(found[(kind, *column)]['share']):.3f}" for column in columns)]
+        for kind in kinds
+    ]
+    return markdown(["piece", *(", ".join(column) for column in columns)], lines)
+
+
+INPUTS = ("random", "heavy_tailed")
+DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"demo": demo_table, "quality": quality_table, "prefill": prefill_table},
+    "benchmarks/results/faster_selection.md": {"mass": mass_table, "pieces": pieces_table},
+}
+
+
 def main() -> int:
-    """Fill the README in, or check it."""
-    path = ROOT / "README.md"
-    text = path.read_text()
-    for name, table in (("demo", demo_table()), ("quality", quality_table())):
-        pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)", re.S)
-        text, found = pattern.subn(lambda match, t=table: match[1] + t + match[2], text)
-        if found != 1:
-            sys.exit(f"README.md: expected one table between <!-- {name} --> marks, got {found}")
-    if "--check" in sys.argv:
-        return 0 if text == path.read_text() else 1
-    path.write_text(text)
-    return 0
+    """Fill the documents in, or check them."""
+    changed = False
+    for name, tables in DOCUMENTS.items():
+        path = ROOT / name
+        before = text = path.read_text()
+        for mark, table in tables.items():
+            pattern = re.compile(f"(<!-- {mark} -->\n).*?(\n<!-- end {mark} -->)", re.S)
+            filled = table()
+            text, found = pattern.subn(lambda match, t=filled: match[1] + t + match[2], text)
+            if found != 1:
+                sys.exit(f"{name}: expected one table between <!-- {mark} --> marks, got {found}")
+        changed |= text != before
+        if "--check" not in sys.argv:
+            path.write_text(text)
+    return 1 if changed and "--check" in sys.argv else 0
 
 
 if __name__ == "__main__":
