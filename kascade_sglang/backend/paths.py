@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import triton
@@ -20,6 +21,7 @@ from kascade_sglang.errors import KascadeError
 if TYPE_CHECKING:
     from kascade_sglang.compat import ModelRunner
 
+logger = logging.getLogger(__name__)
 
 SLACK = 16 * 256
 
@@ -48,6 +50,9 @@ def build_paths(runner: ModelRunner, config: KascadeConfig) -> Paths:
     store = IndexStore(config, shape.heads, shape.device, one_list=kernels and config.pooled)
     copied = copied_layers(config, shape.layers) if kernels else []
     copies = KeyCopies(copied, shape)
+    runs_on = "Triton kernels" if kernels else "the torch reference"
+    scores = f"8-bit copies of layers {copied}" if copied else "exact keys"
+    logger.info("kascade: attention runs through %s, scores use %s", runs_on, scores)
     if not kernels:
         reference = ReferencePath(runner, config, store)
         return Paths(reference, reference, store, copies, shape)
