@@ -3,8 +3,13 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/installed
+PYTEST := $(BIN)/python -m pytest -q
+# Of kernels, too, but their pytest runs outside the interpreter.
+OTHER_KERNEL_TESTS := tests/compile tests/e2e/test_kernel_server.py
+SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test check eval readme-tables clean
+.PHONY: demo serve test test-serving test-kernels test-gpu check bench-prefill bench-decode \
+	eval readme-tables clean
 
 $(STAMP): setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
@@ -19,12 +24,36 @@ demo: $(STAMP)  ## answer questions over shared documents, sparse and dense, sid
 serve: $(STAMP)  ## keep the demo model's server up; PORT=30000
 	$(BIN)/python -m kascade_sglang.demo.serve --port $(or $(PORT),30000)
 
-test: check  ## unit tests, then end-to-end tests on real servers
-	$(BIN)/python -m pytest -q
+test: check  ## all that needs no GPU: two halves side by side, each using about one core
+	@$(MAKE) --no-print-directory -j2 test-serving test-kernels
+
+test-serving: $(STAMP)  ## unit tests, the backend on the torch reference, real servers
+	$(PYTEST) --ignore=tests/kernels $(OTHER_KERNEL_TESTS:%=--ignore=%)
+
+# Printed in one piece, because test-serving prints at the same time.
+test-kernels: $(STAMP)  ## kernels compiled for three GPUs; they, the backend and a server in Triton's interpreter
+	@out=$$( { export CUDA_VISIBLE_DEVICES=; $(PYTEST) $(OTHER_KERNEL_TESTS); failed=$$?; \
+		TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/backend && exit $$failed; } 2>&1); \
+	failed=$$?; printf '\nKernel tests:\n%s\n' "$$out"; exit $$failed
+
+test-gpu: $(STAMP)  ## kernels and backend on a GPU, then one test of every kernel under compute-sanitizer
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "make: test-gpu needs a CUDA GPU, and torch sees none; make test needs none"; exit 1; }
+	$(PYTEST) tests/kernels tests/backend
+	@test -n "$(SANITIZER)" || { echo "make: no compute-sanitizer found (it is part of the CUDA \
+	toolkit); name it with SANITIZER=..."; exit 1; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 1 \
+		--report-api-errors no $(PYTEST) -m memcheck tests/kernels
 
 check: $(STAMP)  ## lint
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+bench-prefill: $(STAMP)  ## prefill kernels beside FlashAttention-3, on an H100
+	$(BIN)/python benchmarks/bench_prefill.py
+
+bench-decode: $(STAMP)  ## decoding kernels beside FlashAttention-3 and others, on an H100
+	$(BIN)/python benchmarks/bench_decode.py
 
 eval: $(STAMP)  ## retrieval accuracy of every method at equal budgets, through the server
 	$(BIN)/python -m kascade_sglang.evaluation

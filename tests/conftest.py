@@ -8,7 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from interpreter import INTERPRETED, prepare_interpreter
+from interpreter import add_bfloat16, leave_out_programs
+from shapes import INTERPRETED
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,12 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        prepare_interpreter(monkeypatch)
+        add_bfloat16(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        leave_out_programs(monkeypatch)

@@ -13,9 +13,9 @@ from kascade_sglang.backend.metadata import StepMetadata, TileRow
 from kascade_sglang.backend.paths import runs_kernels
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.plan.schema import ModelShape, Plan
+from shapes import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HEAD_DIM = 64 if DEVICE == "cuda" else 16
+HEAD_DIM = 64 if DEVICE == "cuda" else 32
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 

@@ -4,21 +4,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from harness import DEVICE, DTYPE, HEAD_DIM, Harness, expected_output
 from kascade_kernels.budget import Budget
 from kascade_kernels.reference import anchor_scores
 from kascade_sglang.errors import KascadeError
+from shapes import INTERPRETED
 
-LENGTHS = [1, 31, 32, 33, 127, 129, 301]
-KERNELS = DEVICE == "cuda" or triton.knobs.runtime.interpret
+KERNELS = DEVICE == "cuda" or INTERPRETED
 TOLERANCE = 1e-5 if DTYPE is torch.float32 else 2e-3
-# Each program of a kernel takes the interpreter milliseconds.
-CHUNKS, PAGES = (
-    ([160], [1, 32]) if triton.knobs.runtime.interpret else ([32, 64, 160], [1, 16, 32, 64])
-)
+LONG = 301
+HEADS = [(group, heads) for group in (1, 4, 8) for heads in ("per_head", "pooled")]
+CHUNKS, PAGES, PREFIXES = [32, 64, 160], [1, 16, 32, 64], [32, 128, 288]
+if INTERPRETED:  # Each program of a kernel takes it milliseconds.
+    LONG, HEADS, CHUNKS, PAGES, PREFIXES = 173, [HEADS[0], HEADS[-1]], [160], [32], [128]
+LENGTHS = [1, 31, 32, 33, 127, 129, LONG]
 
 
 def assert_same(left: Harness, right: Harness, request: int, begin: int = 0) -> None:
@@ -35,8 +36,7 @@ def assert_same(left: Harness, right: Harness, request: int, begin: int = 0) -> 
             assert torch.equal(*out)
 
 
-@pytest.mark.parametrize("group", [1, 4, 8])
-@pytest.mark.parametrize("heads", ["per_head", "pooled"])
+@pytest.mark.parametrize("group, heads", HEADS)
 def test_mixed_batch_equals_float64_attention(group: int, heads: str) -> None:
     harness = Harness(LENGTHS, group=group, heads=heads)
     harness.step([(request, 0, length) for request, length in enumerate(LENGTHS)])
@@ -47,13 +47,10 @@ def test_mixed_batch_equals_float64_attention(group: int, heads: str) -> None:
             torch.testing.assert_close(out, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.skipif(
-    triton.knobs.runtime.interpret, reason="Triton's interpreter has no bfloat16 products"
-)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_no_worse_than_eager(dtype: torch.dtype) -> None:
-    harness = Harness([301], dtype=dtype)
-    harness.prefill(0, 301)
+    harness = Harness([LONG], dtype=dtype)
+    harness.prefill(0, LONG)
     for layer in (1, 2, 3):
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in harness.qkv[layer][0])
         expected = expected_output(harness, layer, 0)
@@ -70,13 +67,13 @@ def test_low_precision_is_no_worse_than_eager(dtype: torch.dtype) -> None:
 
 
 def test_anchor_selects_the_largest_scores() -> None:
-    harness = Harness([301])
-    harness.prefill(0, 301)
+    harness = Harness([LONG])
+    harness.prefill(0, LONG)
     q, k, _ = (tensor.double().cpu() for tensor in harness.qkv[2][0])
     # Kernels round scores to 1/1024 octave before they select.
     rtol = 1e-3 if KERNELS else 1e-6
     for (tile, first), positions in harness.selections[2][0].items():
-        end = min(32 * (tile + 1), 301)
+        end = min(32 * (tile + 1), LONG)
         scores = anchor_scores(q[first:end], k[:end], HEAD_DIM**-0.5)
         budget = harness.config.budget.selected(tile)
         assert positions.shape == (2, budget)
@@ -86,8 +83,8 @@ def test_anchor_selects_the_largest_scores() -> None:
 
 
 def test_reuse_layers_follow_the_head_map() -> None:
-    harness = Harness([301])
-    harness.prefill(0, 301)
+    harness = Harness([LONG])
+    harness.prefill(0, LONG)
     for layer, anchor in ((1, 0), (3, 2)):
         head_map = list(harness.config.plan.head_map[layer])
         for key, positions in harness.selections[layer][0].items():
@@ -106,35 +103,36 @@ def test_chunks_change_no_bit(chunk: int, page_size: int, exact: bool) -> None:
     assert_same(whole, chunked, 0)
 
 
-@pytest.mark.parametrize("prefix", [32, 128, 288])
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefix_hit_changes_no_bit(prefix: int) -> None:
-    cold = Harness([301], page_size=32)
-    cold.prefill(0, 301)
-    warm = Harness([301], page_size=32)
+    cold = Harness([LONG], page_size=32)
+    cold.prefill(0, LONG)
+    warm = Harness([LONG], page_size=32)
     for layer in range(warm.layers):
         slots = warm.req_to_token[1, :prefix].to(torch.int64)
         warm.pool.keys[layer][slots] = warm.qkv[layer][0][1][:prefix]
         warm.pool.values[layer][slots] = warm.qkv[layer][0][2][:prefix]
-    warm.prefill(0, 301, begin=prefix)
+    warm.prefill(0, LONG, begin=prefix)
     assert_same(cold, warm, 0, begin=prefix)
 
 
 def test_batch_mates_change_no_bit() -> None:
-    alone = Harness([301])
-    alone.prefill(0, 301)
-    together = Harness([301, 77, 200])
-    together.step([(2, 0, 200), (0, 0, 301), (1, 0, 77)])
+    alone = Harness([LONG])
+    alone.prefill(0, LONG)
+    together = Harness([LONG, 77, 100])
+    together.step([(2, 0, 100), (0, 0, LONG), (1, 0, 77)])
     assert_same(alone, together, 0)
 
 
 def test_decode_equals_one_token_extend_and_float64() -> None:
     decode, extend = Harness([140, 70]), Harness([140, 70])
+    # Request 0 goes on to its next tile.
     for harness, mode in ((decode, ForwardMode.DECODE), (extend, ForwardMode.MIXED)):
-        harness.step([(0, 0, 100), (1, 0, 65)])
-        for offset in range(5):
-            harness.step([(0, 100 + offset, 101 + offset), (1, 65 + offset, 66 + offset)], mode)
+        harness.step([(0, 0, 95), (1, 0, 65)])
+        for offset in range(3):
+            harness.step([(0, 95 + offset, 96 + offset), (1, 65 + offset, 66 + offset)], mode)
     for layer in range(1, 4):
-        for request, (begin, end) in enumerate([(100, 105), (65, 70)]):
+        for request, (begin, end) in enumerate([(95, 98), (65, 68)]):
             ours = decode.outputs[layer][request][begin:end]
             theirs = extend.outputs[layer][request][begin:end]
             if not KERNELS:
@@ -146,8 +144,8 @@ def test_decode_equals_one_token_extend_and_float64() -> None:
 
 
 def test_budget_of_everything_is_dense() -> None:
-    harness = Harness([301], budget=Budget(1.0, 64))
-    harness.prefill(0, 301)
+    harness = Harness([LONG], budget=Budget(1.0, 64))
+    harness.prefill(0, LONG)
     for layer in range(harness.layers):
         q, k, v = (tensor.double().transpose(0, 1)[None] for tensor in harness.qkv[layer][0])
         dense = torch.nn.functional.scaled_dot_product_attention(

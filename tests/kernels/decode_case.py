@@ -8,8 +8,7 @@ from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.decode_spans import Spans, decode_spans
 from kascade_kernels.reference import anchor_scores, pool_heads
 from kascade_kernels.structs import Rows, Selection
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from shapes import DEVICE
 
 
 @dataclass

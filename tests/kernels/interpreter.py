@@ -1,29 +1,24 @@
-"""What Triton's interpreter needs to run the kernels on a CPU, in bfloat16 and in little time."""
+"""What Triton's interpreter lacks to run the kernels on a CPU: bfloat16, and speed."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from kascade_kernels import decode_spans
 
-INTERPRETED = triton.knobs.runtime.interpret
-KERNELS_RUN = INTERPRETED or torch.cuda.is_available()
-needs_kernels = pytest.mark.skipif(
-    not KERNELS_RUN, reason="kernels run on a GPU, or on a CPU with TRITON_INTERPRET=1"
-)
-
-
-def prepare_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add products of bfloat16, and leave out most programs: each takes milliseconds."""
+def add_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter multiply bfloat16, and round to it."""
     monkeypatch.setattr(InterpreterBuilder, "create_dot", _create_dot)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", _cast_impl)
-    monkeypatch.setattr(decode_spans, "SCORE_SPLITS", 8)
-    monkeypatch.setattr(decode_spans, "ATTEND_SPLITS", 8)
+
+
+def leave_out_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split rows less finely: programs without keys take the interpreter milliseconds, too."""
+    monkeypatch.setattr("kascade_kernels.decode_spans.SCORE_SPLITS", 8)
+    monkeypatch.setattr("kascade_kernels.decode_spans.ATTEND_SPLITS", 8)
 
 
 _plain_dot, _plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl

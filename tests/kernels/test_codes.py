@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from decode_case import DEVICE
 from kascade_kernels._triton._primitives import encode_score
 from kascade_kernels.codes import decode, encode
+from shapes import DEVICE, needs_kernels
 
 
 @triton.jit
@@ -15,6 +15,7 @@ def encode_kernel(scores, codes, BLOCK: tl.constexpr):
     tl.store(codes + lane, encode_score(tl.load(scores + lane)))
 
 
+@needs_kernels
 def test_kernels_encode_like_torch() -> None:
     scores = torch.cat([torch.rand(1000), 2.0 ** torch.linspace(-70, 20, 23), torch.zeros(1)])
     scores = scores.to(DEVICE)

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from decode_case import DEVICE, DecodeCase
+from decode_case import DecodeCase
 from kascade_kernels.decode_attention import decode_attention
 from kascade_kernels.decode_spans import STEP, Spans
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.structs import Selection
+from shapes import DEVICE, needs_kernels, shapes
 
-DTYPES = [torch.float16, torch.bfloat16]
+pytestmark = needs_kernels
 
 
 def make_lists(counts: list[int], lists: int, slots: int) -> tuple[Selection, list[torch.Tensor]]:
@@ -44,15 +45,15 @@ def attention(
     return (weights @ values).reshape(q.shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group", [1, 2, 5, 8])
-def test_equals_float64(group: int, dtype: torch.dtype) -> None:
+@shapes
+@pytest.mark.memcheck
+def test_equals_float64(group: int, dim: int, dtype: torch.dtype) -> None:
     counts = [1, 31, 32, 64, 65, 200]
-    case = DecodeCase.make(counts, group=group, dtype=dtype)
+    case = DecodeCase.make(counts, group=group, dim=dim, dtype=dtype)
     selection, drawn = make_lists(counts, 2, case.k.shape[0])
     head_map = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
     spans = spans_of(selection)
-    parts = Parts.allocate(spans, case.q.shape[1], 32)
+    parts = Parts.allocate(spans, case.q.shape[1], dim)
     out = decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
     for row, slots in enumerate(drawn):
         mapped = slots.flip(0).to(DEVICE)

@@ -1,9 +1,12 @@
 """Decode scores and their exact selection against the float64 reference."""
 
+import math
+
 import pytest
 import torch
 
-from decode_case import DEVICE, DecodeCase, lists_of
+from decode_case import DecodeCase, lists_of
+from kascade_kernels import decode_spans as module
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.codes import decode
@@ -12,10 +15,14 @@ from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.structs import KeyCopy, Rows, Selection
+from shapes import DEVICE, needs_kernels, shapes
+
+pytestmark = needs_kernels
 
 BUDGET = Budget(0.1, 64)
 LENGTHS = [1, 31, 32, 33, 64, 65, 129, 301, 700]
 DTYPES = [torch.float16, torch.bfloat16]
+POOLED = pytest.mark.parametrize("pooled", [False, True], ids=["per_head", "pooled"])
 
 
 def run(
@@ -85,13 +92,21 @@ def check_selection(case: DecodeCase, selection: Selection, budget: Budget, pool
         assert (lost <= eager_lost + 1e-3 * best).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group", [1, 4, 5])
-@pytest.mark.parametrize("pooled", [False, True], ids=["per_head", "pooled"])
-def test_selects_what_the_reference_selects(group: int, pooled: bool, dtype: torch.dtype) -> None:
-    case = DecodeCase.make(LENGTHS, group=group, dtype=dtype, page_size=16)
+@shapes
+@pytest.mark.memcheck
+def test_selects_what_the_reference_selects(group: int, dim: int, dtype: torch.dtype) -> None:
+    pooled = group in (4, 7, 16)
+    case = DecodeCase.make(LENGTHS, group=group, dim=dim, dtype=dtype, page_size=16)
     selection, _, _ = run(case, pooled=pooled)
     check_selection(case, selection, BUDGET, pooled)
+
+
+@POOLED
+def test_around_the_edges_of_the_default_budget(pooled: bool) -> None:
+    """Up to 128 keys all are selected; from the tile of position 1280 on the ratio decides."""
+    case, budget = DecodeCase.make([127, 128, 129, 1280, 1281], kv_heads=3, page_size=32), Budget()
+    selection, _, _ = run(case, budget, pooled)
+    check_selection(case, selection, budget, pooled)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,6 +122,7 @@ def test_codes_are_the_scores(dtype: torch.dtype) -> None:
         assert error <= eager_error + 1e-3 * exact.max()
 
 
+@pytest.mark.memcheck
 def test_eight_bit_keys_recover_the_mass() -> None:
     case = DecodeCase.make([700, 333], dim=64)
     copy = allocate_key_copy(case.k.shape[0], case.k.shape[1], 64, DEVICE)
@@ -123,6 +139,7 @@ def test_eight_bit_keys_recover_the_mass() -> None:
         assert (exact.gather(1, found).sum(1) >= 0.995 * best).all()
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attends_to_everything_in_the_same_pass(dtype: torch.dtype) -> None:
     case = DecodeCase.make(LENGTHS, dtype=dtype)
@@ -152,17 +169,20 @@ def test_ties_go_to_the_lower_position() -> None:
     assert torch.equal(found[:, :wanted], torch.arange(wanted, device=DEVICE).expand(2, -1))
 
 
-@pytest.mark.parametrize("magnitude", [300.0, 60000.0])
-def test_huge_logits(magnitude: float) -> None:
+@pytest.mark.parametrize("key", [300.0, 60000.0, math.inf, -math.inf])
+def test_huge_logits(key: float) -> None:
+    """A key that takes all of the mass, and one that takes none."""
     case = DecodeCase.make([300, 65])
-    case.k[case.slots_of(0)[40]] = magnitude
+    case.k[case.slots_of(0)[40]] = key
     case.q[0] = case.q[0].abs()
     selection, out, _ = run(case, attend=True)
     found = positions(case, 0, lists_of(selection, 0))
-    assert (found == 40).any(1).all() and out.isfinite().all()
+    assert ((found == 40).any(1) == (key > 0)).all() and out.isfinite().all()
 
 
-def test_rows_do_not_depend_on_the_batch() -> None:
+def test_rows_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So few that, but for ``batch_invariant``, a row's share would depend on the others.
+    monkeypatch.setattr(module, "SCORE_PROGRAMS", 8)
     case = DecodeCase.make(LENGTHS)
     together, out, _ = run(case, attend=True, batch_invariant=True)
     alone = DecodeCase(

@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from decode_case import DEVICE
 from kascade_kernels.budget import Budget, tile_of
 from kascade_kernels.decode_spans import STEP, Spans, decode_spans
+from shapes import DEVICE, needs_kernels
+
+pytestmark = needs_kernels
 
 BUDGET = Budget(0.1, 128)
+
+
+@pytest.fixture
+def few_programs() -> None:
+    """Here as many programs as on a GPU."""
 
 
 def cut(lengths: list[int], heads: int, batch_invariant: bool = False) -> Spans:
@@ -28,6 +35,7 @@ def test_every_key_has_a_program(heads: int, lengths: list[int], batch_invariant
         assert STEP * int(spans.attend[row]) * spans.attend_splits >= listed
 
 
+@pytest.mark.memcheck
 def test_long_rows_of_a_mixed_batch_get_more_programs() -> None:
     spans = cut([65536] + [256] * 31, 8)
     assert 65536 // (STEP * int(spans.score[0])) >= 32

@@ -3,14 +3,17 @@
 import pytest
 import torch
 
-from decode_case import DEVICE, DecodeCase, lists_of
+from decode_case import DecodeCase, lists_of
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget, tile_of
 from kascade_kernels.reference import select_topk
 from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
 from kascade_kernels.structs import Selection
+from shapes import DEVICE, needs_kernels
 
-LENGTHS = [1, 32, 33, 65, 97, 300, 1281]
+pytestmark = needs_kernels
+
+LENGTHS = [1, 31, 32, 33, 65, 97, 127, 128, 129, 300, 1280, 1281]
 
 
 def draw_codes(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -38,9 +41,9 @@ def select(case: DecodeCase, codes: torch.Tensor, budget: Budget, append_own: bo
 
 
 @pytest.mark.parametrize("kind", ["constant", "few", "extremes", "near", "any"])
-@pytest.mark.parametrize("append_own", [False, True], ids=["before", "with_own"])
-def test_equals_a_stable_sort(kind: str, append_own: bool) -> None:
-    case, budget = DecodeCase.make(LENGTHS), Budget(0.1, 64)
+@pytest.mark.parametrize("append_own, min_k", [(False, 64), (True, 128)], ids=["before", "own"])
+def test_equals_a_stable_sort(kind: str, append_own: bool, min_k: int) -> None:
+    case, budget = DecodeCase.make(LENGTHS), Budget(0.1, min_k)
     codes = draw_codes(kind, (len(LENGTHS), 2, max(LENGTHS)))
     selection = select(case, codes, budget, append_own)
     for row, length in enumerate(LENGTHS):
@@ -52,6 +55,7 @@ def test_equals_a_stable_sort(kind: str, append_own: bool) -> None:
         assert torch.equal(lists_of(selection, row), case.slots_of(row)[expected.to(DEVICE)])
 
 
+@pytest.mark.memcheck
 def test_lists_of_several_chunks() -> None:
     lengths = [8192, 8225, 20000]
     case, budget = DecodeCase.make(lengths), Budget(0.1, 64)
@@ -63,6 +67,7 @@ def test_lists_of_several_chunks() -> None:
         assert torch.equal(lists_of(selection, row), case.slots_of(row)[expected.to(DEVICE)])
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("ratio", [0.013, 0.5, 0.999, 1.0])
 def test_other_budgets(ratio: float) -> None:
     case, budget = DecodeCase.make([700]), Budget(ratio, 96)

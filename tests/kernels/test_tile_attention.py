@@ -6,13 +6,15 @@ import torch
 from kascade_kernels.budget import TILE, tile_of
 from kascade_kernels.reference import sparse_attention
 from kascade_kernels.tile_attention import tile_attention
-from tile_case import DEVICE, TileCase, selection_of
+from shapes import DEVICE, needs_kernels, shapes
+from tile_case import TileCase, selection_of
+
+pytestmark = needs_kernels
 
 EXTENDS = [(270, 301), (0, 33), (128, 129), (90, 127), (0, 1)]
 """Whole tiles, first and last tiles in part, and single queries: 8 rows."""
 COUNTS = [201, 0, 32, 100, 64, 63, 65, 0]
 """Keys in the rows' lists: none, all candidates, and around whole steps of 64 keys."""
-DTYPES = [torch.float16, torch.bfloat16]
 
 
 def attend(
@@ -64,10 +66,10 @@ def check(case: TileCase, lists: list[torch.Tensor], head_map: list[int]) -> Non
     assert max(errors) <= max(*allowed, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group", [1, 4, 5, 8])
-def test_attention(dtype: torch.dtype, group: int) -> None:
-    case = TileCase.make(EXTENDS, group=group, dtype=dtype)
+@shapes
+@pytest.mark.memcheck
+def test_attention(group: int, dim: int, dtype: torch.dtype) -> None:
+    case = TileCase.make(EXTENDS, group=group, dim=dim, dtype=dtype)
     check(case, case.draw_lists(COUNTS, heads=2), [0, 1])
 
 
@@ -78,8 +80,7 @@ def test_head_map(kv_heads: int, heads: int, head_map: list[int]) -> None:
     check(case, case.draw_lists(COUNTS, heads), head_map)
 
 
-@pytest.mark.parametrize("dim", [16, 64, 128, 256])
-@pytest.mark.parametrize("page_size", [1, 32])
+@pytest.mark.parametrize("dim, page_size", [(16, 1), (64, 16), (128, 32), (256, 64)])
 def test_dims_and_pages(dim: int, page_size: int) -> None:
     case = TileCase.make([(96, 129), (33, 130)], kv_heads=1, dim=dim, page_size=page_size)
     check(case, case.draw_lists([70, 33, 9, 64, 95, 128], heads=1), [0])

@@ -14,13 +14,14 @@ from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.reference import pool_heads
 from kascade_kernels.structs import KeyCopy, Rows
 from kascade_kernels.tile_scores import EDGE, keys_read, tile_lse, tile_scores
-from tile_case import DEVICE, TileCase
+from shapes import DEVICE, needs_kernels, shapes
+from tile_case import TileCase
+
+pytestmark = needs_kernels
 
 BUDGET = Budget(0.1, 64)
 EXTENDS = [(270, 301), (0, 70), (128, 129), (90, 127), (31, 32), (0, 1)]
 """Whole tiles, first and last tiles in part, one query in mid-tile, and tiles that are dense."""
-DTYPES = [torch.float16, torch.bfloat16]
-GROUPS = pytest.mark.parametrize("group", [1, 4, 5, 8])
 UNTOUCHED = 12345
 
 
@@ -84,10 +85,10 @@ def check_codes(case: TileCase, codes: torch.Tensor, steps: int, pooled: bool = 
         assert (codes[row, :, candidates:] == UNTOUCHED).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@GROUPS
-def test_lse(dtype: torch.dtype, group: int) -> None:
-    case = TileCase.make(EXTENDS, group=group, dtype=dtype)
+@shapes
+@pytest.mark.memcheck
+def test_lse(group: int, dim: int, dtype: torch.dtype) -> None:
+    case = TileCase.make(EXTENDS, group=group, dim=dim, dtype=dtype)
     out = torch.full((len(case.places), 2, TILE * group), float("nan"), device=DEVICE)
     lse = lse_of(case, out=out, max_end=301)
     assert lse is out
@@ -134,20 +135,20 @@ def test_sampled_lse(stride: int, span: int, monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(found, exact, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@GROUPS
-def test_scores(dtype: torch.dtype, group: int) -> None:
-    case = TileCase.make(EXTENDS, group=group, dtype=dtype)
+@shapes
+@pytest.mark.memcheck
+def test_scores(group: int, dim: int, dtype: torch.dtype) -> None:
+    case = TileCase.make(EXTENDS, group=group, dim=dim, dtype=dtype)
     check_codes(case, score(case), steps=1)
 
 
-@pytest.mark.parametrize("page_size", [16, 32])
-@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("dim, page_size", [(16, 16), (64, 32), (128, 64)])
 def test_scores_on_pages(page_size: int, dim: int) -> None:
     case = TileCase.make([(96, 129), (33, 130)], kv_heads=1, dim=dim, page_size=page_size)
     check_codes(case, score(case), steps=1)
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("kv_heads, group", [(3, 4), (2, 5), (1, 4)])
 def test_pooled(kv_heads: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SCORE_SPAN", 128)
@@ -182,15 +183,16 @@ def copy_of(case: TileCase) -> KeyCopy:
     return copy
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize(
-    "group, pooled", [(1, False), (4, False), (4, True), (5, True), (8, False)]
+    "group, dim, pooled", [(1, 64, False), (4, 128, True), (7, 32, True), (8, 64, False)]
 )
-def test_eight_bit(group: int, pooled: bool) -> None:
+def test_eight_bit(group: int, dim: int, pooled: bool) -> None:
     """Equals the exact scores of rounded q and K: q has one scale a block of 128 query rows.
 
     A GPU divides less exactly, so that a tie may be rounded to the other side.
     """
-    case = TileCase.make([(270, 301), (90, 130), (0, 1)], group=group)
+    case = TileCase.make([(270, 301), (90, 130), (0, 1)], group=group, dim=dim)
     copy, lse = copy_of(case), lse_of(case)
     codes = score(case, lse, copy, pooled)
     keys = copy.values.double() * copy.scales.double().unsqueeze(-1)

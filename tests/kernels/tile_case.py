@@ -7,8 +7,7 @@ import torch
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.reference import anchor_scores
 from kascade_kernels.structs import Rows, Selection
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from shapes import DEVICE
 
 
 @dataclass
