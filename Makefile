@@ -58,6 +58,14 @@ bench-decode: $(STAMP)  ## decoding kernels beside FlashAttention-3 and others, 
 eval: $(STAMP)  ## retrieval accuracy of every method at equal budgets, through the server
 	$(BIN)/python -m kascade_sglang.evaluation
 
+bench: bench-decode bench-prefill readme-tables  ## measure the kernels on a GPU, and fill the README in
+
+bench-decode: $(STAMP)  ## decode attention beside FlashAttention-3
+	$(BIN)/python benchmarks/bench_decode.py
+
+bench-prefill: $(STAMP)  ## prefill attention beside FlashAttention-3
+	$(BIN)/python benchmarks/bench_prefill.py
+
 readme-tables: $(STAMP)  ## fill the README's tables in from benchmarks/results
 	$(BIN)/python benchmarks/readme_tables.py
 
