@@ -5,6 +5,7 @@ becomes one sentence.
 """
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,6 +124,15 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise CalibrationError(f"--device {name}: not usable ({_one_line(error)})") from error
     return device
+
+
+def weights_version(model: str, config: PreTrainedConfig) -> Any:
+    """Return what tells these weights from others: a hub commit, or the files' sizes and times."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return getattr(config, "_commit_hash", None)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def check_device_map(device_map: str | None) -> None:
