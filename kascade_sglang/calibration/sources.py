@@ -76,7 +76,10 @@ class PromptSource:
         check_limits(context, self.max_tokens, self.limit)
         if self.dataset is not None:
             prompts = self._from_dataset(tokenizer, context)
-            name = ":".join(filter(None, (self.dataset, self.dataset_config, self.split)))
+            # Of a local folder only the name, so that no path enters the plan.
+            folder = Path(self.dataset).expanduser()
+            short = folder.resolve().name if folder.is_dir() else self.dataset
+            name = ":".join(filter(None, (short, self.dataset_config, self.split)))
         else:
             text = "\n".join(" ".join((title, *rest)) for title, rest in load_filler())
             every = cut_text(text, tokenizer, context, self.max_tokens)

@@ -27,7 +27,7 @@ def find_plan(model: str, shape: ModelShape, explicit: str | None) -> Plan:
     warning = warning_of(plan)
     if warning is not None and warning not in _warned:
         _warned.add(warning)
-        logger.warning(warning)
+        logger.warning("kascade: %s", warning)
     return plan
 
 

@@ -1,5 +1,6 @@
 """Every family of decoders, tiny and random, against attention matrices of transformers' own."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,22 @@ def test_refuses_models_without_attention_to_measure(
         windowed_layers(config, LENGTH)
         shape_of(config)
         collect(AutoModelForCausalLM.from_config(config).eval(), [prompt_of()], BUDGET)
+
+
+def test_a_model_spread_by_accelerate(tmp_path: Path) -> None:
+    """Layers on the CPU and on disk by turns: weights move, bits stay."""
+    pytest.importorskip("accelerate")
+    whole, prompt = build("llama3"), prompt_of()
+    whole.save_pretrained(tmp_path)
+    places = {f"model.layers.{layer}": ("cpu", "disk")[layer % 2] for layer in range(4)}
+    places |= {"model.embed_tokens": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    places["model.rotary_emb"] = "cpu"
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    one, other = (collect(model.eval(), [prompt], BUDGET) for model in (whole, spread))
+    for field in ("similarity", "pooled", "mass", "importance"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
 
 
 @pytest.mark.parametrize("window", [1, 7, 130, 300, None])

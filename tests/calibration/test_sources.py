@@ -32,7 +32,7 @@ def dataset(tmp_path: Path) -> str:
 
 def test_rows_are_drawn_with_the_seed(tokenizer: PreTrainedTokenizerFast, dataset: str) -> None:
     one = PromptSource(dataset=dataset).read(tokenizer, 8)
-    assert len(one.prompts) == DEFAULT_LIMIT and one.name == f"{dataset}:train"
+    assert len(one.prompts) == DEFAULT_LIMIT and one.name == "set:train"
     assert one == PromptSource(dataset=dataset).read(tokenizer, 8)
     assert one.digest != PromptSource(dataset=dataset, seed=1).read(tokenizer, 8).digest
     whole = PromptSource(dataset=dataset, limit=99).read(tokenizer, 8).prompts
