@@ -143,8 +143,7 @@ def check_device_map(device_map: str | None) -> None:
         raise CalibrationError(f"--device-map: expected one of {DEVICE_MAPS}, got {device_map!r}")
     if importlib.util.find_spec("accelerate") is None:
         raise CalibrationError(
-            f"--device-map {device_map}: needs the accelerate package; "
-            "pip install 'kascade-sglang[calibrate]'"
+            f"--device-map {device_map}: needs the accelerate package; pip install accelerate"
         )
 
 

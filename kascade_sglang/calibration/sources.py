@@ -116,8 +116,7 @@ class PromptSource:
             from datasets.exceptions import DatasetsError
         except ImportError as error:
             raise CalibrationError(
-                f"--dataset {self.dataset}: needs the datasets package; "
-                "pip install 'kascade-sglang[calibrate]'"
+                f"--dataset {self.dataset}: needs the datasets package; pip install datasets"
             ) from error
         try:
             return datasets.load_dataset(self.dataset, self.dataset_config, split=self.split)

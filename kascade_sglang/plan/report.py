@@ -35,10 +35,7 @@ def check_target(option: str, path: Path) -> None:
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise PlanError(f"{option} {path}: not a file that can be written")
     if importlib.util.find_spec("matplotlib") is None:
-        raise PlanError(
-            f"{option} {path}: needs the matplotlib package; "
-            "pip install 'kascade-sglang[calibrate]'"
-        )
+        raise PlanError(f"{option} {path}: needs the matplotlib package; pip install matplotlib")
 
 
 def write_report(plan: Plan, path: Path) -> None:

@@ -38,6 +38,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "mistral-window": ("Mistral", {"sliding_window": LENGTH}, (0, 1, 2, 3)),
     "phi3": ("Phi3", {"sliding_window": None}, (0, 1, 2, 3)),
     "phi3-window": ("Phi3", {"sliding_window": LENGTH + 1}, (0, 1, 2, 3)),
+    "olmo2": ("Olmo2", {}, (0, 1, 2, 3)),
     "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 5.0}, (1, 3)),
     "gemma3": ("Gemma3Text", {**GEMMA, "sliding_window_pattern": 3}, (2,)),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """The page about a calibrated plan."""
 
 import errno
+import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from kascade_sglang.cli import main
 from kascade_sglang.plan.measurements import measurements_of
-from kascade_sglang.plan.report import write_report
+from kascade_sglang.plan.report import check_target, write_report
 from kascade_sglang.plan.schema import Plan, PlanError
 
 pytest.importorskip("matplotlib")
@@ -98,3 +99,9 @@ def test_command(measured: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "p.gif: expected a name that ends in .png, .svg, .html" in capsys.readouterr().err
     assert main([*command, "/nowhere/p.png"]) == 1
     assert "not a file that can be written" in capsys.readouterr().err
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PlanError, match="--report .*p.png: needs the matplotlib package; pip"):
+        check_target("--report", tmp_path / "p.png")
