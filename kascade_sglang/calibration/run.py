@@ -122,7 +122,8 @@ def _check(config: CalibrationConfig) -> Budget:
 
 def _check_anchors(anchors: int | tuple[int, ...], layers: list[int]) -> None:
     """Refuse anchors that the layers with full attention do not have."""
-    what = "the model's layers" if layers == list(range(len(layers))) else "with full attention"
+    every = layers == list(range(len(layers)))
+    what = "the model's layers" if every else "its layers with full attention"
     if isinstance(anchors, int):
         if not 1 <= anchors <= len(layers):
             raise CalibrationError(f"--anchors: expected 1 to {len(layers)}, {what}, got {anchors}")

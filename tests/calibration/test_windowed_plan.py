@@ -61,7 +61,7 @@ def test_only_full_layers_have_a_part(
     [
         ("0,3", "--anchors: expected ascending layers from 1 to at most 5, got 0,3"),
         ("1,4", "--anchors: expected layers with full attention, of 1,3,5, got 1,4"),
-        ("4", "--anchors: expected 1 to 3, with full attention, got 4"),
+        ("4", "--anchors: expected 1 to 3, its layers with full attention, got 4"),
     ],
 )
 def test_refuses_windowed_anchors(
