@@ -91,6 +91,14 @@ def _refused_on_gpu(server_args: Any, model_config: Any, config: KascadeConfig) 
         )
 
 
+def _refused_plan(config: KascadeConfig) -> Iterator[str]:
+    if config.plan.windowed:
+        yield (
+            f"plan: expected full attention in every layer, got sliding windows in layers "
+            f"{list(config.plan.windowed)}; serve with another --attention-backend"
+        )
+
+
 def _refused_ranks(server_args: Any, config: KascadeConfig) -> Iterator[str]:
     from kascade_sglang.compat import stage_starts
 
@@ -128,6 +136,7 @@ def check_server_args(server_args: Any) -> KascadeConfig:
     options = getattr(model_config.hf_config, "kascade", None)
     config = load_config(server_args.model_path, compat.model_shape(model_config), options)
     compat.require_dense_backend(config.dense_backend)
+    _refuse(_refused_plan(config))
     _refuse(_refused_ranks(server_args, config))
     if compat.has_gpu() and config.selection == "topk":
         _refuse(_refused_on_gpu(server_args, model_config, config))

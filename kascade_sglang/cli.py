@@ -1,4 +1,4 @@
-"""The ``kascade`` command: calibrate a model; show, check and import plans.
+"""The ``kascade`` command: calibrate a model; show, compare, draw, check and import plans.
 
 Whatever the user can mend ends as one line on stderr and exit status 1. Only the commands that
 run or read a model import torch.
@@ -9,13 +9,15 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import kascade_sglang
 from kascade_kernels.budget import Budget
 from kascade_sglang.errors import KascadeError
-from kascade_sglang.plan.schema import HEAD_MODES, Plan, PlanError, load_plan
+from kascade_sglang.plan.library import read_plan
+from kascade_sglang.plan.schema import HEAD_MODES, Plan, PlanError
 
 if TYPE_CHECKING:
     from kascade_sglang.plan.schema import ModelShape
@@ -26,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="kascade: %(message)s", level=logging.WARNING)
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        status = args.run(args)
         sys.stdout.flush()
     except KascadeError as error:
         print(f"kascade: {error}", file=sys.stderr)
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 def _anchor_list(text: str) -> tuple[int, ...]:
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_calibrate(commands)
-    plan = commands.add_parser("plan", help="show, check or import a plan")
+    plan = commands.add_parser("plan", help="show, compare, draw, check or import plans")
     _add_plan_commands(plan.add_subparsers(required=True, metavar="COMMAND"))
     return parser
 
@@ -65,28 +67,38 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
     add = parser.add_argument
     add("--model", required=True, help="folder or Hugging Face id")
     add(
-        "--prompts",
-        required=True,
-        type=Path,
-        help=".jsonl with one object a line (text, prompt or messages), or a text file, which is "
-        "cut into prompts of --max-tokens",
-    )
-    add(
         "--anchors",
-        required=True,
+        default=5,
         type=_anchor_count_or_list,
         metavar="K | 0,2,8",
-        help="how many anchor layers to pick, layer 0 included, or the anchor layers themselves",
+        help="how many anchor layers to pick (5), layer 0 included, or the layers themselves",
     )
     add("--out", required=True, type=Path, help="the plan file to write")
+    add("--report", type=Path, help="also draw a page about it: .png, .svg or .html")
     add("--device", default="auto", help="auto (the default), cpu, cuda, ...")
+    add("--device-map", metavar="auto", help="spread the model over all GPUs, with accelerate")
     add("--dtype", default="auto", help="auto (the default), float32, bfloat16 or float16")
-    add("--max-tokens", type=int, help="cut prompts to this many tokens")
-    add("--limit", type=int, help="use this many prompts, drawn with the seed")
     add("--tiles", type=int, default=64, help="query tiles to measure in each prompt (64)")
-    add("--seed", type=int, default=0, help="of the tiles and prompts drawn (0)")
+    _add_source(parser)
     _add_budget(parser)
     parser.set_defaults(run=_calibrate)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--prompts",
+        type=Path,
+        help=".jsonl with one object a line (text, prompt or messages), or a text file, which is "
+        "cut into prompts of --max-tokens; without it and --dataset, books in the package",
+    )
+    add("--dataset", help="Hugging Face data set to draw prompts from")
+    add("--dataset-config", metavar="NAME", help="one of the data set's configurations")
+    add("--split", default="train", help="of the data set (train)")
+    add("--field", help="its column of text, where that is not text, prompt or messages")
+    add("--max-tokens", type=int, help="cut prompts to this many tokens")
+    add("--limit", type=int, help="use this many prompts, drawn with the seed (file: all; else 16)")
+    add("--seed", type=int, default=0, help="of the tiles and prompts drawn (0)")
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +119,12 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan_commands(commands: "argparse._SubParsersAction") -> None:
     show = commands.add_parser("show", help="print a plan as a table")
+    diff = commands.add_parser("diff", help="say how two plans differ; exit status 1 if they do")
+    for name in ("a", "b"):
+        diff.add_argument(name, type=Path, help="plan (.json), head map (.npy) or preset:NAME")
+    diff.set_defaults(run=_diff)
+    report = commands.add_parser("report", help="draw a calibrated plan's measurements")
+    report.add_argument("--out", required=True, type=Path, help="the page: .png, .svg or .html")
     check = commands.add_parser("check", help="say whether a plan can be used")
     check.add_argument("--model", help="folder or Hugging Face id that it must fit")
     convert = commands.add_parser(
@@ -115,8 +133,8 @@ def _add_plan_commands(commands: "argparse._SubParsersAction") -> None:
     convert.add_argument("--model", required=True, help="folder or Hugging Face id it is for")
     convert.add_argument("--out", required=True, type=Path, help="the plan file to write")
     _add_budget(convert)
-    for parser, run in ((show, _show), (check, _check), (convert, _import)):
-        parser.add_argument("path", type=Path, help="plan (.json) or head map (.npy)")
+    for parser, run in ((show, _show), (check, _check), (report, _report), (convert, _import)):
+        parser.add_argument("path", type=Path, help="plan (.json), head map (.npy) or preset:NAME")
         parser.add_argument(
             "--anchors",
             type=_anchor_list,
@@ -128,20 +146,30 @@ def _add_plan_commands(commands: "argparse._SubParsersAction") -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     from kascade_sglang.calibration.run import CalibrationConfig, calibrate
+    from kascade_sglang.calibration.sources import PromptSource
+    from kascade_sglang.plan.table import choice_table, rank_table
 
     options = {name: value for name, value in vars(args).items() if name != "run"}
-    plan = calibrate(CalibrationConfig(**options))
-    print(f"{args.out}: anchors {_numbers(plan.anchors)}")
+    source = PromptSource(**{item.name: options.pop(item.name) for item in fields(PromptSource)})
+    plan = calibrate(CalibrationConfig(source=source, **options))
+    lines = [f"{args.out}: anchors {_numbers(plan.anchors)}", *choice_table(plan)]
+    print("\n".join([*lines, *rank_table(plan)]))
 
 
 def _load(args: argparse.Namespace, shape: "ModelShape | None" = None) -> Plan:
-    if args.path.suffix != ".npy":
-        if args.anchors is not None:
-            raise PlanError("--anchors: only for .npy head maps; a plan file names its own")
-        return load_plan(args.path)
+    if args.path.suffix != ".npy" and args.anchors is not None:
+        raise PlanError("--anchors: only for .npy head maps; a plan file names its own")
+    return _load_path(args.path, args.anchors, shape)
+
+
+def _load_path(
+    path: Path, anchors: tuple[int, ...] | None = None, shape: "ModelShape | None" = None
+) -> Plan:
+    if path.suffix != ".npy":
+        return read_plan(str(path))
     from kascade_sglang.plan.npy import plan_from_npy
 
-    return plan_from_npy(args.path, args.anchors, shape=shape)
+    return plan_from_npy(path, anchors, shape=shape)
 
 
 def _model_shape(model: str) -> "ModelShape":
@@ -165,6 +193,23 @@ def _check(args: argparse.Namespace) -> None:
     print(f"ok: {args.path}: {plan.shape.layers} layers, anchors {_numbers(plan.anchors)}; {fits}")
 
 
+def _diff(args: argparse.Namespace) -> int:
+    from kascade_sglang.plan.diff import differences
+
+    lines = differences(_load_path(args.a), _load_path(args.b))
+    print("\n".join(lines) or f"same: {args.a} and {args.b}")
+    return 1 if lines else 0
+
+
+def _report(args: argparse.Namespace) -> None:
+    from kascade_sglang.plan.report import check_target, write_report
+
+    plan = _load(args)
+    check_target("--out", args.out)
+    write_report(plan, args.out)
+    print(args.out)
+
+
 def _import(args: argparse.Namespace) -> None:
     from kascade_sglang.plan.npy import plan_from_npy
 
@@ -174,11 +219,15 @@ def _import(args: argparse.Namespace) -> None:
         raise PlanError(str(error)) from error
     shape = _model_shape(args.model)
     plan = plan_from_npy(args.path, args.anchors, args.model, shape, budget, args.heads)
-    try:
-        plan.save(args.out)
-    except OSError as error:
-        raise PlanError(f"--out {args.out}: cannot write ({error.strerror})") from error
+    _save(plan, args.out)
     print(f"{args.out}: anchors {_numbers(plan.anchors)}")
+
+
+def _save(plan: Plan, path: Path) -> None:
+    try:
+        plan.save(path)
+    except OSError as error:
+        raise PlanError(f"--out {path}: cannot write ({error.strerror})") from error
 
 
 def _numbers(values: Sequence[int]) -> str:

@@ -1,46 +1,68 @@
-"""Run a model densely over prompts and measure similarity and importance.
+"""Run a model densely over prompts and measure similarity, recovered mass and importance.
 
 While the statistics are taken every layer attends *densely*; the authors' code runs each layer on
 its own oracle Top-k instead. Per prompt the keys of all layers and the queries of the sampled
 tiles are kept; scores exist for one tile at a time, so memory grows with layers x length.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_kernels.reference import anchor_scores
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import dense_attention, our_attention
-from kascade_sglang.calibration.hf_model import decoder_layers, shape_of
-from kascade_sglang.calibration.similarity import tile_similarity
+from kascade_sglang.calibration.hf_model import decoder_layers, shape_of, windowed_layers
+from kascade_sglang.calibration.importance import importance_hooks
+from kascade_sglang.calibration.limited_attention import (
+    Limits,
+    capped_scores,
+    limited_attention,
+)
+from kascade_sglang.calibration.similarity import own_mass, tile_similarity
 
 ATTENTION = "dense"
 """What the layers attend to while statistics are taken; recorded in the plan."""
 
-_TOKENS_AT_ONCE = 4096
+MASS_RATIOS = (0.05, 0.1, 0.2)
+"""Budgets at which the mass that a head's own Top-k recovers is measured."""
 
 
 @dataclass(frozen=True)
-class LayerStats:
-    """What calibration measures of a model.
+class PromptStats:
+    """What one prompt shows of the M layers with full attention, H KV heads each.
 
-    similarity: float64 [layers, layers, H, H], indexed [i, j, h_j, h_i]; the least over a
-        prompt's tiles, the mean over prompts.
-    pooled: float64 [layers, layers], the same with one Top-k for all heads of a layer.
-    importance: float64 [layers], 1 - cos(x, x + attention(x)), the mean over tokens, x being the
-        residual stream before the layer (pre-norm decoders).
+    similarity: float32 [M, M, H, H], indexed [i, j, h_j, h_i], the least over tiles.
+    pooled: float32 [M, M], the same with one Top-k for all heads of a layer.
+    mass: float64 [len(MASS_RATIOS), M, H], the share of the attention mass that a head's own
+        Top-k recovers, the mean over tiles.
+    importance: float64 [M], 1 - cos(x, x + attention(x)), the mean over tokens, x being the
+        residual stream before the layer.
     """
 
     similarity: np.ndarray
     pooled: np.ndarray
+    mass: np.ndarray
+    importance: np.ndarray
+    tokens: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What calibration measures of a model: the mean of PromptStats over prompts, float64.
+
+    layers: which layers were measured, those with full attention; M of them, ascending.
+    """
+
+    layers: tuple[int, ...]
+    similarity: np.ndarray
+    pooled: np.ndarray
+    mass: np.ndarray
     importance: np.ndarray
     prompts: int
     tokens: int
@@ -60,96 +82,164 @@ def sample_tiles(length: int, budget: Budget, count: int, seed: int) -> list[int
 
 
 class _Recorder:
-    """Dense attention that keeps each layer's keys and the sampled tiles' queries."""
+    """Dense attention that keeps the measured layers' keys and the sampled tiles' queries."""
 
-    def __init__(self, tiles: Sequence[int]) -> None:
+    def __init__(self, tiles: Sequence[int], layers: Sequence[int]) -> None:
         self._tiles = tiles
-        self.queries: dict[int, list[torch.Tensor]] = {}  # layer -> per tile [32, Hq, D]
-        self.keys: dict[int, torch.Tensor] = {}  # layer -> [L, H, D]
-        self.scale: dict[int, float] = {}
+        self._layers = layers
+        self._queries: dict[int, list[torch.Tensor]] = {}  # layer -> per tile [32, Hq, D]
+        self._keys: dict[int, torch.Tensor] = {}  # layer -> [L, H, D]
+        self._scale: dict[int, float] = {}
+        self._softcap: dict[int, float] = {}
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        # Copies, so that the queries of the other tiles are freed.
-        self.queries[layer] = [q[TILE * tile : TILE * (tile + 1)].clone() for tile in self._tiles]
-        self.keys[layer] = k
-        self.scale[layer] = scale
+        if layer in self._layers:
+            self._keep(layer, q, k, scale)
         return dense_attention(q, k, v, scale)
 
+    def limited(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        limits: Limits,
+    ) -> torch.Tensor:
+        """Attend in a layer with a window, which is not measured, or with soft-capped logits."""
+        if limits.window is not None and limits.window >= len(k):
+            limits = replace(limits, window=None)  # it hides nothing
+        if limits == Limits():
+            return self(layer, q, k, v, scale)
+        if layer in self._layers:
+            if limits.window is not None:
+                raise CalibrationError(
+                    f"model: layer {layer} has a sliding window of {limits.window} tokens, which "
+                    "its configuration does not say; not supported"
+                )
+            self._keep(layer, q, k, scale)
+            self._softcap[layer] = limits.softcap
+        return limited_attention(q, k, v, scale, limits)
+
+    def _keep(self, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
+        # Copies, so that the queries of the other tiles are freed.
+        self._queries[layer] = [q[TILE * tile : TILE * (tile + 1)].clone() for tile in self._tiles]
+        self._keys[layer] = k
+        self._scale[layer] = scale
+
+    def check_complete(self) -> None:
+        """Refuse a model some of whose layers attended without calling us."""
+        missing = sorted(set(self._layers) - set(self._keys))
+        if missing:
+            raise CalibrationError(
+                f"model: layers {missing} gave no access to their attention; expected decoders "
+                "built on transformers' AttentionInterface, as Llama, Qwen, Mistral, Phi-3 and "
+                "Gemma are"
+            )
+
     def tile_scores(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores [layers, H, C] and own-tile mass [layers, H] of the index-th sampled tile."""
+        """Scores [M, H, C] and own-tile mass [M, H] of the index-th sampled tile."""
         end = TILE * (self._tiles[index] + 1)
-        scores = torch.stack(
-            [
-                anchor_scores(queries[index], self.keys[layer][:end], self.scale[layer])
-                for layer, queries in sorted(self.queries.items())
-            ]
-        )
-        group = self.queries[0][index].shape[1] // scores.shape[1]
+        # A sharded model's layers lie on several devices; the scores meet on the first one's.
+        home = self._keys[self._layers[0]].device
+        scores = torch.stack([self._scores(layer, index, end).to(home) for layer in self._layers])
+        group = self._queries[self._layers[0]][index].shape[1] // scores.shape[1]
         own = group * TILE - scores.sum(dim=-1)  # each query's mass is 1
         return scores, own.clamp_(min=0.0)
 
-
-@contextmanager
-def _importance_hooks(layers: Sequence[nn.Module], importance: np.ndarray) -> Iterator[None]:
-    """Within the block, a forward pass adds each layer's mean 1 - cos to ``importance``."""
-    inputs: dict[int, torch.Tensor] = {}
-
-    def remember(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs[index] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    def compare(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple, output: tuple) -> None:
-            importance[index] += _mean_turn(inputs.pop(index)[0], output[0][0])
-
-        return hook
-
-    handles = []
-    for index, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(remember(index), with_kwargs=True))
-        handles.append(layer.self_attn.register_forward_hook(compare(index)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _scores(self, layer: int, index: int, end: int) -> torch.Tensor:
+        q, k, scale = self._queries[layer][index], self._keys[layer][:end], self._scale[layer]
+        if layer in self._softcap:
+            return capped_scores(q, k, scale, self._softcap[layer])
+        return anchor_scores(q, k, scale)
 
 
-def _mean_turn(x: torch.Tensor, attention: torch.Tensor) -> float:
-    """Mean over tokens of 1 - cos(x, x + attention); both [L, hidden]."""
-    total = 0.0
-    pieces = zip(x.split(_TOKENS_AT_ONCE), attention.split(_TOKENS_AT_ONCE), strict=True)
-    for before, update in pieces:
-        cosine = functional.cosine_similarity(
-            before.float(), before.float() + update.float(), dim=-1
-        )
-        total += float((1.0 - cosine).double().sum())
-    return total / len(x)
-
-
-def least_similarity(
+def _measure_tiles(
     recorder: _Recorder, tiles: Sequence[int], budget: Budget, on_tile: Callable[[], object]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least similarity over tiles: per head [layers, layers, H, H], pooled [layers, layers]."""
-    per_head = pooled = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Least similarity per head [M, M, H, H] and pooled [M, M]; mean mass [ratios, M, H]."""
+    per_head = pooled = mass = None
+    at_ratios = [Budget(ratio, budget.min_k) for ratio in MASS_RATIOS]
     for index, tile in enumerate(tiles):
         scores, own = recorder.tile_scores(index)
         count = budget.selected(tile)
         heads = tile_similarity(scores, own, count)
         layer = tile_similarity(scores.sum(1, keepdim=True), own.sum(1, keepdim=True), count)
+        share = own_mass(scores, own, [ratio.selected(tile) for ratio in at_ratios]).double()
         per_head = heads if per_head is None else torch.minimum(per_head, heads)
         pooled = layer if pooled is None else torch.minimum(pooled, layer)
+        mass = share if mass is None else mass + share
         on_tile()
-    if per_head is None or pooled is None:
+    if per_head is None or pooled is None or mass is None:
         raise CalibrationError("prompt: no tile is long enough for the budget to leave keys out")
-    return per_head, pooled[:, :, 0, 0]
+    return per_head, pooled[:, :, 0, 0], mass / len(tiles)
 
 
 @torch.inference_mode()
+def measure_prompt(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    tiles: Sequence[int],
+    budget: Budget,
+    layers: Sequence[int],
+    on_tile: Callable[[], object] = lambda: None,
+) -> PromptStats:
+    """Measure one prompt with one dense forward pass.
+
+    tiles: the full tiles to measure. layers: those with full attention.
+    on_tile: called after every tile, for a progress bar.
+    Raises CalibrationError where there is no tile and for unsupported models.
+    """
+    recorder = _Recorder(tiles, layers)
+    device = model.get_input_embeddings().weight.device
+    # Weights that accelerate keeps elsewhere stand on "meta"; its hooks move the ids.
+    input_ids = torch.tensor([list(prompt)], device="cpu" if device.type == "meta" else device)
+    with our_attention(model), importance_hooks(decoder_layers(model)) as importance:
+        model.get_decoder()(input_ids=input_ids, use_cache=False, kascade=recorder)
+    recorder.check_complete()
+    per_head, pooled, mass = _measure_tiles(recorder, tiles, budget, on_tile)
+    turns = np.array([importance[layer] for layer in layers])
+    if not (per_head.isfinite().all() and mass.isfinite().all() and np.isfinite(turns).all()):
+        raise CalibrationError("model: its attention is not finite; try --dtype float32")
+    return PromptStats(
+        similarity=per_head.cpu().numpy(),
+        pooled=pooled.cpu().numpy(),
+        mass=mass.cpu().numpy(),
+        importance=turns,
+        tokens=len(prompt),
+        tiles=len(tiles),
+    )
+
+
+def average(layers: Sequence[int], measured: Sequence[PromptStats]) -> LayerStats:
+    """Average prompts, summed in their order, so that the same prompts give the same bits."""
+
+    def mean(field: str) -> np.ndarray:
+        total = np.zeros_like(getattr(measured[0], field), dtype=np.float64)
+        for stats in measured:
+            total += getattr(stats, field)
+        return total / len(measured)
+
+    return LayerStats(
+        layers=tuple(layers),
+        similarity=mean("similarity"),
+        pooled=mean("pooled"),
+        mass=mean("mass"),
+        importance=mean("importance"),
+        prompts=len(measured),
+        tokens=sum(stats.tokens for stats in measured),
+        tiles=sum(stats.tiles for stats in measured),
+    )
+
+
+def full_layers(model: PreTrainedModel, longest: int) -> tuple[int, ...]:
+    """Return the layers that can select or reuse keys of prompts of up to ``longest`` tokens."""
+    windowed = windowed_layers(model.config, longest)
+    return tuple(layer for layer in range(shape_of(model.config).layers) if layer not in windowed)
+
+
 def collect(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -161,31 +251,18 @@ def collect(
     """Measure a model over prompts, one dense forward pass each.
 
     prompts: token ids; each long enough for a tile that is not dense.
-    on_tile: called after every tile, for a progress bar.
     Raises CalibrationError for a prompt that is too short and for unsupported models.
     """
-    shape, layers = shape_of(model.config), decoder_layers(model)
-    similarity = np.zeros((shape.layers, shape.layers, shape.kv_heads, shape.kv_heads))
-    pooled = np.zeros((shape.layers, shape.layers))
-    importance = np.zeros(shape.layers)
-    tiles_seen = 0
-    for number, prompt in enumerate(prompts):
-        tiles = sample_tiles(len(prompt), budget, tiles_per_prompt, seed + number)
-        recorder = _Recorder(tiles)
-        input_ids = torch.tensor([list(prompt)], device=model.device)
-        with our_attention(model), _importance_hooks(layers, importance):
-            model.get_decoder()(input_ids=input_ids, use_cache=False, kascade=recorder)
-        per_head, layer = least_similarity(recorder, tiles, budget, on_tile)
-        if not (per_head.isfinite().all() and np.isfinite(importance).all()):
-            raise CalibrationError("model: its attention is not finite; try --dtype float32")
-        similarity += per_head.double().cpu().numpy()
-        pooled += layer.double().cpu().numpy()
-        tiles_seen += len(tiles)
-    return LayerStats(
-        similarity=similarity / len(prompts),
-        pooled=pooled / len(prompts),
-        importance=importance / len(prompts),
-        prompts=len(prompts),
-        tokens=sum(len(prompt) for prompt in prompts),
-        tiles=tiles_seen,
-    )
+    layers = full_layers(model, max(map(len, prompts)))
+    measured = [
+        measure_prompt(
+            model,
+            prompt,
+            sample_tiles(len(prompt), budget, tiles_per_prompt, seed + number),
+            budget,
+            layers,
+            on_tile,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    return average(layers, measured)

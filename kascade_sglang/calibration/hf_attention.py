@@ -7,7 +7,7 @@ our name, so transformers passes None and each callable masks by position.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.nn import functional
@@ -17,6 +17,7 @@ from kascade_kernels.budget import TILE, tile_of
 from kascade_kernels.reference import anchor_scores, pool_heads, select_topk, sparse_attention
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_model import shape_of
+from kascade_sglang.calibration.limited_attention import Limits
 from kascade_sglang.plan.schema import LayerRole, Plan
 
 IMPLEMENTATION = "kascade_reference"
@@ -27,6 +28,7 @@ _UNSUPPORTED = {
     "softcap": "soft-capped logits",
     "s_aux": "attention sinks",
 }
+_LIMITS = ("sliding_window", "softcap")
 
 
 class LayerAttention(Protocol):
@@ -41,6 +43,22 @@ class LayerAttention(Protocol):
         """
 
 
+@runtime_checkable
+class LimitedAttention(Protocol):
+    """A LayerAttention that also knows layers with a sliding window or soft-capped logits."""
+
+    def limited(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        limits: Limits,
+    ) -> torch.Tensor:
+        """Attend as ``__call__`` does, within the limits."""
+
+
 def _forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -52,8 +70,9 @@ def _forward(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Hand one layer's [1, heads, tokens, D] to the callable in ``kascade``."""
+    limited = isinstance(kascade, LimitedAttention)
     for name, what in _UNSUPPORTED.items():
-        if options.get(name) is not None:
+        if options.get(name) is not None and not (limited and name in _LIMITS):
             raise CalibrationError(f"model: layer {module.layer_idx} has {what}; not supported")
     if kascade is None or attention_mask is not None or query.shape[0] != 1:
         raise CalibrationError(
@@ -62,6 +81,9 @@ def _forward(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    limits = Limits(options.get("sliding_window"), options.get("softcap"))
+    if limits != Limits():
+        return kascade.limited(module.layer_idx, q, k, v, scale, limits).unsqueeze(0), None
     return kascade(module.layer_idx, q, k, v, scale).unsqueeze(0), None
 
 
@@ -73,6 +95,11 @@ def our_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, ``model(..., kascade=callable)`` attends through the callable."""
     previous = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:  # transformers has only warned
+        raise CalibrationError(
+            f"model: {type(model).__name__} gives no access to its attention; expected one built "
+            "on transformers' AttentionInterface, as Llama, Qwen, Mistral, Phi-3 and Gemma are"
+        )
     try:
         yield
     finally:

@@ -4,6 +4,8 @@ Importing this module loads transformers, not torch's CUDA state; every failure 
 becomes one sentence.
 """
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.plan.schema import ModelShape
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "sequential")
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -53,6 +56,12 @@ def read_config(model: str) -> PreTrainedConfig:
 def shape_of(config: PreTrainedConfig) -> ModelShape:
     """Return the shape a plan depends on; raises CalibrationError for other than decoders."""
     text = config.get_text_config()
+    if config.is_encoder_decoder or getattr(text, "kv_lora_rank", None):
+        what = "an encoder-decoder" if config.is_encoder_decoder else "latent attention (MLA)"
+        raise CalibrationError(
+            f"model: expected a decoder with KV heads, got {what} ({config.model_type}); "
+            "serve it with another --attention-backend"
+        )
     try:
         q_heads = text.num_attention_heads
         return ModelShape(
@@ -67,6 +76,37 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
             f"model: a {config.model_type} configuration describes no decoder of attention "
             f"layers ({_one_line(error)})"
         ) from error
+
+
+def windowed_layers(config: PreTrainedConfig, longest: int) -> tuple[int, ...]:
+    """Return the layers with a sliding window; Kascade neither measures nor serves them.
+
+    longest: tokens of the longest prompt. A model whose layers all have the same window (Mistral
+    7B v0.1, Phi-3 mini) has none within it, and SGLang serves such models without.
+    Raises CalibrationError for layers of another kind and for prompts longer than that window.
+    """
+    text = config.get_text_config()
+    layers = shape_of(config).layers
+    window = getattr(text, "sliding_window", None)
+    if getattr(text, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(text, "layer_types", None)
+    kinds = kinds or ["sliding_attention" if window else "full_attention"] * layers
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    if unknown:
+        raise CalibrationError(
+            f"model: expected layers of full or sliding attention, got {', '.join(unknown)}; "
+            "Kascade selects keys of attention layers only"
+        )
+    windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+    if len(windowed) < layers:
+        return windowed
+    if window is not None and window >= longest:
+        return ()
+    raise CalibrationError(
+        f"model: every layer has a sliding window of {window} tokens, and the longest prompt has "
+        f"{longest}; --max-tokens {window} measures within the window"
+    )
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -86,18 +126,48 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_model(model: str, dtype: str, device: torch.device) -> PreTrainedModel:
+def weights_version(model: str, config: PreTrainedConfig) -> Any:
+    """Return what tells these weights from others: a hub commit, or the files' sizes and times."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return getattr(config, "_commit_hash", None)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def check_device_map(device_map: str | None) -> None:
+    """Refuse a ``--device-map`` that cannot be used, before anything large is read."""
+    if device_map is None:
+        return
+    if device_map not in DEVICE_MAPS:
+        raise CalibrationError(f"--device-map: expected one of {DEVICE_MAPS}, got {device_map!r}")
+    if importlib.util.find_spec("accelerate") is None:
+        raise CalibrationError(
+            f"--device-map {device_map}: needs the accelerate package; pip install accelerate"
+        )
+
+
+def load_model(
+    model: str, dtype: str, device: torch.device, device_map: str | None = None
+) -> PreTrainedModel:
     """Load the weights for inference.
 
     dtype: one of DTYPES; ``auto`` is the checkpoint's own on a GPU and float32 on a CPU.
+    device_map: one of DEVICE_MAPS, by which accelerate spreads the layers over all GPUs, then
+        the CPU; None puts everything on ``device``.
     Raises CalibrationError where the model cannot be read or does not fit.
     """
     if dtype not in DTYPES:
         raise CalibrationError(f"--dtype: expected one of {DTYPES}, got {dtype!r}")
+    check_device_map(device_map)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
+        if device_map is not None:
+            return AutoModelForCausalLM.from_pretrained(
+                model, dtype=wanted, device_map=device_map
+            ).eval()
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
         return loaded.to(device).eval()
     except _UNREADABLE as error:
@@ -122,6 +192,6 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
         raise CalibrationError(
             f"model: {type(model).__name__} does not keep its attention in "
-            "`layers[i].self_attn`; Llama, Qwen and Mistral style decoders do"
+            "`layers[i].self_attn`; Llama, Qwen, Mistral, Phi-3 and Gemma style decoders do"
         )
     return list(layers)

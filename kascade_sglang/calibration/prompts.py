@@ -1,4 +1,4 @@
-"""The prompts to calibrate on, read from a file and cut to tokens.
+"""Prompts to calibrate on, from a file of texts to lists of token ids.
 
 ``.jsonl``: one prompt a line, an object with ``text``, ``prompt`` or ``messages`` (a chat, rendered
 with the tokenizer's template). Any other file: plain text, cut into prompts of equal length.
@@ -34,6 +34,19 @@ def read_prompts(
     Raises CalibrationError where the file is unreadable or empty, a line is not a prompt, or a
     prompt is longer than the context.
     """
+    check_limits(context, max_tokens, limit)
+    text = _read_text(path)
+    if path.suffix == ".jsonl":
+        prompts = _from_lines(path, text, tokenizer, context, max_tokens)
+    else:
+        prompts = cut_text(text, tokenizer, context, max_tokens)
+    if not prompts:
+        raise CalibrationError(f"{path}: no prompts in it")
+    return draw(prompts, limit, seed)
+
+
+def check_limits(context: int | None, max_tokens: int | None, limit: int | None) -> None:
+    """Refuse a ``--max-tokens`` or ``--limit`` that leaves nothing or exceeds the context."""
     if max_tokens is not None and max_tokens < 1:
         raise CalibrationError(f"--max-tokens: expected 1 or more, got {max_tokens}")
     if max_tokens is not None and context is not None and max_tokens > context:
@@ -42,18 +55,14 @@ def read_prompts(
         )
     if limit is not None and limit < 1:
         raise CalibrationError(f"--limit: expected 1 or more, got {limit}")
-    text = _read_text(path)
-    if path.suffix == ".jsonl":
-        prompts = _from_lines(path, text, tokenizer, context, max_tokens)
-    else:
-        length = max_tokens or min(TEXT_PROMPT_TOKENS, context or TEXT_PROMPT_TOKENS)
-        prompts = _from_text(text, tokenizer, length)
-    if not prompts:
-        raise CalibrationError(f"{path}: no prompts in it")
-    if limit is not None and limit < len(prompts):
-        drawn = sorted(random.Random(seed).sample(range(len(prompts)), limit))
-        prompts = [prompts[index] for index in drawn]
-    return prompts
+
+
+def draw(prompts: list[list[int]], limit: int | None, seed: int) -> list[list[int]]:
+    """Draw ``limit`` prompts with the seed, in their order; None takes them all."""
+    if limit is None or limit >= len(prompts):
+        return prompts
+    drawn = sorted(random.Random(seed).sample(range(len(prompts)), limit))
+    return [prompts[index] for index in drawn]
 
 
 def file_digest(path: Path) -> str:
@@ -89,17 +98,32 @@ def _from_lines(
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}:{number}: not JSON ({error})") from error
-        try:
-            ids = _tokens_of(record, tokenizer)
-        except CalibrationError as error:
-            raise CalibrationError(f"{path}:{number}: {error}") from error
-        if max_tokens is None and context is not None and len(ids) > context:
-            raise CalibrationError(
-                f"{path}:{number}: a prompt of {len(ids)} tokens, more than the model's context "
-                f"of {context}; --max-tokens {context} cuts it"
-            )
-        prompts.append(ids[:max_tokens])
+        prompts.append(to_prompt(record, f"{path}:{number}", tokenizer, context, max_tokens))
     return prompts
+
+
+def to_prompt(
+    record: Any,
+    where: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int | None,
+    max_tokens: int | None,
+) -> list[int]:
+    """Return the token ids of an object with ``text``, ``prompt`` or ``messages``.
+
+    where: what to call it in a refusal. Raises CalibrationError for another object, and for a
+    prompt longer than the context unless ``max_tokens`` cuts it.
+    """
+    try:
+        ids = _tokens_of(record, tokenizer)
+    except CalibrationError as error:
+        raise CalibrationError(f"{where}: {error}") from error
+    if max_tokens is None and context is not None and len(ids) > context:
+        raise CalibrationError(
+            f"{where}: a prompt of {len(ids)} tokens, more than the model's context "
+            f"of {context}; --max-tokens {context} cuts it"
+        )
+    return ids[:max_tokens]
 
 
 def _encode(
@@ -139,8 +163,11 @@ def _tokens_of_chat(messages: list[Any], tokenizer: "PreTrainedTokenizerBase") -
     return _encode(rendered, tokenizer, add_special_tokens=False)
 
 
-def _from_text(text: str, tokenizer: "PreTrainedTokenizerBase", length: int) -> list[list[int]]:
-    """Cut one text into prompts of ``length`` tokens, each led as the tokenizer leads a text."""
+def cut_text(
+    text: str, tokenizer: "PreTrainedTokenizerBase", context: int | None, max_tokens: int | None
+) -> list[list[int]]:
+    """Cut one text into prompts of ``max_tokens``, each led as the tokenizer leads a text."""
+    length = max_tokens or min(TEXT_PROMPT_TOKENS, context or TEXT_PROMPT_TOKENS)
     ids = _encode(text, tokenizer, add_special_tokens=False)
     lead = tokenizer("a").input_ids[:1]
     lead = lead if lead and lead[0] == tokenizer.bos_token_id else []

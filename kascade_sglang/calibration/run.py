@@ -1,13 +1,13 @@
-"""Calibrate: prompts -> statistics -> anchors -> plan."""
+"""Calibrate: prompts -> measurements, a file a prompt -> anchors -> plan -> report."""
 
-import datetime
+import hashlib
+import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
@@ -15,11 +15,19 @@ from tqdm import tqdm
 import kascade_sglang
 from kascade_kernels.budget import Budget
 from kascade_sglang.calibration import hf_model
-from kascade_sglang.calibration.anchors import AnchorChoice, pick_anchors, total_gain
-from kascade_sglang.calibration.collect import ATTENTION, LayerStats, collect, sample_tiles
+from kascade_sglang.calibration.build import build_plan
+from kascade_sglang.calibration.checkpoint import Checkpoint
+from kascade_sglang.calibration.collect import (
+    ATTENTION,
+    LayerStats,
+    average,
+    full_layers,
+    measure_prompt,
+    sample_tiles,
+)
 from kascade_sglang.calibration.errors import CalibrationError
-from kascade_sglang.calibration.prompts import file_digest, read_prompts
-from kascade_sglang.calibration.similarity import anchor_gain, layer_similarity
+from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
+from kascade_sglang.plan.report import check_target, write_report
 from kascade_sglang.plan.schema import HEAD_MODES, Plan
 
 logger = logging.getLogger(__name__)
@@ -30,65 +38,62 @@ class CalibrationConfig:
     """What the user asks ``kascade calibrate`` for; fields are the options' names.
 
     anchors: how many to pick, or the layers themselves, whose head maps are then measured.
-    tiles: query tiles measured in each prompt.
+    report: a page about the plan, .png, .svg or .html. tiles: query tiles of each prompt.
     """
 
     model: str
-    prompts: Path
-    anchors: int | tuple[int, ...]
     out: Path
+    anchors: int | tuple[int, ...] = 5
+    source: PromptSource = field(default_factory=PromptSource)
+    report: Path | None = None
     device: str = "auto"
+    device_map: str | None = None
     dtype: str = "auto"
-    max_tokens: int | None = None
     topk_ratio: float = 0.1
     min_k: int = 128
     heads: str = "per_head"
-    seed: int = 0
-    limit: int | None = None
     tiles: int = 64
+
+    @property
+    def seed(self) -> int:
+        """Of the prompts and tiles drawn."""
+        return self.source.seed
 
 
 def calibrate(config: CalibrationConfig) -> Plan:
     """Calibrate a model and write its plan to ``config.out``; progress goes to stderr.
 
+    What is measured is kept beside ``config.out`` until the plan is written, so the same call
+    goes on where a stopped one ended, and gives the same plan.
     Raises CalibrationError, before the weights are loaded where that is possible.
     """
     budget = _check(config)
     hf_config = hf_model.read_config(config.model)
     shape = hf_model.shape_of(hf_config)
-    _check_anchors(config.anchors, shape.layers)
     tokenizer = hf_model.load_tokenizer(config.model)
-    context = hf_model.context_length(hf_config)
-    prompts = read_prompts(
-        config.prompts, tokenizer, context, config.max_tokens, config.limit, config.seed
-    )
-    digest = file_digest(config.prompts)
-    prompts = _long_enough(prompts, budget, config.prompts)
-    _check_vocabulary(prompts, hf_config.get_text_config().vocab_size, config.model)
+    found = config.source.read(tokenizer, hf_model.context_length(hf_config))
+    found = found._replace(prompts=_long_enough(found.prompts, budget, config.source.name))
+    windowed = hf_model.windowed_layers(hf_config, max(map(len, found.prompts)))
+    _check_anchors(config.anchors, [n for n in range(shape.layers) if n not in windowed])
+    _check_vocabulary(found.prompts, hf_config.get_text_config().vocab_size, config.model)
     device = hf_model.pick_device(config.device)
-    model = hf_model.load_model(config.model, config.dtype, device)
-    measured = _measure(model, prompts, budget, config)
+    checkpoint = Checkpoint(config.out, _settings(config, hf_config, found, device))
+    model = hf_model.load_model(config.model, config.dtype, device, config.device_map)
 
-    pooled = config.heads == "pooled"
-    score = measured.pooled if pooled else layer_similarity(measured.similarity)
-    gain = anchor_gain(score, measured.importance)
-    if isinstance(config.anchors, int):
-        choice = pick_anchors(gain, config.anchors)
-    else:
-        choice = AnchorChoice(config.anchors, total_gain(gain, config.anchors))
-    plan = Plan(
-        model=_model_name(config.model),
-        shape=shape,
-        anchors=choice.anchors,
-        similarity=_borrowed_rows(choice, measured.similarity),
-        budget=budget,
-        heads=config.heads,
-        provenance=_provenance(config, digest, measured, choice, score, model),
-    )
+    stats = _measure(model, found.prompts, budget, config, checkpoint)
+    provenance = _provenance(config, found, model)
+    name = _model_name(config.model)
+    plan = build_plan(stats, config.anchors, name, shape, budget, config.heads, provenance)
     try:
         plan.save(config.out)
     except OSError as error:
-        raise CalibrationError(f"--out {config.out}: cannot write ({error.strerror})") from error
+        raise CalibrationError(
+            f"--out {config.out}: cannot write ({error.strerror}); the measurements are kept in "
+            f"{checkpoint.folder}: free space and give the same command to go on"
+        ) from error
+    if config.report is not None:
+        write_report(plan, config.report)
+    checkpoint.remove()
     return plan
 
 
@@ -101,37 +106,54 @@ def _check(config: CalibrationConfig) -> Budget:
     folder = config.out.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK) or config.out.is_dir():
         raise CalibrationError(f"--out {config.out}: not a file that can be written")
+    if config.report is not None:
+        check_target("--report", config.report)
+    hf_model.check_device_map(config.device_map)
+    if config.device_map is not None and config.device != "auto":
+        raise CalibrationError(
+            f"--device-map {config.device_map}: expected no --device beside it, got "
+            f"{config.device}; drop one"
+        )
     try:
         return Budget(config.topk_ratio, config.min_k)
     except ValueError as error:
         raise CalibrationError(str(error)) from error
 
 
-def _check_anchors(anchors: int | tuple[int, ...], layers: int) -> None:
+def _check_anchors(anchors: int | tuple[int, ...], layers: list[int]) -> None:
+    """Refuse anchors that the layers with full attention do not have."""
+    every = layers == list(range(len(layers)))
+    what = "the model's layers" if every else "its layers with full attention"
     if isinstance(anchors, int):
-        if not 1 <= anchors <= layers:
-            raise CalibrationError(
-                f"--anchors: expected 1 to {layers}, the model's layers, got {anchors}"
-            )
-    elif anchors[0] != 0 or list(anchors) != sorted(set(anchors)) or anchors[-1] >= layers:
+        if not 1 <= anchors <= len(layers):
+            raise CalibrationError(f"--anchors: expected 1 to {len(layers)}, {what}, got {anchors}")
+        return
+    given = ",".join(map(str, anchors))
+    inside = anchors[-1] <= layers[-1]
+    if anchors[0] != layers[0] or list(anchors) != sorted(set(anchors)) or not inside:
         raise CalibrationError(
-            f"--anchors: expected ascending layers from 0 to at most {layers - 1}, got "
-            f"{','.join(map(str, anchors))}"
+            f"--anchors: expected ascending layers from {layers[0]} to at most {layers[-1]}, got "
+            f"{given}"
+        )
+    if not set(anchors) <= set(layers):
+        raise CalibrationError(
+            f"--anchors: expected layers with full attention, of {','.join(map(str, layers))}, "
+            f"got {given}"
         )
 
 
-def _long_enough(prompts: list[list[int]], budget: Budget, path: Path) -> list[list[int]]:
+def _long_enough(prompts: list[list[int]], budget: Budget, name: str) -> list[list[int]]:
     """Drop prompts in which every tile's budget is dense, and say so."""
     kept = [ids for ids in prompts if sample_tiles(len(ids), budget, count=1, seed=0)]
     if not kept:
         raise CalibrationError(
-            f"{path}: every prompt is too short to measure (the longest has "
+            f"{name}: every prompt is too short to measure (the longest has "
             f"{max(map(len, prompts))} tokens): with this budget every tile attends to all keys"
         )
     if len(kept) < len(prompts):
         logger.warning(
             "%s: skipped %d of %d prompts, too short to measure",
-            path,
+            name,
             len(prompts) - len(kept),
             len(prompts),
         )
@@ -151,30 +173,44 @@ def _measure(
     prompts: list[list[int]],
     budget: Budget,
     config: CalibrationConfig,
+    checkpoint: Checkpoint,
 ) -> LayerStats:
-    """Collect statistics under a progress bar of tiles."""
-    tiles = sum(len(sample_tiles(len(ids), budget, config.tiles, seed=0)) for ids in prompts)
-    with tqdm(total=tiles, desc="calibrating", unit="tile") as bar:
+    """Measure what the checkpoint lacks, under a progress bar of tiles."""
+    layers = full_layers(model, max(map(len, prompts)))
+    tiles = [
+        sample_tiles(len(ids), budget, config.tiles, config.seed + number)
+        for number, ids in enumerate(prompts)
+    ]
+    measured = [checkpoint.load(number) for number in range(len(prompts))]
+    ready = sum(len(tiles[number]) for number, stats in enumerate(measured) if stats is not None)
+    if ready:
+        kept = sum(stats is not None for stats in measured)
+        logger.warning("resuming: %d of %d prompts are measured already", kept, len(prompts))
+    # smoothing=0: the time left counts the pauses of the forward passes between prompts' tiles.
+    total = sum(map(len, tiles))
+    with tqdm(total=total, initial=ready, desc="calibrating", unit="tile", smoothing=0) as bar:
         try:
-            return collect(model, prompts, budget, config.tiles, config.seed, bar.update)
+            for number, ids in enumerate(prompts):
+                if measured[number] is None:
+                    stats = measure_prompt(model, ids, tiles[number], budget, layers, bar.update)
+                    checkpoint.store(number, stats)
+                    measured[number] = stats
         except torch.OutOfMemoryError as error:
             raise CalibrationError(
                 f"{model.device}: out of memory on a prompt of up to {max(map(len, prompts))} "
-                "tokens; lower --max-tokens"
+                "tokens; lower --max-tokens, or spread the model with --device-map auto"
             ) from error
-
-
-def _borrowed_rows(
-    choice: AnchorChoice, similarity: np.ndarray
-) -> dict[int, tuple[tuple[float, ...], ...]]:
-    """For every reuse layer, its heads' similarity to the heads of its nearest earlier anchor."""
-    rows = {}
-    for layer in range(len(similarity)):
-        anchor = max(anchor for anchor in choice.anchors if anchor <= layer)
-        if anchor != layer:
-            table = similarity[anchor, layer].round(6).tolist()
-            rows[layer] = tuple(tuple(row) for row in table)
-    return rows
+        except KeyboardInterrupt:
+            bar.close()
+            logger.warning(
+                "stopped: %d of %d prompts are measured and kept in %s; give the same command "
+                "to go on",
+                sum(stats is not None for stats in measured),
+                len(prompts),
+                checkpoint.folder,
+            )
+            raise
+    return average(layers, [stats for stats in measured if stats is not None])
 
 
 def _model_name(model: str) -> str:
@@ -183,35 +219,48 @@ def _model_name(model: str) -> str:
     return folder.resolve().name if folder.is_dir() else model
 
 
-def _provenance(
+def _settings(
     config: CalibrationConfig,
-    digest: str,
-    measured: LayerStats,
-    choice: AnchorChoice,
-    score: np.ndarray,
-    model: transformers.PreTrainedModel,
+    hf_config: transformers.PreTrainedConfig,
+    found: PromptSet,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """What the plan was made from; ``layer_score`` holds only the pairs i < j, row by row."""
+    """Everything that the measurements' bits depend on; anchors and heads are picked later."""
+    described = json.dumps(hf_config.to_diff_dict(), sort_keys=True, default=str)
+    return {
+        "model": _model_name(config.model),
+        "model_config": hashlib.sha256(described.encode()).hexdigest(),
+        "weights": hf_model.weights_version(config.model, hf_config),
+        "prompts": found.name,
+        "tokens": digest_of(found.prompts),
+        "topk_ratio": config.topk_ratio,
+        "min_k": config.min_k,
+        "tiles": config.tiles,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "device": config.device_map or device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kascade_sglang": kascade_sglang.__version__,
+    }
+
+
+def _provenance(
+    config: CalibrationConfig, found: PromptSet, model: transformers.PreTrainedModel
+) -> dict[str, Any]:
+    """What the plan is made from."""
     return {
         "source": "kascade calibrate",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "kascade_sglang": kascade_sglang.__version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
-        "prompts_file": config.prompts.name,
-        "prompts_sha256": digest,
-        "prompts": measured.prompts,
-        "tokens": measured.tokens,
-        "max_tokens": config.max_tokens,
-        "limit": config.limit,
+        "prompts_file": found.name,
+        "prompts_sha256": found.digest,
+        "max_tokens": config.source.max_tokens,
+        "limit": config.source.limit,
         "seed": config.seed,
-        "tiles": measured.tiles,
         "tiles_per_prompt": config.tiles,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        "device": ",".join(sorted({weight.device.type for weight in model.parameters()})),
         "attention": ATTENTION,
-        "anchors_by": "dynamic programme" if isinstance(config.anchors, int) else "the user",
-        "objective": round(choice.objective, 6),
-        "importance": measured.importance.round(4).tolist(),
-        "layer_score": [row[i + 1 :].round(4).tolist() for i, row in enumerate(score)],
     }

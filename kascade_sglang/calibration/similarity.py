@@ -4,6 +4,8 @@ Index order throughout: ``[i, j, h_j, h_i]``: layer ``j``'s KV head ``h_j`` borr
 layer ``i``'s head ``h_i`` (arXiv 2512.16391, sections 3.3 and 3.4).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -34,6 +36,17 @@ def tile_similarity(scores: torch.Tensor, own: torch.Tensor, count: int) -> torc
     # Rounding can leave a borrowed set a few ulps above one's own.
     share = (mass / mass.diagonal().unsqueeze(1)).clamp_(max=1.0)
     return share.reshape(layers, heads, layers, heads).permute(2, 0, 1, 3)
+
+
+def own_mass(scores: torch.Tensor, own: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Share of all attention mass that each head's own Top-k recovers, at several k.
+
+    scores: [layers, H, C]; own: [layers, H], the tile's own keys, always attended.
+    Returns [len(counts), layers, H], at most 1.
+    """
+    largest = scores.topk(max(counts), dim=-1).values
+    kept = torch.stack([largest[..., :count].sum(dim=-1) + own for count in counts])
+    return (kept / (scores.sum(dim=-1) + own)).clamp_(max=1.0)
 
 
 def layer_similarity(similarity: np.ndarray) -> np.ndarray:

@@ -1,33 +1,56 @@
-"""Find the plan for a model: beside its weights, or among those the package ships."""
+"""Find the plan for a model: beside its weights, among those the package ships, or a preset."""
 
+import logging
 from pathlib import Path
 
+from kascade_sglang.plan.presets import PREFIX, preset, preset_for, warning_of
 from kascade_sglang.plan.schema import ModelShape, Plan, PlanError, load_plan
+
+logger = logging.getLogger(__name__)
 
 PLAN_NAME = "kascade_plan.json"
 SHIPPED = Path(__file__).parent / "data"
+_warned: set[str] = set()
+"""Sentences this process has logged: it looks its plan up more than once."""
 
 
 def find_plan(model: str, shape: ModelShape, explicit: str | None) -> Plan:
     """Return the plan to serve ``model`` with, checked against its shape.
 
-    explicit: a path the user gave; otherwise ``kascade_plan.json`` in the model's folder, then a
-    shipped plan with the model's name. Raises PlanError, saying how to calibrate, if none fits.
+    explicit: a path or ``preset:NAME`` the user gave; otherwise ``kascade_plan.json`` in the
+    model's folder, then a shipped plan with the model's name, then the model's preset.
+    Logs a warning where nobody has measured the plan's head map. Raises PlanError, saying how to
+    calibrate, if none fits.
     """
+    plan = _find(model, shape, explicit)
+    plan.check_fits(shape)
+    warning = warning_of(plan)
+    if warning is not None and warning not in _warned:
+        _warned.add(warning)
+        logger.warning("kascade: %s", warning)
+    return plan
+
+
+def read_plan(name: str) -> Plan:
+    """Read the plan file, or return the preset, that a user has named; raises PlanError."""
+    if name.startswith(PREFIX):
+        return preset(name.removeprefix(PREFIX))
+    return load_plan(Path(name).expanduser())
+
+
+def _find(model: str, shape: ModelShape, explicit: str | None) -> Plan:
     if explicit:
-        plan = load_plan(Path(explicit).expanduser())
-        plan.check_fits(shape)
-        return plan
+        return read_plan(explicit)
     beside = Path(model).expanduser() / PLAN_NAME
     if beside.is_file():
-        plan = load_plan(beside)
-        plan.check_fits(shape)
-        return plan
+        return load_plan(beside)
     for path in sorted(SHIPPED.glob("*.json")):
         plan = load_plan(path)
         if plan.model == model:
-            plan.check_fits(shape)
             return plan
+    plan = preset_for(model, shape)
+    if plan is not None:
+        return plan
     raise PlanError(
         f"no Kascade plan for {model}: make one with `kascade calibrate --model {model} "
         "--prompts prompts.txt --anchors 5 --out plan.json` and pass --kascade-plan plan.json"

@@ -13,6 +13,7 @@ from typing import Any
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.files import write_atomically
 
 FORMAT = "kascade-plan"
 VERSION = 1
@@ -28,12 +29,20 @@ class PlanError(KascadeError):
     """A plan that cannot be used; the message says why and what to do."""
 
 
+IDENTITY = "identity, not measured"
+"""The same where nobody has measured or published which heads fit which."""
+
+
 class LayerRole(Enum):
-    """What a layer does: attend densely and select, select and attend, or reuse a selection."""
+    """What a layer does: attend densely and select, select and attend, or reuse a selection.
+
+    WINDOW: it attends in its own sliding window and has no part in Kascade.
+    """
 
     DENSE = "dense"
     ANCHOR = "anchor"
     REUSE = "reuse"
+    WINDOW = "window"
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,11 @@ class ModelShape:
 class Plan:
     """Anchors and head similarities of one model.
 
-    anchors: ascending layer numbers; the first is 0.
+    anchors: ascending layer numbers; the first is the first layer with full attention, 0 unless
+        that one is windowed.
     similarity: for every reuse layer, [KV heads][anchor heads]: the share of a head's own Top-k
         mass that the anchor head's keys recover. The head map is its argmax (section 3.4).
+    windowed: layers with a sliding window (Gemma 2 and 3), neither anchors nor reuse layers.
     """
 
     model: str
@@ -72,10 +83,12 @@ class Plan:
     budget: Budget = Budget()
     heads: str = "per_head"
     provenance: dict[str, Any] = field(default_factory=dict)
+    windowed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_shape(self.shape)
-        _check_anchors(self.anchors, self.shape.layers)
+        _check_windowed(self.windowed, self.shape.layers)
+        _check_anchors(self.anchors, self.shape.layers, self.windowed)
         if self.heads not in HEAD_MODES:
             raise PlanError(f"plan.heads: expected one of {HEAD_MODES}, got {self.heads!r}")
         for layer in self.reuse_layers:
@@ -86,16 +99,23 @@ class Plan:
 
     @cached_property
     def anchor_of(self) -> tuple[int, ...]:
-        """For every layer, the nearest anchor at or before it."""
+        """For every layer, the nearest anchor at or before it; a windowed layer, itself."""
         return tuple(
-            max(anchor for anchor in self.anchors if anchor <= layer)
+            layer
+            if layer in self.windowed
+            else max(anchor for anchor in self.anchors if anchor <= layer)
             for layer in range(self.shape.layers)
         )
 
     @property
+    def full_layers(self) -> list[int]:
+        """Layers that take part: every one but the windowed."""
+        return [layer for layer in range(self.shape.layers) if layer not in self.windowed]
+
+    @property
     def reuse_layers(self) -> list[int]:
         """Layers that attend to an earlier anchor's keys."""
-        return [layer for layer in range(self.shape.layers) if layer not in self.anchors]
+        return [layer for layer in self.full_layers if layer not in self.anchors]
 
     @cached_property
     def head_map(self) -> dict[int, tuple[int, ...]]:
@@ -109,8 +129,10 @@ class Plan:
         return tuple(row.index(max(row)) for row in rows)
 
     def role(self, layer: int) -> LayerRole:
-        """Return what the layer does; layer 0 attends densely and still selects."""
-        if layer == 0:
+        """Return what the layer does; the first anchor attends densely and still selects."""
+        if layer in self.windowed:
+            return LayerRole.WINDOW
+        if layer == self.anchors[0]:
             return LayerRole.DENSE
         return LayerRole.ANCHOR if layer in self.anchors else LayerRole.REUSE
 
@@ -125,10 +147,13 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as it stands in the file."""
+        # Written only where there are any: releases without windows still read the others.
+        windowed = {"windowed": list(self.windowed)} if self.windowed else {}
         return {
             "format": FORMAT,
             "version": VERSION,
             "model": {"id": self.model, **asdict(self.shape)},
+            **windowed,
             "anchors": list(self.anchors),
             "anchor_of": list(self.anchor_of),
             "similarity": {str(layer): rows for layer, rows in self.similarity.items()},
@@ -140,10 +165,8 @@ class Plan:
         }
 
     def save(self, path: Path) -> None:
-        """Write the plan through a neighbouring file, so that a full disk leaves the old one."""
-        draft = path.with_name(path.name + ".part")
-        draft.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        draft.replace(path)
+        """Write the plan in one step: a full disk leaves the old one. Raises OSError."""
+        write_atomically(path, (json.dumps(self.to_json(), indent=1) + "\n").encode())
 
 
 def _check_shape(shape: ModelShape) -> None:
@@ -154,11 +177,30 @@ def _check_shape(shape: ModelShape) -> None:
             )
 
 
-def _check_anchors(anchors: tuple[int, ...], layers: int) -> None:
+def _check_windowed(windowed: tuple[int, ...], layers: int) -> None:
+    if any(type(layer) is not int for layer in windowed):
+        raise PlanError(f"plan.windowed: expected whole numbers, got {list(windowed)}")
+    inside = all(0 <= layer < layers for layer in windowed)
+    if not inside or list(windowed) != sorted(set(windowed)) or len(windowed) == layers:
+        raise PlanError(
+            f"plan.windowed: expected some, not all, of the layers 0 to {layers - 1}, ascending, "
+            f"got {list(windowed)}"
+        )
+
+
+def _check_anchors(anchors: tuple[int, ...], layers: int, windowed: tuple[int, ...]) -> None:
     if any(type(anchor) is not int for anchor in anchors):
         raise PlanError(f"plan.anchors: expected whole numbers, got {list(anchors)}")
-    if not anchors or list(anchors) != sorted(set(anchors)) or anchors[0] != 0:
-        raise PlanError(f"plan.anchors: expected ascending layers from 0, got {list(anchors)}")
+    first = next(layer for layer in range(layers) if layer not in windowed)
+    if not anchors or list(anchors) != sorted(set(anchors)) or anchors[0] != first:
+        raise PlanError(
+            f"plan.anchors: expected ascending layers from {first}, got {list(anchors)}"
+        )
+    if set(anchors) & set(windowed):
+        raise PlanError(
+            f"plan.anchors: layers {sorted(set(anchors) & set(windowed))} have a sliding window; "
+            "only full attention can select"
+        )
     if anchors[-1] >= layers:
         raise PlanError(
             f"plan.anchors: expected layers below {layers}, the model's count, got {anchors[-1]}"
@@ -210,6 +252,7 @@ def plan_from_json(raw: Any) -> Plan:
             budget=Budget(raw["topk_ratio"], raw["min_k"]),
             heads=raw["heads"],
             provenance=dict(raw["provenance"]),
+            windowed=tuple(raw.get("windowed", ())),
         )
         anchor_of = tuple(raw["anchor_of"])
     except PlanError:

@@ -1,17 +1,23 @@
 """A plan as text, for ``kascade plan show``."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from kascade_sglang.plan.schema import ONE_HOT, LayerRole, Plan
+from kascade_sglang.plan.measurements import choices_of
+from kascade_sglang.plan.presets import warning_of
+from kascade_sglang.plan.ranks import rank_losses
+from kascade_sglang.plan.schema import IDENTITY, ONE_HOT, LayerRole, Plan
 
-_MATRICES = ("importance", "layer_score")
+_MATRICES = ("importance", "layer_score", "mass", "choices")
 """Provenance that is shown as columns of the table, or not at all, for its size."""
 
 
 def describe(plan: Plan) -> str:
-    """Return the plan's model, budget, one row per layer, and provenance."""
+    """Return the plan's model, budget, one row per layer, what ranks cost, and provenance."""
     shape = plan.shape
+    warning = warning_of(plan)
     lines = [
+        *([f"WARNING    {warning}"] if warning else []),
         f"model      {plan.model}",
         f"shape      {shape.layers} layers, {shape.q_heads or '?'} query heads, "
         f"{shape.kv_heads} KV heads, head_dim {shape.head_dim or '?'}, "
@@ -21,6 +27,8 @@ def describe(plan: Plan) -> str:
         f"heads      {plan.heads}",
         "",
         *_layer_table(plan),
+        *_section("tensor parallel", rank_table(plan)),
+        *_section("anchors by count", choice_table(plan)),
         "",
         "provenance",
     ]
@@ -39,12 +47,41 @@ def _layer_table(plan: Plan) -> list[str]:
             (
                 str(layer),
                 plan.role(layer).value,
-                str(plan.anchor_of[layer]),
+                "-" if plan.role(layer) is LayerRole.WINDOW else str(plan.anchor_of[layer]),
                 _mean_similarity(plan, layer) if reuses else "-",
                 _number_at(importance, layer),
                 " ".join(map(str, plan.head_map[layer])) if reuses else "-",
             )
         )
+    return aligned(rows)
+
+
+def rank_table(plan: Plan) -> list[str]:
+    """Head maps within ranks against the plan's own; empty where no count of ranks fits."""
+    losses = rank_losses(plan)
+    if not losses:
+        return []
+    measured = plan.provenance.get("similarity") not in (ONE_HOT, IDENTITY)
+    rows = [("ranks", "heads moved", "similarity lost", "worst head")]
+    for loss in losses:
+        lost = (f"{loss.lost:.4f}", f"{loss.worst:.4f}") if measured else ("-", "-")
+        rows.append((str(loss.ranks), f"{loss.moved:.1%}", *lost))
+    return aligned(rows)
+
+
+def choice_table(plan: Plan) -> list[str]:
+    """The best anchors of every count tried and their objective; empty for other plans."""
+    choices = choices_of(plan)
+    if not choices:
+        return []
+    rows = [("count", "objective", "anchors")]
+    for anchors, objective in choices:
+        rows.append((str(len(anchors)), f"{objective:.4f}", ",".join(map(str, anchors))))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return rows of cells as lines, columns aligned left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -52,9 +89,13 @@ def _layer_table(plan: Plan) -> list[str]:
     ]
 
 
+def _section(title: str, lines: list[str]) -> list[str]:
+    return ["", title, *(f"  {line}" for line in lines)] if lines else []
+
+
 def _mean_similarity(plan: Plan, layer: int) -> str:
     """Share of their own Top-k mass that the layer's heads recover, on average."""
-    if plan.provenance.get("similarity") == ONE_HOT:
+    if plan.provenance.get("similarity") in (ONE_HOT, IDENTITY):
         return "-"  # the map's ones are no measurement
     return f"{sum(map(max, plan.similarity[layer])) / plan.shape.kv_heads:.3f}"
 

@@ -19,7 +19,7 @@ def hook(result: Any, parser: argparse.ArgumentParser) -> None:
         "--kascade-plan",
         metavar="FILE",
         help="plan made by `kascade calibrate`; default: kascade_plan.json beside the weights, "
-        "or a shipped plan of that model",
+        "or a shipped plan of that model; preset:NAME for the paper's anchors",
     )
     group.add_argument(
         "--kascade-topk-ratio",

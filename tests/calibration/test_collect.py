@@ -5,10 +5,11 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from brute import least_similarity, mean_mass
 from transformers import LlamaForCausalLM
 
 from kascade_kernels.budget import TILE, Budget
-from kascade_sglang.calibration.collect import collect, sample_tiles
+from kascade_sglang.calibration.collect import MASS_RATIOS, collect, sample_tiles
 from kascade_sglang.calibration.errors import CalibrationError
 
 BUDGET = Budget(0.1, 64)
@@ -19,45 +20,21 @@ def prompts(count: int, length: int) -> list[list[int]]:
     return torch.randint(4, 64, (count, length), generator=generator).tolist()
 
 
-def brute_force(model: LlamaForCausalLM, prompt: list[int], tiles: list[int]) -> np.ndarray:
-    """[layers, layers, H, H] least similarity, from eager attention probabilities in loops."""
-    model.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode():
-            maps = model(torch.tensor([prompt]), output_attentions=True).attentions
-    finally:
-        model.set_attn_implementation("sdpa")
-    kv_heads, layers = model.config.num_key_value_heads, len(maps)
-    least = np.ones((layers, layers, kv_heads, kv_heads))
-    for tile in tiles:
-        start, count = TILE * tile, BUDGET.selected(tile)
-        pooled = []  # per layer [H, start] and own mass [H]
-        for attention in maps:
-            rows = attention[0, :, start : start + TILE].double()
-            mass = rows.reshape(kv_heads, -1, len(prompt)).sum(1)
-            pooled.append((mass[:, :start], mass[:, start:].sum(1)))
-        best = [scores.topk(count).indices for scores, _ in pooled]
-        for i in range(layers):
-            for j in range(layers):
-                scores, own = pooled[j]
-                for mine in range(kv_heads):
-                    full = scores[mine, best[j][mine]].sum() + own[mine]
-                    for theirs in range(kv_heads):
-                        part = scores[mine, best[i][theirs]].sum() + own[mine]
-                        least[i, j, mine, theirs] = min(
-                            least[i, j, mine, theirs], float(part / full)
-                        )
-    return least
-
-
 def test_similarity_is_least_over_tiles_and_mean_over_prompts(llama: LlamaForCausalLM) -> None:
     both = prompts(2, 6 * TILE + 5)
     measured = collect(llama, both, BUDGET)
     tiles = [2, 3, 4, 5]
     assert sample_tiles(6 * TILE + 5, BUDGET, 64, seed=0) == tiles
-    expected = np.mean([brute_force(llama, prompt, tiles) for prompt in both], axis=0)
+    layers = [0, 1, 2, 3]
+    expected = np.mean(
+        [least_similarity(llama, prompt, tiles, BUDGET, layers) for prompt in both], axis=0
+    )
     assert expected.min() < 0.9
     np.testing.assert_allclose(measured.similarity, expected, atol=1e-5)
+    at_ratios = [Budget(ratio, 64) for ratio in MASS_RATIOS]
+    mass = np.mean([mean_mass(llama, prompt, tiles, at_ratios, layers) for prompt in both], axis=0)
+    np.testing.assert_allclose(measured.mass, mass, atol=1e-5)
+    assert measured.layers == (0, 1, 2, 3)
     assert (measured.prompts, measured.tokens, measured.tiles) == (2, 2 * (6 * TILE + 5), 8)
 
 
@@ -100,6 +77,7 @@ def test_streaming_one_tile_at_a_time_gives_the_whole(
     for field in ("similarity", "pooled"):
         least = np.min([getattr(single, field) for single in singles], axis=0)
         np.testing.assert_array_equal(least, getattr(whole, field))
+    np.testing.assert_allclose(np.mean([single.mass for single in singles], axis=0), whole.mass)
 
 
 def test_pooled_similarity_is_one_number_per_pair_of_layers(llama: LlamaForCausalLM) -> None:

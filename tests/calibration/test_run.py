@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -15,6 +16,8 @@ from kascade_sglang.calibration.hf_attention import kascade_generate
 from kascade_sglang.calibration.similarity import anchor_gain, layer_similarity
 from kascade_sglang.cli import main
 from kascade_sglang.plan.schema import load_plan
+
+MASS = ("0.05", "0.1", "0.2")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,13 @@ def test_end_to_end(
     assert provenance["attention"] == "dense" and provenance["dtype"] == "float32"
     assert provenance["objective"] == pytest.approx(choice.objective, abs=1e-4)
     assert [len(row) for row in provenance["layer_score"]] == [3, 2, 1, 0]
+    np.testing.assert_allclose([provenance["mass"][key] for key in MASS], stats.mass, atol=1e-4)
+    gain = anchor_gain(score, stats.importance)
+    for tried, count in zip(provenance["choices"], (3, 4), strict=True):
+        best = pick_anchors(gain, count)
+        assert tuple(tried["anchors"]) == best.anchors
+        assert tried["objective"] == pytest.approx(best.objective, abs=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     assert len(kascade_generate(llama, plan, tokens_of(prompts)[0], 3)[0]) == 3
 
 
@@ -119,6 +129,10 @@ def test_says_which_prompts_it_skips(
         (["--dtype", "int8"], "--dtype: expected one of"),
         (["--out", "/nowhere/plan.json"], "--out /nowhere/plan.json: not a file"),
         (["--prompts", "/nowhere/p.txt"], "/nowhere/p.txt: cannot read the prompts"),
+        (["--dataset", "x"], "expected --prompts or --dataset, got both"),
+        (["--report", "page.pdf"], "--report page.pdf: expected a name that ends in .png, .svg"),
+        (["--report", "/nowhere/p.png"], "--report /nowhere/p.png: not a file"),
+        (["--device-map", "all"], "--device-map: expected one of"),
         (["--model", "/nowhere/model"], "model /nowhere/model: cannot read its configuration"),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",

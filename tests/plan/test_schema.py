@@ -1,6 +1,7 @@
 """Plans: round trip, derived fields, and one sentence for every damaged file."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,11 +33,12 @@ def test_save_replaces_in_one_step(plan: Plan, plan_file: Path, monkeypatch: Any
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         replace(plan, model="other").save(plan_file)
     monkeypatch.undo()
     assert load_plan(plan_file).model == "org/tiny"
+    assert [path.name for path in plan_file.parent.iterdir()] == ["plan.json"]
 
 
 def test_derived_fields(plan: Plan) -> None:

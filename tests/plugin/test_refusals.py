@@ -11,6 +11,7 @@ from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from kascade_sglang import checks, compat
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.plan import library
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import MAX_BYTES, ModelShape
 from models import make_plan
@@ -202,3 +203,23 @@ def test_hook_that_is_not_live() -> None:
 def test_foreign_kv_pool() -> None:
     with pytest.raises(KascadeError, match="got SimpleNamespace"):
         compat.require_plain_pool(SimpleNamespace())
+
+
+def test_plan_with_sliding_windows(make_model: MakeModel) -> None:
+    row = (0.1, 0.9, 0.2, 0.3)
+    plan = make_plan(windowed=(0, 2), anchors=(1,), similarity={3: (row,) * 4})
+    sentence = refusal(make_model(plan))
+    assert "full attention in every layer, got sliding windows in layers [0, 2]" in sentence
+
+
+def test_preset_is_announced_at_the_start(
+    make_model: MakeModel, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_warned", set())
+    shape = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+    folder = make_model(with_plan=False, hidden_size=4096, head_dim=128, **shape)
+    model = folder.rename(folder.with_name("Qwen3-8B"))
+    config = checks.check_server_args(parse(model))
+    assert config.plan.anchors == (0, 2, 7, 14, 23)
+    # Read from stderr: reading the arguments gives logging SGLang's own handlers.
+    assert capfd.readouterr().err.count("identity head map that nobody has measured") == 1

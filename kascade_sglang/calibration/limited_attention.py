@@ -1,0 +1,71 @@
+"""Dense attention for layers that torch's SDPA has no fast path for: soft caps, sliding windows.
+
+Gemma 2 caps its logits, ``cap tanh(logit / cap)``, and every second layer of it, five in six of
+Gemma 3's, see only a window of positions. Kascade selects keys in full-attention layers alone;
+the others only have to compute what the model computes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+_QUERIES_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a layer's attention has beside the causal mask.
+
+    window: positions that a query sees, its own included. softcap: bound of the logits.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+
+
+def limited_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, limits: Limits
+) -> torch.Tensor:
+    """Attend causally within the limits, a block of queries at a time, in float32.
+
+    q: [L, Hq, D]; k, v: [L, H, D], the whole prompt. Returns [L, Hq, D] in q's dtype.
+    """
+    length, q_heads, dim = q.shape
+    outputs = []
+    for start in range(0, length, _QUERIES_AT_ONCE):
+        end = min(length, start + _QUERIES_AT_ONCE)
+        first = 0 if limits.window is None else max(0, start - limits.window + 1)
+        logits = _logits(q[start:end], k[first:end], scale, limits.softcap)
+        distance = torch.arange(start, end, device=q.device).unsqueeze(1) - torch.arange(
+            first, end, device=q.device
+        )
+        hidden = distance < 0
+        if limits.window is not None:
+            hidden |= distance >= limits.window
+        weights = torch.softmax(logits.masked_fill_(hidden, float("-inf")), dim=-1)
+        values = v[first:end].transpose(0, 1).unsqueeze(1).to(weights.dtype)  # [H, 1, keys, D]
+        block = weights @ values  # [H, group, n, D]
+        outputs.append(block.permute(2, 0, 1, 3).reshape(end - start, q_heads, -1).to(q.dtype))
+    return torch.cat(outputs)
+
+
+def capped_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
+    """Like ``kascade_kernels.reference.anchor_scores``, with capped logits.
+
+    q: [n, Hq, D], a full tile's queries. k: [L, H, D] up to the last one. Returns [H, L - n].
+    """
+    n, length = len(q), len(k)
+    logits = _logits(q, k, scale, softcap)
+    later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
+    logits[..., length - n :].masked_fill_(later, float("-inf"))
+    return torch.softmax(logits, dim=-1)[..., : length - n].sum(dim=(1, 2))
+
+
+def _logits(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """[n, Hq, D] and [L, H, D] -> [H, group, n, L] in float32, or float64 for float64."""
+    n, q_heads, dim = q.shape
+    kv_heads = k.shape[1]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows = q.reshape(n, kv_heads, q_heads // kv_heads, dim).permute(1, 2, 0, 3).to(dtype)
+    logits = rows @ k.permute(1, 2, 0).unsqueeze(1).to(dtype) * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap

@@ -1,0 +1,132 @@
+"""Where prompts come from: a file, a Hugging Face data set, or the text in the package."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kascade_sglang.calibration.errors import CalibrationError
+from kascade_sglang.calibration.prompts import (
+    check_limits,
+    cut_text,
+    draw,
+    file_digest,
+    read_prompts,
+    to_prompt,
+)
+from kascade_sglang.demo.filler import load_filler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUNDLED = "bundled books"
+"""Name of the default prompts: English books of the public domain, cut to length."""
+
+DEFAULT_LIMIT = 16
+"""How many prompts are drawn of a data set or of the bundled text, unless ``--limit`` says."""
+
+
+class PromptSet(NamedTuple):
+    """Prompts as token ids, and what to call them. digest: SHA-256 of file or tokens."""
+
+    name: str
+    digest: str
+    prompts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """What the user asks for; fields are the options' names.
+
+    prompts: a file. dataset: a data set, whose rows hold ``text``, ``prompt`` or ``messages``,
+    or the text in the column ``field``. Neither: the bundled text.
+    """
+
+    prompts: Path | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    field: str | None = None
+    max_tokens: int | None = None
+    limit: int | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What to call the prompts in a refusal."""
+        return str(self.prompts or self.dataset or BUNDLED)
+
+    def read(self, tokenizer: "PreTrainedTokenizerBase", context: int | None) -> PromptSet:
+        """Return the prompts; the same ones for the same seed.
+
+        context: the model's context length, in tokens. Raises CalibrationError where there are
+        none, or one is not a prompt or longer than the context.
+        """
+        if self.prompts is not None and self.dataset is not None:
+            raise CalibrationError(
+                f"--dataset: expected --prompts or --dataset, got both ({self.prompts} and "
+                f"{self.dataset}); drop one"
+            )
+        if self.prompts is not None:
+            prompts = read_prompts(
+                self.prompts, tokenizer, context, self.max_tokens, self.limit, self.seed
+            )
+            return PromptSet(self.prompts.name, file_digest(self.prompts), prompts)
+        check_limits(context, self.max_tokens, self.limit)
+        if self.dataset is not None:
+            prompts = self._from_dataset(tokenizer, context)
+            # Of a local folder only the name, so that no path enters the plan.
+            folder = Path(self.dataset).expanduser()
+            short = folder.resolve().name if folder.is_dir() else self.dataset
+            name = ":".join(filter(None, (short, self.dataset_config, self.split)))
+        else:
+            text = "\n".join(" ".join((title, *rest)) for title, rest in load_filler())
+            every = cut_text(text, tokenizer, context, self.max_tokens)
+            prompts = draw(every, self.limit or DEFAULT_LIMIT, self.seed)
+            name = BUNDLED
+        return PromptSet(name, digest_of(prompts), prompts)
+
+    def _from_dataset(
+        self, tokenizer: "PreTrainedTokenizerBase", context: int | None
+    ) -> list[list[int]]:
+        rows = self._rows()
+        if self.field is not None and self.field not in rows.column_names:
+            raise CalibrationError(
+                f"--field {self.field}: data set {self.dataset} has the columns "
+                f"{', '.join(rows.column_names)}"
+            )
+        numbers = [[index] for index in range(len(rows))]
+        chosen = draw(numbers, self.limit or DEFAULT_LIMIT, self.seed)
+        prompts = []
+        for (index,) in chosen:
+            record = rows[index]
+            if self.field is not None:
+                record = {"text": record[self.field]}
+            where = f"data set {self.dataset}, row {index}"
+            prompts.append(to_prompt(record, where, tokenizer, context, self.max_tokens))
+        if not prompts:
+            raise CalibrationError(f"data set {self.dataset}: no rows in its {self.split!r} split")
+        return prompts
+
+    def _rows(self) -> Any:
+        """Load the split as rows that are read one at a time."""
+        try:
+            import datasets
+            from datasets.exceptions import DatasetsError
+        except ImportError as error:
+            raise CalibrationError(
+                f"--dataset {self.dataset}: needs the datasets package; pip install datasets"
+            ) from error
+        try:
+            return datasets.load_dataset(self.dataset, self.dataset_config, split=self.split)
+        except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise CalibrationError(
+                f"--dataset {self.dataset}: cannot load its {self.split!r} split ({text})"
+            ) from error
+
+
+def digest_of(prompts: list[list[int]]) -> str:
+    """Return the SHA-256 of token ids, in hexadecimal."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

@@ -1,0 +1,74 @@
+"""Anchors that the paper names, for models nobody need calibrate before a first try.
+
+The paper publishes which layers are anchors, not which heads borrow from which, so a preset's head
+map is the identity. It is said loudly wherever one is used: a calibrated plan answers better.
+"""
+
+from pathlib import PurePath
+from typing import NamedTuple
+
+import numpy as np
+
+from kascade_sglang.plan.schema import IDENTITY, ModelShape, Plan, PlanError
+
+PREFIX = "preset:"
+"""``--kascade-plan preset:Qwen3-8B`` names a preset where a path would stand."""
+
+_SOURCE = "preset: anchors named by arXiv 2512.16391"
+_LLAMA_8B = ModelShape(layers=32, q_heads=32, kv_heads=8, head_dim=128, hidden=4096)
+_QWEN3_8B = ModelShape(layers=36, q_heads=32, kv_heads=8, head_dim=128, hidden=4096)
+
+
+class _Preset(NamedTuple):
+    shape: ModelShape
+    anchors: tuple[int, ...]
+
+
+_PRESETS = {
+    "Llama-3.1-8B-Instruct": _Preset(_LLAMA_8B, (0, 2, 8, 13, 14)),
+    "DeepSeek-R1-Distill-Llama-8B": _Preset(_LLAMA_8B, (0, 2, 8, 13, 14)),
+    "Qwen3-8B": _Preset(_QWEN3_8B, (0, 2, 7, 14, 23)),
+}
+_ALIASES = {"meta-llama-3.1-8b-instruct": "llama-3.1-8b-instruct"}
+
+
+def preset(name: str) -> Plan:
+    """Return the preset of this name; raises PlanError, listing those there are."""
+    wanted = _key(name)
+    for known, (shape, anchors) in _PRESETS.items():
+        if _key(known) == wanted:
+            identity = tuple(map(tuple, np.eye(shape.kv_heads).tolist()))
+            reuse = [layer for layer in range(shape.layers) if layer not in anchors]
+            return Plan(
+                model=known,
+                shape=shape,
+                anchors=anchors,
+                similarity=dict.fromkeys(reuse, identity),
+                provenance={"source": _SOURCE, "similarity": IDENTITY},
+            )
+    raise PlanError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
+
+
+def preset_for(model: str, shape: ModelShape) -> Plan | None:
+    """Return the preset for a model, by the last part of its id or folder and by its shape."""
+    try:
+        plan = preset(PurePath(model).name)
+    except PlanError:
+        return None
+    return plan if plan.shape == shape else None
+
+
+def warning_of(plan: Plan) -> str | None:
+    """Return the sentence to say loudly before a plan is used, None for measured plans."""
+    if plan.provenance.get("similarity") != IDENTITY:
+        return None
+    anchors = ",".join(map(str, plan.anchors))
+    return (
+        f"plan: the preset for {plan.model} holds the paper's anchors and an identity head map "
+        "that nobody has measured, so answers may be worse than a calibrated plan's; make one "
+        f"with `kascade calibrate --model M --anchors {anchors} --out plan.json`"
+    )
+
+
+def _key(name: str) -> str:
+    return _ALIASES.get(name.lower(), name.lower())
