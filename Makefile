@@ -33,7 +33,7 @@ test-serving: $(STAMP)  ## unit tests, the backend on the torch reference, real 
 # Printed in one piece, because test-serving prints at the same time.
 test-kernels: $(STAMP)  ## kernels compiled for three GPUs; they, the backend and a server in Triton's interpreter
 	@out=$$( { export CUDA_VISIBLE_DEVICES=; $(PYTEST) $(OTHER_KERNEL_TESTS); failed=$$?; \
-		TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/backend && exit $$failed; } 2>&1); \
+		TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py && exit $$failed; } 2>&1); \
 	failed=$$?; printf '\nKernel tests:\n%s\n' "$$out"; exit $$failed
 
 test-gpu: $(STAMP)  ## kernels and backend on a GPU, then one test of every kernel under compute-sanitizer

@@ -132,18 +132,23 @@ def measure_rivals(
     paths: Paths,
     fa3_ms: float,
 ) -> Iterator[Row]:
-    """Selection, and attention to what is selected, beside other libraries'."""
+    """An anchor's pieces, and other libraries' selection and attention to what is selected."""
     count, budget, context = len(q), Budget(), int(batch.seq_lens.max())
     rows = Rows(batch.req_pool_indices, batch.seq_lens)
     spans = Spans.allocate(count, KV_HEADS, DEVICE)
     decode_spans(rows.ends, KV_HEADS, budget, spans)
     parts = Parts.allocate(spans, Q_HEADS, DIM)
     scratch = ScoreScratch.allocate(count, Q_HEADS, KV_HEADS, context, empty_on(DEVICE))
-    decode_scores(q, pool.k, pool.table, rows, spans, budget, SCALE, scratch, parts)
+
+    def score() -> None:
+        decode_scores(q, pool.k, pool.table, rows, spans, budget, SCALE, scratch, parts)
+
+    score()
     paths.decode.select(q, layer(ANCHOR))
     selection, _ = paths.store.get(ANCHOR)
     codes, most = scratch.codes, budget.selected(tile_of(context - 1))
     steps = {
+        ("score", "kascade"): score,
         ("select", "kascade"): lambda: select_slots(
             codes, pool.table, rows, budget, selection, append_own=True
         ),
