@@ -1,0 +1,232 @@
+"""Kascade beside SGLang's own backends in real servers: ``make bench-serving``.
+
+One server after the other, the same flags but the backend; SGLang's own client asks. A run counts
+only if every request got the tokens that it asked for.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from tqdm import tqdm
+
+from benchmarks.serving_model import PRESETS, make_shape
+from benchmarks.serving_workloads import WORKLOADS, Workload
+from kascade_sglang.demo.server import Server
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.provenance import provenance
+
+RESULTS = Path(__file__).parent / "results/serving_h100.csv"
+BACKENDS = ("fa3", "kascade", "flashinfer", "triton")
+COLUMNS = """workload backend model requests input_tokens output_tokens
+    ttft_p50_ms ttft_p90_ms ttft_p99_ms itl_p50_ms itl_p90_ms itl_p99_ms
+    tpot_p50_ms tpot_p90_ms tpot_p99_ms requests_per_s output_tokens_per_s
+    cache_hit_rate peak_memory_mb prompt_tokens_served flags gpu versions commit date""".split()
+POLL_SECONDS = 0.5
+
+
+class PeakMemory:
+    """``with PeakMemory() as peak``: the most memory in use on the GPU, in MiB, by any process."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.mib, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        if torch.cuda.is_available():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if self._thread.ident:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        while not self._stop.is_set():
+            self.mib = max(self.mib, pynvml.nvmlDeviceGetMemoryInfo(gpu).used >> 20)
+            time.sleep(POLL_SECONDS)
+
+
+def counters(server: Server) -> dict[str, float]:
+    """Prompt tokens that the server has counted, and how many of them it had cached."""
+    text = urllib.request.urlopen(f"{server.url}/metrics/", timeout=30).read().decode()
+    totals = {"sglang:prompt_tokens_total": 0.0, "sglang:cached_tokens_total": 0.0}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name in totals:
+                totals[sample.name] += sample.value
+    prompt, cached = totals.values()
+    return {"prompt": prompt, "cached": cached}
+
+
+def ask(server: Server, model: Path, workload: Workload, rate: float, folder: Path) -> dict:
+    """Run SGLang's client once; returns its results. Raises KascadeError where a reply is short."""
+    out = folder / "run.jsonl"
+    out.unlink(missing_ok=True)
+    command = [
+        *(sys.executable, "-m", "sglang.benchmark.serving", "--backend", "sglang"),
+        *("--base-url", server.url, "--model", str(model), "--tokenizer", str(model)),
+        *("--request-rate", str(rate), "--warmup-requests", "1", "--flush-cache"),
+        *("--disable-tqdm", "--output-file", str(out), "--output-details"),
+        *workload.arguments(),
+    ]
+    # The client keeps its prompts below HOME, by a name that forgets the tokenizer.
+    environment = {**os.environ, "HOME": str(folder)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode or not out.exists():
+        raise KascadeError(f"SGLang's client failed: {done.stderr[-500:]}\nserver: {server.tail()}")
+    result = json.loads(out.read_text().splitlines()[-1])
+    require_all(result, workload)
+    return result
+
+
+def require_all(result: dict[str, Any], workload: Workload) -> None:
+    """Raise KascadeError unless every request got the tokens that it asked for."""
+    short = [n for n in result["output_lens"] if n != workload.outputs]
+    if short or result["completed"] != workload.requests:
+        raise KascadeError(
+            f"expected {workload.requests} replies of {workload.outputs} tokens, got "
+            f"{result['completed']}, of other lengths: {short}"
+        )
+
+
+def measure(
+    server: Server, model: Path, workload: Workload, rate: float, folder: Path
+) -> dict[str, Any]:
+    """Run a workload; returns the row's figures."""
+    before = counters(server)
+    with PeakMemory() as peak:
+        result = ask(server, model, workload, rate, folder)
+    after = counters(server)
+    served = after["prompt"] - before["prompt"]
+    figures = {
+        f"{short}_{quantile}_ms": round(result[f"{name}_{short}_ms"], 3)
+        for short in ("ttft", "itl", "tpot")
+        for quantile, name in (("p50", "median"), ("p90", "p90"), ("p99", "p99"))
+    }
+    return {
+        "requests": workload.requests,
+        "input_tokens": result["total_input_tokens"],
+        "output_tokens": result["total_output_tokens"],
+        **figures,
+        "requests_per_s": round(result["request_throughput"], 4),
+        "output_tokens_per_s": round(result["output_throughput"], 2),
+        "cache_hit_rate": round((after["cached"] - before["cached"]) / served, 4),
+        "peak_memory_mb": peak.mib or "",
+        "prompt_tokens_served": int(served),
+    }
+
+
+def server_arguments(model: Path, backend: str, options: argparse.Namespace) -> list[str]:
+    """Return the flags of one server; the backend's name is the only difference."""
+    arguments = ["--model-path", str(model), "--attention-backend", backend, "--enable-metrics"]
+    arguments += ["--log-level", "warning"]
+    if not options.model_path:
+        arguments += ["--load-format", "dummy"]
+    return arguments + options.server_flags
+
+
+def arrival_rate(name: str, rows: list[dict[str, Any]]) -> float:
+    """Requests a second: a share of what fa3 reached with all sent at once, or no limit."""
+    share = WORKLOADS[name].arrivals
+    limit = next((row["requests_per_s"] for row in rows if row["workload"] == f"{name}-limit"), 0)
+    return share * limit if share and limit else float("inf")
+
+
+def run_backend(
+    backend: str, model: Path, options: argparse.Namespace, folder: Path, rows: list, write, bar
+) -> None:
+    """Start one server and run every workload on it."""
+    arguments = server_arguments(model, backend, options)
+    with Server(arguments, folder / f"{backend}.log") as server:
+        for name in options.workloads:
+            workload = WORKLOADS[name]
+            bar.set_description(f"{backend}, {name}")
+            runs = [(name, arrival_rate(name, rows))]
+            if workload.arrivals and not any(row["workload"] == f"{name}-limit" for row in rows):
+                runs = [(f"{name}-limit", float("inf"))]
+                runs += [(name, None)]
+            for label, rate in runs:
+                rate = arrival_rate(name, rows) if rate is None else rate
+                row = {"workload": label, "backend": backend, "model": options.model}
+                row |= measure(server, model, workload, rate, folder)
+                rows.append(row | {"flags": " ".join(arguments[4:])})
+                write(rows[-1])
+            bar.update()
+
+
+def print_ratios(rows: list[dict[str, Any]]) -> None:
+    """Print Kascade against the best of the others, where both were measured."""
+    for name, workload in WORKLOADS.items():
+        found = {row["backend"]: row[workload.figure] for row in rows if row["workload"] == name}
+        ours, others = found.pop("kascade", None), found
+        if ours is None or not others:
+            continue
+        best = (min if workload.figure.endswith("_ms") else max)(others, key=others.get)
+        ratio = others[best] / ours if workload.figure.endswith("_ms") else ours / others[best]
+        print(
+            f"{name:16} {workload.figure:20} kascade {ours:10.2f}  {best} {others[best]:10.2f}  "
+            f"{ratio:.2f}x (at least {workload.must}x)"
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="make bench-serving", description=__doc__)
+    parser.add_argument("--model", choices=PRESETS, default="llama-3.1-8b", help="shape to serve")
+    parser.add_argument("--model-path", type=Path, help="a real checkpoint instead")
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="what to write as the commit, outside a repository")
+    parser.add_argument(
+        "server_flags", nargs="*", help="after --: more flags for every server (memory, pages)"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run every backend; rows are written as they come."""
+    options = parse_arguments()
+    if not torch.cuda.is_available():
+        sys.exit("bench-serving: expected a CUDA GPU, got none; run it on a machine that has one")
+    folder = Path(tempfile.mkdtemp(prefix="kascade-serving-"))
+    model = options.model_path or make_shape(options.model, folder)
+    stamp = provenance(options.commit)
+    stamp["gpu"] = stamp.pop("device")
+    del stamp["dtype"]
+    rows: list[dict[str, Any]] = []
+    fresh = not options.out.exists()
+    with open(options.out, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+
+        def write(row: dict[str, Any]) -> None:
+            writer.writerow({**row, **stamp})
+            file.flush()
+
+        total = len(options.backends) * len(options.workloads)
+        with tqdm(total=total, unit="run") as bar:
+            for backend in options.backends:
+                run_backend(backend, model, options, folder, rows, write, bar)
+    print_ratios(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What the serving benchmark sends: SGLang's own data sets, with exact lengths."""
+
+from typing import NamedTuple
+
+K = 1024
+
+
+class Workload(NamedTuple):
+    """Requests of one run, and the figure that users decide by.
+
+    inputs, outputs: tokens of each request; a RAG request's inputs are ``prefix`` shared by the
+    requests of its group and its own. figure: column of the results; must: least ratio to the
+    best of SGLang's own backends. arrivals: share of fa3's request throughput at which requests
+    arrive, as a Poisson process; None sends all at once.
+    """
+
+    requests: int
+    inputs: int
+    outputs: int
+    figure: str
+    must: float
+    prefix: int = 0
+    groups: int = 0
+    arrivals: float | None = None
+
+    def arguments(self) -> list[str]:
+        """Return the options of SGLang's client that make these requests."""
+        if not self.groups:
+            return [
+                *("--dataset-name", "random-ids", "--tokenize-prompt"),
+                *("--random-input-len", str(self.inputs)),
+                *("--random-output-len", str(self.outputs)),
+                *("--random-range-ratio", "1", "--num-prompts", str(self.requests)),
+            ]
+        return [
+            *("--dataset-name", "generated-shared-prefix", "--gsp-range-ratio", "1"),
+            *("--gsp-num-groups", str(self.groups)),
+            *("--gsp-prompts-per-group", str(self.requests // self.groups)),
+            *("--gsp-system-prompt-len", str(self.prefix)),
+            *("--gsp-question-len", str(self.inputs - self.prefix)),
+            *("--gsp-output-len", str(self.outputs), "--num-prompts", str(self.requests)),
+        ]
+
+
+WORKLOADS = {
+    "decode-8x32K": Workload(8, 32 * K, 256, "itl_p50_ms", 2.0),
+    "decode-3x128K": Workload(3, 128 * K, 256, "itl_p50_ms", 2.0),
+    "prefill-128K": Workload(1, 128 * K, 8, "ttft_p50_ms", 1.5),
+    "prefill-32K": Workload(1, 32 * K, 8, "ttft_p50_ms", 1.15),
+    "rag-one-prefix": Workload(32, 32 * K + 512, 256, "output_tokens_per_s", 2.5, 32 * K, 1),
+    "rag-8-prefixes": Workload(64, 16 * K + 512, 256, "ttft_p99_ms", 1.2, 16 * K, 8, 0.8),
+    "chat": Workload(64, K, 256, "output_tokens_per_s", 0.97),
+    "reasoning": Workload(16, 2 * K, 8 * K, "output_tokens_per_s", 1.05),
+}

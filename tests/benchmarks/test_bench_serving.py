@@ -1,0 +1,77 @@
+"""The serving benchmark on a small scale: a real server, SGLang's own client, exact lengths."""
+
+import importlib
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from kascade_sglang.demo.server import Server
+from kascade_sglang.errors import KascadeError
+from models import LLAMA, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT))
+    try:
+        yield importlib.import_module("benchmarks.bench_serving")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+@pytest.mark.e2e
+def test_every_request_gets_what_it_asks_for(bench: ModuleType, tmp_path: Path) -> None:
+    from benchmarks.serving_model import make_model
+
+    model = make_model({**LLAMA, "bos_token_id": 0, "eos_token_id": 1}, make_plan(), tmp_path / "m")
+    options = Namespace(model="tiny", model_path=None, server_flags=["--max-total-tokens", "8192"])
+    if not torch.cuda.is_available():
+        options.server_flags += ["--dtype", "float32", "--mem-fraction-static", "0.1"]
+    plain = bench.Workload(2, 300, 4, "itl_p50_ms", 2.0)
+    rag = bench.Workload(4, 320, 4, "ttft_p99_ms", 1.2, prefix=256, groups=2, arrivals=0.8)
+    arguments = bench.server_arguments(model, "kascade", options)
+    with Server(arguments, tmp_path / "log") as server:
+        plain_row = bench.measure(server, model, plain, float("inf"), tmp_path)
+        rag_row = bench.measure(server, model, rag, 50.0, tmp_path)
+    assert (plain_row["input_tokens"], plain_row["output_tokens"]) == (600, 8)
+    assert rag_row["input_tokens"] == 4 * 320
+    assert rag_row["cache_hit_rate"] > 0.2
+    assert set(bench.COLUMNS) >= set(rag_row)
+
+
+@pytest.mark.parametrize("result", [(2, [4, 3]), (1, [4])], ids=["short", "lost"])
+def test_runs_count_only_with_every_token(bench: ModuleType, result: tuple[int, list[int]]) -> None:
+    completed, lengths = result
+    workload = bench.Workload(2, 300, 4, "itl_p50_ms", 2.0)
+    with pytest.raises(KascadeError, match="expected 2 replies of 4 tokens"):
+        bench.require_all({"completed": completed, "output_lens": lengths}, workload)
+
+
+def test_ratios_are_to_the_best_of_the_others(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"workload": "chat", "backend": name, "output_tokens_per_s": speed}
+        for name, speed in (("kascade", 300.0), ("fa3", 150.0), ("triton", 100.0))
+    ]
+    rows += [
+        {"workload": "prefill-32K", "backend": name, "ttft_p50_ms": ms}
+        for name, ms in (("kascade", 400.0), ("fa3", 500.0), ("triton", 900.0))
+    ]
+    bench.print_ratios(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert ["fa3" in line for line in lines] == [True, True]
+    assert "1.25x" in lines[0] and "2.00x" in lines[1]
+
+
+def test_arrivals_follow_what_fa3_reached(bench: ModuleType) -> None:
+    rows = [{"workload": "rag-8-prefixes-limit", "requests_per_s": 10.0}]
+    assert bench.arrival_rate("rag-8-prefixes", rows) == 8.0
+    assert bench.arrival_rate("chat", rows) == float("inf")
