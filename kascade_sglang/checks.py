@@ -108,8 +108,13 @@ def _refused_ranks(server_args: Any, config: KascadeConfig) -> Iterator[str]:
             f"--tp-size: expected a divisor of the model's {kv_heads} KV heads, got {ranks}; "
             "a KV head's query group must sit on one rank"
         )
-    if ranks > 1 and config.pooled:
+    if ranks > 1 and config.heads == "pooled":
         yield "--kascade-heads: expected per_head with --tp-size above 1, got pooled"
+    elif ranks > 1 and config.pooled:
+        yield (
+            f"selection: {config.selection} makes one list for all heads, which works with "
+            f"--tp-size 1 alone, got {ranks}; serve on one GPU"
+        )
     starts = stage_starts(config.plan.shape.layers, server_args.pp_size)
     orphans = [layer for layer in starts if layer not in config.plan.anchors]
     if orphans:

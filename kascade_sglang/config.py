@@ -7,7 +7,7 @@ then the plan's own defaults. This module alone reads the environment.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +21,9 @@ MB = 2**20
 FLAGS_VARIABLE = "KASCADE_FLAGS"
 """Carries the parsed flags, as JSON, to the processes that SGLang starts."""
 
+ONE_LIST = ("omnikv", "lessismore")
+"""Selections that are one list for all heads, whatever ``heads`` says."""
+
 
 class Settings(BaseModel):
     """One source's settings; None where the source is silent."""
@@ -32,7 +35,7 @@ class Settings(BaseModel):
     min_k: int | None = None
     heads: Literal["per_head", "pooled"] | None = None
     dense_backend: str | None = None
-    selection: Literal["topk", "window", "random"] | None = None
+    selection: Literal["topk", "window", "random", "quest", "omnikv", "lessismore"] | None = None
     exact: bool | None = None
     score_memory_mb: int | None = None
 
@@ -42,8 +45,8 @@ class KascadeConfig:
     """A plan and the way it is served.
 
     dense_backend: SGLang's backend for layer 0; None leaves the choice to the hardware.
-    selection: ``topk``, the method; ``window`` (sinks and the latest keys) and ``random`` exist
-        so that its quality can be compared at an equal budget.
+    selection: ``topk``, the method; the others (``backend/selectors.py``) exist so that its
+        quality can be compared at an equal budget.
     exact: score with the pool's own keys and every query's exact log-sum-exp, not with 8-bit
         copies and an estimate.
     score_memory: bytes that scores of one launch may take.
@@ -62,7 +65,7 @@ class KascadeConfig:
     @property
     def pooled(self) -> bool:
         """Whether one selection serves all KV heads of a layer."""
-        return self.heads == "pooled"
+        return self.heads == "pooled" or self.selection in ONE_LIST
 
 
 def environment_variable(name: str) -> str:
@@ -109,6 +112,11 @@ def read_settings(model_options: Any, environ: Mapping[str, str] | None = None) 
     return Settings(**merged)
 
 
+def every_layer_an_anchor(plan: Plan) -> Plan:
+    """Return a plan by which every layer selects for itself."""
+    return replace(plan, anchors=tuple(range(plan.shape.layers)), similarity={})
+
+
 def load_config(
     model: str,
     shape: ModelShape,
@@ -130,12 +138,14 @@ def load_config(
     memory = settings.score_memory_mb
     if memory is not None and memory < 1:
         raise KascadeError(f"score_memory_mb: expected at least 1, got {memory}; default 512")
+    selection = settings.selection or "topk"
     return KascadeConfig(
-        plan=plan,
+        # Quest hands nothing from layer to layer.
+        plan=every_layer_an_anchor(plan) if selection == "quest" else plan,
         budget=budget,
         heads=settings.heads or plan.heads,
         dense_backend=settings.dense_backend,
-        selection=settings.selection or "topk",
+        selection=selection,
         exact=bool(settings.exact),
         score_memory=512 * MB if memory is None else memory * MB,
     )

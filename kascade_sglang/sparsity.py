@@ -8,13 +8,16 @@ from kascade_kernels.budget import TILE
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.plan.schema import LayerRole
 
+QUEST_PAGE = 16
+"""Keys in a page of the ``quest`` comparison (arXiv 2406.10774, section 4.1)."""
+
 
 @dataclass(frozen=True)
 class KeyReads:
     """Keys read per query and KV head, summed over layers and queries.
 
-    attended: K and V read by attention. scored: K read by an anchor's selection; comparisons
-    that ignore the keys score none. dense: what dense attention reads.
+    attended: K and V read by attention. scored: K read by an anchor's selection. dense: what
+    dense attention reads.
     """
 
     attended: int
@@ -32,7 +35,7 @@ def key_reads(
     plan, budget = config.plan, config.budget
     roles = [plan.role(layer) for layer in layers or range(plan.shape.layers)]
     dense = roles.count(LayerRole.DENSE)
-    selecting = dense + roles.count(LayerRole.ANCHOR) if config.selection == "topk" else 0
+    selecting = dense + roles.count(LayerRole.ANCHOR)
     tiles = positions // TILE
     selected = budget.selected_counts(tiles)
     sparse = selected < TILE * tiles
@@ -40,6 +43,15 @@ def key_reads(
     attended = int((selected + positions - TILE * tiles + 1).sum())
     return KeyReads(
         attended=(len(roles) - dense) * attended + dense * visible,
-        scored=selecting * int((positions[sparse] + 1).sum()),
+        scored=selecting * int(_scored(config.selection, positions[sparse]).sum()),
         dense=len(roles) * visible,
     )
+
+
+def _scored(selection: str, positions: np.ndarray) -> np.ndarray:
+    """Keys that selecting for a query reads, int64 [queries]."""
+    if selection in ("window", "random"):
+        return np.zeros_like(positions)
+    if selection == "quest":  # The least and the greatest K of every page before the tile.
+        return 2 * (positions // TILE) * (TILE // QUEST_PAGE)
+    return positions + 1

@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kascade_kernels.reference import anchor_scores, pool_heads, select_topk, sparse_attention
+from kascade_kernels.reference import sparse_attention
 from kascade_sglang.backend.index_store import IndexStore
-from kascade_sglang.backend.metadata import StepMetadata, TileRow
+from kascade_sglang.backend.metadata import StepMetadata
+from kascade_sglang.backend.selectors import SELECTORS, Case
 from kascade_sglang.compat import key_value_caches
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
 
 if TYPE_CHECKING:
     from kascade_sglang.compat import ForwardBatch, ModelRunner, RadixAttention
-
-SINKS = 4
-"""First keys that the ``window`` comparison always keeps (StreamingLLM, arXiv 2309.17453)."""
 
 Selection = list[torch.Tensor]
 """For every tile row of the step, int64 [KV heads, selected] slots."""
@@ -70,43 +68,23 @@ def select(
     q: [tokens, Hq, D]. k_cache: [slots, H, D], this step's keys already stored.
     Returns for each tile int64 [H, selected] slots, ascending by position.
     """
+    selector, heads = SELECTORS[config.selection], k_cache.shape[1]
     selection, request, keys = [], -1, None
     for row in step.rows:
         if row.request != request:
             request, keys = row.request, None
-        if keys is None and not row.is_dense and config.selection == "topk":
-            # One gather a request, in the working precision, serves all its tiles.
-            keys = k_cache[step.slots[request]]
-            keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        positions = _positions(row, q, keys, k_cache.shape[1], config, layer_id, scale)
-        selection.append(step.slots[request][positions])
+        if row.is_dense:
+            positions = torch.arange(row.selected, device=q.device).unsqueeze(0)
+        else:
+            if keys is None:
+                # One gather a request, in the working precision, serves all its tiles.
+                keys = k_cache[step.slots[request]]
+                keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+            queries = q[row.start : row.start + row.count]
+            case = Case(queries, keys[: row.end], row.selected, layer_id, scale, config.pooled)
+            positions = selector(case)
+        selection.append(step.slots[request][positions.expand(heads, -1)])
     return selection
-
-
-def _positions(
-    row: TileRow,
-    q: torch.Tensor,
-    keys: torch.Tensor | None,
-    kv_heads: int,
-    config: KascadeConfig,
-    layer_id: int,
-    scale: float,
-) -> torch.Tensor:
-    """int64 [H, selected] positions before the tile, ascending."""
-    if row.is_dense:
-        return torch.arange(row.selected, device=q.device).expand(kv_heads, -1)
-    if config.selection == "window":
-        sinks = torch.arange(SINKS, device=q.device)
-        latest = torch.arange(row.own_start - row.selected + SINKS, row.own_start, device=q.device)
-        return torch.cat([sinks, latest]).expand(kv_heads, -1)
-    if config.selection == "random":
-        generator = torch.Generator().manual_seed(layer_id << 32 | row.tile)
-        noise = torch.rand(kv_heads, row.own_start, generator=generator)
-        return select_topk(noise.to(q.device), row.selected)
-    scores = anchor_scores(q[row.start : row.start + row.count], keys[: row.end], scale)
-    if config.pooled:
-        return select_topk(pool_heads(scores), row.selected).expand(kv_heads, -1)
-    return select_topk(scores, row.selected)
 
 
 def attend(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kascade_kernels.budget import Budget
+from kascade_sglang.backend.selectors import SELECTORS
 from kascade_sglang.config import FLAGS_VARIABLE, load_config, read_settings
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import PLAN_NAME
@@ -54,3 +55,23 @@ def test_plan_beside_the_weights_gives_way_to_a_named_one(tmp_path: Path) -> Non
 def test_refusals_name_the_source(options: object, environ: dict, expected: str) -> None:
     with pytest.raises(KascadeError, match=expected):
         read_settings(options, environ)
+
+
+def test_selections_are_the_selectors() -> None:
+    for name in SELECTORS:
+        assert read_settings(None, {"KASCADE_SELECTION": name}).selection == name
+    with pytest.raises(KascadeError) as refused:
+        read_settings(None, {"KASCADE_SELECTION": "h2o"})
+    sentence = str(refused.value)
+    assert sentence.startswith("environment KASCADE_*: selection: ") and "\n" not in sentence
+    assert sentence.endswith(", got 'h2o'") and all(f"'{name}'" in sentence for name in SELECTORS)
+
+
+def test_quest_selects_in_every_layer(tmp_path: Path) -> None:
+    make_plan().save(tmp_path / PLAN_NAME)
+
+    def anchors(selection: str) -> tuple[int, ...]:
+        return load_config(str(tmp_path), SHAPE, {"selection": selection}, {}).plan.anchors
+
+    assert anchors("quest") == (0, 1, 2, 3)
+    assert anchors("omnikv") == anchors("topk") == (0, 2)

@@ -181,6 +181,17 @@ def test_tensor_parallel_across_heads(
         checks.check_server_args(args)
 
 
+@pytest.mark.parametrize("selection", ["omnikv", "lessismore"])
+def test_tensor_parallel_comparisons_with_one_list(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, selection: str
+) -> None:
+    monkeypatch.setenv("KASCADE_SELECTION", selection)
+    args = parse(make_model())
+    object.__setattr__(args, "tp_size", 2)
+    with pytest.raises(KascadeError, match=f"selection: {selection} makes one list"):
+        checks.check_server_args(args)
+
+
 def test_pipeline_stage_without_its_anchor(make_model: MakeModel) -> None:
     args = parse(make_model())
     object.__setattr__(args, "pp_size", 2)
