@@ -4,12 +4,13 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 BIN := .venv/bin
 STAMP := .venv/installed
 PYTEST := $(BIN)/python -m pytest -q
-# Of kernels, too, but their pytest runs outside the interpreter.
+# Tests of kernels: in the interpreter, and those whose own process runs outside it.
+INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py
 OTHER_KERNEL_TESTS := tests/compile tests/e2e/test_kernel_server.py
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test test-serving test-kernels test-gpu check bench-prefill bench-decode \
-	eval readme-tables clean
+.PHONY: demo serve test test-serving test-kernels test-gpu check eval bench \
+	bench-decode bench-prefill readme-tables clean
 
 $(STAMP): setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
@@ -33,7 +34,7 @@ test-serving: $(STAMP)  ## unit tests, the backend on the torch reference, real 
 # Printed in one piece, because test-serving prints at the same time.
 test-kernels: $(STAMP)  ## kernels compiled for three GPUs; they, the backend and a server in Triton's interpreter
 	@out=$$( { export CUDA_VISIBLE_DEVICES=; $(PYTEST) $(OTHER_KERNEL_TESTS); failed=$$?; \
-		TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py && exit $$failed; } 2>&1); \
+		TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED) && exit $$failed; } 2>&1); \
 	failed=$$?; printf '\nKernel tests:\n%s\n' "$$out"; exit $$failed
 
 test-gpu: $(STAMP)  ## kernels and backend on a GPU, then one test of every kernel under compute-sanitizer
@@ -48,12 +49,6 @@ test-gpu: $(STAMP)  ## kernels and backend on a GPU, then one test of every kern
 check: $(STAMP)  ## lint
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-
-bench-prefill: $(STAMP)  ## prefill kernels beside FlashAttention-3, on an H100
-	$(BIN)/python benchmarks/bench_prefill.py
-
-bench-decode: $(STAMP)  ## decoding kernels beside FlashAttention-3 and others, on an H100
-	$(BIN)/python benchmarks/bench_decode.py
 
 eval: $(STAMP)  ## retrieval accuracy of every method at equal budgets, through the server
 	$(BIN)/python -m kascade_sglang.evaluation

@@ -40,7 +40,9 @@ def demo_arguments(backend: str, dense: str | None = None) -> list[str]:
     """
     arguments = ["--model-path", str(MODEL), "--served-model-name", "kascade-demo"]
     arguments += ["--attention-backend", backend, "--page-size", "32"]
-    arguments += ["--max-total-tokens", "65536", "--mem-fraction-static", "0.1"]
+    # The number of tokens bounds memory. A small fraction would count what other processes take
+    # while the model loads, and refuse to start.
+    arguments += ["--max-total-tokens", "65536", "--mem-fraction-static", "0.5"]
     arguments += ["--enable-metrics", "--enable-cache-report", "--log-level", "warning"]
     if backend == "kascade" and dense:
         arguments += ["--kascade-dense-backend", dense]

@@ -88,8 +88,10 @@ def test_bench_one_batch(tmp_path: Path) -> None:
         "dummy",
         "--dtype",
         "float32",
+        "--max-total-tokens",
+        "4096",
         "--mem-fraction-static",
-        "0.05",
+        "0.5",
     ]
     shape = ["--batch-size", "2", "--input-len", "300", "--output-len", "4", "--run-name", "test"]
     result = bench(
@@ -110,7 +112,7 @@ def test_bench_offline_throughput(tmp_path: Path) -> None:
     result = bench(
         "offline_throughput", "--model-path", str(MODEL), "--dataset-path", str(dataset),
         "--num-prompts", "4", "--dtype", "float32", "--max-total-tokens", "16384",
-        "--mem-fraction-static", "0.1", "--skip-warmup", "--result-filename", str(out),
+        "--mem-fraction-static", "0.5", "--skip-warmup", "--result-filename", str(out),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(out.read_text().splitlines()[-1])["successful_requests"] == 4

@@ -21,7 +21,7 @@ def tokens(backend: str, **options: Any) -> list[list[int]]:
         dtype="float32",
         page_size=32,
         max_total_tokens=16384,
-        mem_fraction_static=0.1,
+        mem_fraction_static=0.5,
         log_level="warning",
         **options,
     )
