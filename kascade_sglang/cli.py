@@ -1,4 +1,4 @@
-"""The ``kascade`` command: calibrate a model; show, check and import plans.
+"""The ``kascade`` command: calibrate a model; evaluate a server; show, check and import plans.
 
 Whatever the user can mend ends as one line on stderr and exit status 1. Only the commands that
 run or read a model import torch.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import kascade_sglang
 from kascade_kernels.budget import Budget
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.evaluation.command import add_eval
 from kascade_sglang.plan.schema import HEAD_MODES, Plan, PlanError, load_plan
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_calibrate(commands)
+    add_eval(commands)
     plan = commands.add_parser("plan", help="show, check or import a plan")
     _add_plan_commands(plan.add_subparsers(required=True, metavar="COMMAND"))
     return parser
