@@ -22,7 +22,8 @@ def table(rows: list[Row]) -> Table:
     left = ("label", "task", "metric", "note")
     names = ("label", "task", "length", "n", "metric", "score", "95 %", "prompt tokens")
     for name in (*names, "keys read, prefill", "keys read, decode", "s a reply", "note"):
-        shown.add_column(name, justify="left" if name in left else "right")
+        justify = "left" if name in left else "right"
+        shown.add_column(name, justify=justify, no_wrap=name in ("task", "score", "95 %"))
     for row in rows:
         shown.add_row(
             row["label"],
@@ -70,13 +71,16 @@ def plot(rows: list[Row], picture: Path) -> None:
         raise EvaluationError(f"--plot {picture}: no task with a score at a length was run")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     labels = {label for label, _ in lines}
-    for (label, task), points in lines.items():
+    ticks = sorted({int(row["length"]) for points in lines.values() for row in points})
+    for place, ((label, task), points) in enumerate(lines.items()):
         points.sort(key=lambda row: int(row["length"]))
         scores = [float(row["score"]) for row in points]
         below = [max(0.0, s - float(row["low"])) for s, row in zip(scores, points, strict=True)]
         above = [max(0.0, float(row["high"]) - s) for s, row in zip(scores, points, strict=True)]
+        # Side by side, or the intervals of several tasks would hide one another.
+        aside = 1.02 ** (place - (len(lines) - 1) / 2)
         axes.errorbar(
-            [int(row["length"]) for row in points],
+            [aside * int(row["length"]) for row in points],
             scores,
             [below, above],
             marker="o",
@@ -84,6 +88,7 @@ def plot(rows: list[Row], picture: Path) -> None:
             label=f"{label} {task}" if len(labels) > 1 else task,
         )
     axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set(xlabel="tokens of prompt and reply", ylabel="score, 95 % interval", ylim=(-2, 102))
     axes.legend(fontsize="small")
     try:

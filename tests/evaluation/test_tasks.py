@@ -22,7 +22,7 @@ def make(name: str, tokens: Tokens, length: int = 1024, seed: int = 0) -> list[S
     return task.make(Order(length, 2, seed, tokens))
 
 
-@pytest.mark.parametrize("length", [1024, 8192])
+@pytest.mark.parametrize("length", [1024, 4096])
 @pytest.mark.parametrize("task", MADE, ids=lambda task: task.name)
 def test_prompts_fill_the_length(task: Task, length: int, tokens: Tokens) -> None:
     for sample in task.make(Order(length, 1, 0, tokens)):
@@ -83,7 +83,7 @@ def test_variables_form_one_chain(tokens: Tokens) -> None:
     assert len(solved.split()) == 5
 
 
-@pytest.mark.parametrize("length", [1024, 8192])
+@pytest.mark.parametrize("length", [1024, 4096])
 def test_common_words_are_the_most_common(tokens: Tokens, length: int) -> None:
     (sample, _) = make("cwe", tokens, length)
     asked = sample.prompt.rpartition("Below is a numbered list")[2].partition("\nQuestion")[0]
@@ -95,7 +95,7 @@ def test_common_words_are_the_most_common(tokens: Tokens, length: int) -> None:
     assert max(n for word, n in counts.items() if word not in sample.answers) == others
 
 
-@pytest.mark.parametrize("length", [1024, 8192])
+@pytest.mark.parametrize("length", [1024, 4096])
 def test_frequent_words_are_the_most_frequent(tokens: Tokens, length: int) -> None:
     (sample, _) = make("fwe", tokens, length)
     coded = sample.prompt.partition("coded words. ")[2].partition("\nQuestion")[0]
