@@ -78,13 +78,14 @@ def evaluate(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
         raise
-    Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
+    # Rows of other runs in the same file are what these are to be compared with.
+    Console(width=None if sys.stdout.isatty() else 180).print(table(results.rows()))
     for row in rows:
         if row["note"].startswith("not sparse"):
             where = f"{row['task']} {row['length']}".strip()
             print(f"kascade: warning: {where}: {row['note']}", file=sys.stderr)
     if args.plot:
-        plot(rows, args.plot)
+        plot(results.rows(), args.plot)
 
 
 def _check(args: argparse.Namespace) -> None:

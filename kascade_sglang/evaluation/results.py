@@ -23,10 +23,13 @@ KEY = ("label", "model", "task", "length", "prompt", "temperature", "samples")
 
 
 class LineFile:
-    """A text file that grows by whole lines. Raises EvaluationError where it cannot."""
+    """A text file that grows by whole lines. Raises EvaluationError where it cannot.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    header: the first line; a file that starts otherwise is somebody else's and is refused.
+    """
+
+    def __init__(self, path: Path, header: str = "") -> None:
+        self.path, self._header = path, header
         try:
             if path.exists() and not path.is_file():
                 raise EvaluationError(f"--out {path}: not a file")
@@ -40,6 +43,9 @@ class LineFile:
     def _drop_torn_line(self) -> None:
         """Cut off what a crash left after the last end of line."""
         content = self.path.read_bytes()
+        first = content.split(b"\n", 1)[0]
+        if self._header and first and not self._header.encode().startswith(first):
+            raise EvaluationError(f"--out {self.path}: holds other columns; give a new file")
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(self.path, whole)
@@ -87,13 +93,11 @@ class Results:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._csv = LineFile(out)
+        header = ",".join(COLUMNS)
+        self._csv = LineFile(out, header)
         self._replies = LineFile(out.with_suffix(".replies.jsonl"))
-        lines = self._csv.lines()
-        if lines and lines[0] != ",".join(COLUMNS):
-            raise EvaluationError(f"--out {out}: holds other columns; give a new file")
-        if not lines:
-            self._csv.append(",".join(COLUMNS))
+        if not self._csv.lines():
+            self._csv.append(header)
 
     def rows(self) -> list[dict[str, str]]:
         """The rows so far; where a thing was measured twice, the newest."""

@@ -32,7 +32,7 @@ REFUSALS = {
     "no samples": ("vt", ["--samples", "0"], None, "--samples: expected a number above 0, got 0"),
     "no folder": ("vt", ["--out", "/no/such/out.csv"], None, "--out /no/such/out.csv: no such"),
     "out is a folder": ("vt", ["--out", "/tmp"], None, "--out /tmp: not a file"),
-    "foreign csv": ("vt", ["--out", "FILE"], "a,b\n", "holds other columns; give a new file"),
+    "foreign csv": ("vt", ["--out", "FILE"], "a,b\n1,2", "holds other columns; give a new file"),
 }
 
 
@@ -51,6 +51,7 @@ def test_refusals(
         given = [str(path) if option == "FILE" else option for option in options]
         assert kascade_eval(stub, task, *given) == 1
         assert stub.requests == []
+    assert content is None or path.read_text() == content
     said = capsys.readouterr().err.strip()
     assert said.startswith("kascade: ") and "\n" not in said
     assert expected.replace("FILE", str(path)) in said
