@@ -1,4 +1,4 @@
-"""The ``kascade`` command: calibrate a model; show, compare, draw, check and import plans.
+"""The ``kascade`` command: calibrate a model; evaluate a server; show, draw, check, import plans.
 
 Whatever the user can mend ends as one line on stderr and exit status 1. Only the commands that
 run or read a model import torch.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import kascade_sglang
 from kascade_kernels.budget import Budget
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.evaluation.command import add_eval
 from kascade_sglang.plan.library import read_plan
 from kascade_sglang.plan.schema import HEAD_MODES, Plan, PlanError
 
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_calibrate(commands)
+    add_eval(commands)
     plan = commands.add_parser("plan", help="show, compare, draw, check or import plans")
     _add_plan_commands(plan.add_subparsers(required=True, metavar="COMMAND"))
     return parser

@@ -1,5 +1,6 @@
 """Shared setup: deterministic torch, and outputs that nobody wrote show up as NaN."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,9 @@ import torch
 
 from interpreter import add_bfloat16, leave_out_programs
 from shapes import INTERPRETED
+
+# Log handlers that libraries made in one test hold its closed stderr in the next.
+logging.raiseExceptions = False
 
 
 @pytest.fixture(autouse=True)

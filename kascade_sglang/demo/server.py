@@ -14,7 +14,8 @@ from types import TracebackType
 
 import psutil
 import torch
-from prometheus_client.parser import text_string_to_metric_families
+
+from kascade_sglang.counters import KeyReads, read_key_reads
 
 MODEL = Path(__file__).resolve().parent / "model"
 START_TIMEOUT = 600
@@ -128,15 +129,9 @@ class Server:
         """Return the last lines of the server's log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def key_reads(self) -> dict[tuple[str, str], int]:
+    def key_reads(self) -> KeyReads:
         """Return Kascade's counters as {(phase, kind): keys}; empty under another backend."""
-        text = urllib.request.urlopen(f"{self.url}/metrics/", timeout=30).read().decode()
-        return {
-            (sample.labels["phase"], sample.labels["kind"]): int(sample.value)
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == "kascade_key_reads_total"
-        }
+        return read_key_reads(self.url)
 
     def stop(self) -> None:
         """End the server and every process it started."""

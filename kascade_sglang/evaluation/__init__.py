@@ -1,1 +1,1 @@
-"""Retrieval accuracy of every selection method at equal budgets, through a real server."""
+"""Evaluation of methods on the demo model (``make eval``) and of any server (``kascade eval``)."""

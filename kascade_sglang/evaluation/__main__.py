@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from kascade_sglang.backend.dense import default_dense_backend
+from kascade_sglang.counters import share_attended
 from kascade_sglang.demo.client import Answer, ask_all
 from kascade_sglang.demo.server import MODEL, Server
 from kascade_sglang.demo.tasks import TASKS, Document, make_document
@@ -30,7 +31,6 @@ RESULTS = Path("benchmarks/results")
 COLUMNS = """method heads ratio task length accuracy n attended
     device dtype versions commit date""".split()
 CONCURRENCY = 4
-KeyReads = dict[tuple[str, str], int]
 
 
 def make_documents(length: int, count: int, questions: int) -> list[Document]:
@@ -70,7 +70,8 @@ def evaluate(
         for length, group in documents.items():
             before = server.key_reads()
             answers = asyncio.run(answer_documents(server.url, group, bar))
-            attended = share_attended(before, server.key_reads())
+            # Without counters the backend is a dense one.
+            attended = share_attended(before, server.key_reads()) or 1.0
             for task in TASKS:
                 replies = [answer for answer in answers if answer.question.task == task]
                 right = sum(answer.correct for answer in replies)
@@ -87,15 +88,6 @@ def evaluate(
                     }
                 )
     return rows
-
-
-def share_attended(before: KeyReads, after: KeyReads) -> float:
-    """Keys attended to as a share of dense attention's, between two readings of the counters."""
-    grown = {
-        kind: sum(value - before.get(key, 0) for key, value in after.items() if key[1] == kind)
-        for kind in ("attended", "dense")
-    }
-    return grown["attended"] / grown["dense"] if grown["dense"] else 1.0
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,0 +1,137 @@
+"""``kascade eval``: options, and the run that they ask for. Heavy imports wait for the run."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kascade_sglang.evaluation.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from kascade_sglang.evaluation.endpoint import Endpoint
+    from kascade_sglang.evaluation.harness import Settings
+
+EPILOG = """tasks: ruler = niah_single (niah_single_1 to _3), niah_multikey (_1 to _3),
+niah_multivalue, niah_multiquery, vt, cwe, fwe and qa; perplexity (SGLang only); longbench and
+longbench_DATASET (--longbench); aime (--aime); facts: what the demo model can answer."""
+
+
+def add_eval(commands: "argparse._SubParsersAction") -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "eval", help="measure a running server on long-context tasks", epilog=EPILOG
+    )
+    add = parser.add_argument
+    add("--url", required=True, help="of the server, such as http://127.0.0.1:30000")
+    add("--tasks", required=True, help="names with commas between them; see below")
+    add("--lengths", type=int, nargs="+", default=[4096], help="tokens, reply included (4096)")
+    add("--samples", type=int, default=20, help="of each task and length (20)")
+    add("--seed", type=int, default=0, help="the same seed gives the same prompts (0)")
+    add("--out", type=Path, required=True, help="CSV to append to; a run goes on where it ended")
+    add("--tokenizer", "--model", help="folder or Hugging Face id (what the server names)")
+    add(
+        "--prompt",
+        choices=("chat_prefix", "chat", "completion"),
+        default="chat_prefix",
+        help="chat whose reply starts as RULER prescribes (SGLang; the default), chat whose user "
+        "message ends with that start (any server), or text to continue (base models)",
+    )
+    add("--squad", type=Path, help="file in SQuAD's format for qa (invented passages)")
+    add("--longbench", type=Path, help="folder with LongBench's files, qasper.jsonl and so on")
+    add("--aime", type=Path, help=".jsonl with problem and answer")
+    add("--text", type=Path, help="text file for perplexity (the bundled books)")
+    add("--label", help="names the run in results (the server's attention backend)")
+    add("--concurrency", type=int, default=4, help="requests in flight (4)")
+    add("--temperature", type=float, default=0.0, help="of sampling (0)")
+    add("--max-tokens", type=int, help="longest reply (what the benchmark prescribes)")
+    add("--timeout", type=float, default=3600, help="seconds for one reply (3600)")
+    add("--plot", type=Path, help="also draw scores against lengths, such as scores.png")
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Run the tasks; the table goes to stdout, progress to stderr. Raises EvaluationError."""
+    _check(args)
+    from rich.console import Console
+
+    from kascade_sglang.evaluation.endpoint import Endpoint
+    from kascade_sglang.evaluation.harness import Harness
+    from kascade_sglang.evaluation.registry import groups, pick
+    from kascade_sglang.evaluation.results import Results
+    from kascade_sglang.evaluation.show import plot, require_matplotlib, table
+    from kascade_sglang.evaluation.tokens import Tokens
+
+    if args.plot:
+        require_matplotlib()
+    known = groups(args.squad, args.aime, args.longbench, args.text)
+    tasks = pick([name.strip() for name in args.tasks.split(",") if name.strip()], known)
+    endpoint = Endpoint.probe(args.url)
+    tokens = Tokens.load(_tokenizer(args, endpoint))
+    results = Results(args.out)
+    harness = Harness(endpoint, tokens, _settings(args, endpoint), results, _progress)
+    try:
+        rows = harness.run(tasks)
+    except KeyboardInterrupt:
+        print(
+            f"\nkascade: stopped; {args.out} keeps {len(results.rows())} rows and every reply so "
+            "far; run the same command again to go on",
+            file=sys.stderr,
+        )
+        raise
+    # Rows of other runs in the same file are what these are to be compared with.
+    Console(width=None if sys.stdout.isatty() else 180).print(table(results.rows()))
+    for row in rows:
+        if row["note"].startswith("not sparse"):
+            where = f"{row['task']} {row['length']}".strip()
+            print(f"kascade: warning: {where}: {row['note']}", file=sys.stderr)
+    if args.plot:
+        plot(results.rows(), args.plot)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse wrong options before anything is loaded or asked."""
+    for name in ("samples", "concurrency", "max_tokens", "timeout"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            flag = name.replace("_", "-")
+            raise EvaluationError(f"--{flag}: expected a number above 0, got {value}")
+    if args.temperature < 0:
+        raise EvaluationError(f"--temperature: expected 0 or more, got {args.temperature}")
+    for length in args.lengths:
+        if length < 256:
+            raise EvaluationError(f"--lengths: expected at least 256 tokens, got {length}")
+    if not args.out.absolute().parent.is_dir():
+        raise EvaluationError(f"--out {args.out}: no such folder")
+
+
+def _tokenizer(args: argparse.Namespace, endpoint: "Endpoint") -> str:
+    path = args.tokenizer or endpoint.tokenizer
+    if not path:
+        raise EvaluationError(
+            f"--tokenizer: {args.url} does not say which it uses; give the served model's folder"
+        )
+    return path
+
+
+def _settings(args: argparse.Namespace, endpoint: "Endpoint") -> "Settings":
+    from kascade_sglang.evaluation.harness import Settings
+
+    return Settings(
+        lengths=tuple(dict.fromkeys(args.lengths)),
+        samples=args.samples,
+        seed=args.seed,
+        prompt=args.prompt,
+        concurrency=args.concurrency,
+        temperature=args.temperature,
+        timeout=args.timeout,
+        max_tokens=args.max_tokens,
+        label=args.label or endpoint.backend,
+    )
+
+
+def _progress(task: str, length: int | None, done: int, count: int) -> None:
+    """One line a task, which a terminal sees grow."""
+    where = f"{task} {length or ''}".strip()
+    if done == count or sys.stderr.isatty():
+        end = "\n" if done == count else ""
+        print(f"\r{where}: {done} of {count}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,203 @@
+"""A running OpenAI-compatible server: what it serves, its replies and its counters."""
+
+import os
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+import openai
+
+from kascade_sglang.counters import KeyReads, read_key_reads
+from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.evaluation.samples import Sample
+
+PROMPTS = ("chat_prefix", "chat", "completion")
+"""How prompts are sent: as a chat whose reply starts with the benchmark's prefix (SGLang), as a
+chat whose user message ends with it (any server), or as text to continue."""
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back. loss: mean of the scored tokens in nats, for perplexity alone."""
+
+    text: str
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where requests go.
+
+    url: without ``/v1``. model: the served name.
+    context: most tokens of prompt and reply together; None where the server does not say.
+    tokenizer: its folder or id; None where the server does not say.
+    backend: SGLang's attention backend, ``server`` for other servers.
+    """
+
+    url: str
+    model: str
+    context: int | None
+    tokenizer: str | None
+    backend: str
+
+    @classmethod
+    def probe(cls, url: str) -> "Endpoint":
+        """Ask the server what it is; raises EvaluationError where none answers."""
+        url = url.rstrip("/").removesuffix("/v1")
+        listed = _get(f"{url}/v1/models", required=True)
+        try:
+            card = listed["data"][0]
+            model, context = card["id"], card.get("max_model_len")
+        except (KeyError, IndexError, TypeError) as error:
+            raise EvaluationError(
+                f"--url {url}: expected an OpenAI-compatible server, but /v1/models names no model"
+            ) from error
+        info = _get(f"{url}/model_info") or {}
+        settings = _get(f"{url}/server_info") or {}
+        tokenizer = info.get("tokenizer_path") or info.get("model_path")
+        return cls(url, model, context, tokenizer, settings.get("attention_backend") or "server")
+
+    def key_reads(self) -> KeyReads:
+        """Kascade's counters; empty where there are none."""
+        try:
+            return read_key_reads(self.url)
+        except OSError:
+            return {}
+
+    def client(self, timeout: float) -> openai.AsyncOpenAI:
+        """A client of the server; ``timeout`` in seconds, for one reply."""
+        key = _api_key()
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=timeout)
+
+    def max_tokens(self, sample: Sample, overhead: int) -> int | None:
+        """Longest reply to ask for; raises EvaluationError where the prompt leaves no room."""
+        extra = 0 if sample.raw else overhead
+        wanted = sample.max_tokens or 1
+        if self.context and sample.tokens + extra + wanted > self.context:
+            raise EvaluationError(
+                f"a prompt of {sample.tokens + extra} tokens and a reply of {wanted} exceed the "
+                f"server's context of {self.context}; ask for shorter --lengths or serve the model "
+                "with a longer --context-length"
+            )
+        if sample.max_tokens is None and self.context:
+            # Templates that depend on the day may have a few tokens more than were counted.
+            return max(1, self.context - sample.tokens - extra - 16)
+        return sample.max_tokens
+
+    async def ask(
+        self,
+        client: openai.AsyncOpenAI,
+        sample: Sample,
+        prompt: str,
+        max_tokens: int | None,
+        temperature: float,
+    ) -> Reply:
+        """Send one sample, by ``prompt``, one of PROMPTS; raises EvaluationError."""
+        started = time.monotonic()
+        if sample.ids:
+            loss = await _awaited(self.url, self._loss(sample, client.timeout))
+            return Reply("", sample.tokens, 1, time.monotonic() - started, loss)
+        common = {"model": self.model, "temperature": temperature}
+        if max_tokens is not None:
+            common["max_tokens"] = max_tokens
+        if sample.raw or prompt == "completion":
+            text = f"{sample.prompt} {sample.prefix}".rstrip(" ")
+            made = await _awaited(self.url, client.completions.create(prompt=text, **common))
+            reply = made.choices[0].text
+        else:
+            messages, extra = _chat(sample, prompt)
+            call = client.chat.completions.create(messages=messages, extra_body=extra, **common)
+            made = await _awaited(self.url, call)
+            reply = made.choices[0].message.content or ""
+        usage = made.usage
+        return Reply(
+            text=reply.removeprefix(sample.prefix),
+            prompt_tokens=usage.prompt_tokens if usage else 0,
+            output_tokens=usage.completion_tokens if usage else 0,
+            seconds=time.monotonic() - started,
+        )
+
+    async def _loss(self, sample: Sample, timeout: Any) -> float:
+        """Mean loss of the sample's last tokens, from SGLang's /generate."""
+        body = {
+            "input_ids": list(sample.ids),
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+            "return_logprob": True,
+            "logprob_start_len": len(sample.ids) - sample.scored_tokens - 1,
+        }
+        async with httpx.AsyncClient(timeout=timeout, headers=_headers()) as client:
+            reply = await client.post(f"{self.url}/generate", json=body)
+        if reply.status_code in (404, 405):
+            raise EvaluationError(
+                f"perplexity: {self.url} has no /generate with log probabilities of the prompt, "
+                "which only SGLang offers; leave the task out"
+            )
+        reply.raise_for_status()
+        pairs = reply.json()["meta_info"]["input_token_logprobs"][-sample.scored_tokens :]
+        if len(pairs) != sample.scored_tokens or any(pair[0] is None for pair in pairs):
+            raise EvaluationError(
+                f"perplexity: expected {sample.scored_tokens} log probabilities, "
+                f"the server sent {len(pairs)}"
+            )
+        return -sum(pair[0] for pair in pairs) / len(pairs)
+
+
+def _api_key() -> str:
+    return os.environ.get("OPENAI_API_KEY") or "none"
+
+
+def _headers() -> dict[str, str]:
+    return {"Authorization": f"Bearer {_api_key()}"}
+
+
+def _get(url: str, required: bool = False) -> Any:
+    """The JSON at an address; None where there is none, unless it is required."""
+    try:
+        reply = httpx.get(url, timeout=30, headers=_headers())
+        reply.raise_for_status()
+        return reply.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        if not required:
+            return None
+        raise EvaluationError(
+            f"--url: no OpenAI-compatible server answers at {url} ({_brief(error)}); start one, "
+            "for example with `sglang serve`, and wait until it is ready"
+        ) from error
+
+
+def _chat(sample: Sample, prompt: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Messages of a sample, and what SGLang needs to go on with the reply's prescribed start."""
+    if not sample.prefix:
+        return [{"role": "user", "content": sample.prompt}], {}
+    if prompt == "chat":
+        return [{"role": "user", "content": f"{sample.prompt} {sample.prefix}"}], {}
+    user = {"role": "user", "content": sample.prompt}
+    assistant = {"role": "assistant", "content": sample.prefix}
+    return [user, assistant], {"continue_final_message": True}
+
+
+async def _awaited(url: str, call: Awaitable[Result]) -> Result:
+    """Await a request; what goes wrong on the server's side ends as one sentence."""
+    try:
+        return await call
+    except (openai.APITimeoutError, httpx.TimeoutException) as error:
+        raise EvaluationError(f"{url}: no reply in time; give a longer --timeout") from error
+    except (openai.APIConnectionError, httpx.TransportError) as error:
+        raise EvaluationError(f"{url}: the server does not answer any more") from error
+    except (openai.APIStatusError, httpx.HTTPStatusError) as error:
+        raise EvaluationError(
+            f"{url}: the server refused a request (status {error.response.status_code}): "
+            f"{_brief(error)}"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    response = getattr(error, "response", None) if not isinstance(error, httpx.HTTPError) else None
+    text = response.text if response is not None else str(error)
+    return " ".join(text.split())[:200]

@@ -1,0 +1,39 @@
+"""Reading JSON lines; every refusal names the file and the line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kascade_sglang.evaluation.errors import EvaluationError
+
+
+def read_jsonl(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Read one object a line, each with at least ``fields``; blank lines are left out.
+
+    Raises EvaluationError where the file is missing, empty or malformed.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    rows = [
+        _parse(path, number, line, fields) for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not rows:
+        raise EvaluationError(f"{path}: empty; expected one JSON object a line")
+    return rows
+
+
+def _parse(path: Path, number: int, line: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise EvaluationError(f"{path}, line {number}: no JSON ({error.msg})") from error
+    if not isinstance(row, dict):
+        raise EvaluationError(f"{path}, line {number}: expected an object, got {line[:40]!r}")
+    missing = [field for field in fields if field not in row]
+    if missing:
+        raise EvaluationError(f"{path}, line {number}: no field {missing[0]!r}")
+    return row

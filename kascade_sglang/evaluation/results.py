@@ -1,0 +1,136 @@
+"""Results on disk: one CSV row for every finished task, one JSON line for every reply.
+
+Both files only grow, a whole line at a time, so that whatever ends a run, what was measured stays
+and the same command goes on from there.
+"""
+
+import csv
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kascade_sglang.evaluation.endpoint import Reply
+from kascade_sglang.evaluation.errors import EvaluationError
+
+COLUMNS = """label model task length n score low high metric prompt_tokens output_tokens
+    prefill_attended decode_attended seconds prompt temperature seed samples data note version
+    date""".split()
+KEY = ("label", "model", "task", "length", "prompt", "temperature", "samples")
+"""Columns that say what was measured; ``samples`` is the fingerprint of all prompts."""
+
+
+class LineFile:
+    """A text file that grows by whole lines. Raises EvaluationError where it cannot.
+
+    header: the first line; a file that starts otherwise is somebody else's and is refused.
+    """
+
+    def __init__(self, path: Path, header: str = "") -> None:
+        self.path, self._header = path, header
+        try:
+            if path.exists() and not path.is_file():
+                raise EvaluationError(f"--out {path}: not a file")
+            # Appending proves before anything is asked that the file can be written.
+            with open(path, "ab"):
+                pass
+            self._drop_torn_line()
+        except OSError as error:
+            raise EvaluationError(f"--out {path}: cannot write ({error.strerror})") from error
+
+    def _drop_torn_line(self) -> None:
+        """Cut off what a crash left after the last end of line."""
+        content = self.path.read_bytes()
+        first = content.split(b"\n", 1)[0]
+        if self._header and first and not self._header.encode().startswith(first):
+            raise EvaluationError(f"--out {self.path}: holds other columns; give a new file")
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self.path, whole)
+
+    def lines(self) -> list[str]:
+        """Every line, without its end."""
+        try:
+            return self.path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(f"--out {self.path}: cannot read ({error})") from error
+
+    def append(self, line: str) -> None:
+        """Add a line and see it on disk; where that fails, the file is as it was before."""
+        data = (line + "\n").encode()
+        try:
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            try:
+                size = os.fstat(file).st_size
+                try:
+                    while data:
+                        data = data[os.write(file, data) :]
+                    os.fsync(file)
+                except OSError:
+                    os.ftruncate(file, size)
+                    raise
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise EvaluationError(
+                f"--out {self.path}: cannot write ({error.strerror}); what was written before is "
+                "kept, and the same command goes on from there"
+            ) from error
+
+
+@dataclass(frozen=True)
+class SavedReply:
+    """A reply with its score: 0 to 1, or nats a token for perplexity."""
+
+    score: float
+    reply: Reply
+
+
+class Results:
+    """The CSV at ``out`` and the replies beside it."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        header = ",".join(COLUMNS)
+        self._csv = LineFile(out, header)
+        self._replies = LineFile(out.with_suffix(".replies.jsonl"))
+        if not self._csv.lines():
+            self._csv.append(header)
+
+    def rows(self) -> list[dict[str, str]]:
+        """The rows so far; where a thing was measured twice, the newest."""
+        rows = {}
+        for row in csv.DictReader(self._csv.lines()):
+            rows[tuple(row[name] for name in KEY)] = row
+        return list(rows.values())
+
+    def find(self, key: dict[str, str]) -> dict[str, str] | None:
+        """The row that holds all of ``key``'s cells, if there is one."""
+        return next((r for r in self.rows() if all(r[k] == v for k, v in key.items())), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write the row of a finished task."""
+        text = io.StringIO()
+        csv.DictWriter(text, COLUMNS, lineterminator="").writerow(row)
+        self._csv.append(text.getvalue().replace("\n", " "))
+
+    def saved(self) -> dict[str, SavedReply]:
+        """{key: reply} of every reply so far."""
+        found = {}
+        for number, line in enumerate(self._replies.lines(), 1):
+            try:
+                entry = json.loads(line)
+                found[entry["key"]] = SavedReply(entry["score"], Reply(**entry["reply"]))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise EvaluationError(
+                    f"{self._replies.path}, line {number}: not a reply of an earlier run; remove "
+                    "the file to start afresh"
+                ) from error
+        return found
+
+    def save(self, key: str, task: str, answers: tuple[str, ...], saved: SavedReply) -> None:
+        """Write one reply."""
+        entry = {"key": key, "task": task, "answers": answers, "score": saved.score}
+        self._replies.append(json.dumps({**entry, "reply": vars(saved.reply)}, ensure_ascii=True))

@@ -1,0 +1,166 @@
+"""RULER's question answering: the passage that answers a question, among many others.
+
+Passages come from a file in SQuAD's format, as in RULER, or are invented: buildings with a
+builder, a year, a town and a treasure, told apart by their names, between sentences of the
+bundled books.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from kascade_sglang.demo.vocabulary import ADJECTIVES, FIRST_NAMES, LAST_NAMES, NOUNS
+from kascade_sglang.evaluation import haystack
+from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.evaluation.fitting import Draft, longest
+from kascade_sglang.evaluation.metrics import string_match_part
+from kascade_sglang.evaluation.samples import Order, Sample, Task
+
+MAX_TOKENS = 32
+ASK = (
+    "Answer the question based on the given documents. Only give me the answer and do not output "
+    "any other words.\n\nThe following are given documents.\n\n{context}\n\nAnswer the question "
+    "based on the given documents. Only give me the answer and do not output any other words."
+    "\n\nQuestion: {question}"
+)
+PREFIX = "Answer:"
+BUILDINGS = (
+    "Abbey Academy Arcade Archive Barn Brewery Bridge Castle Chapel College Court Customs-House "
+    "Dairy Exchange Foundry Gallery Granary Hall Hospital Inn Library Lighthouse Manor Market Mill "
+    "Museum Observatory Palace Pavilion School Station Theatre Tower Viaduct Windmill Works"
+).split()
+TOWN_ENDINGS = "bury dale field ford ham haven mouth stead ton wick".split()
+TALE_SENTENCES = 5
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, its answers, the passage that holds them, and passages of the same article."""
+
+    question: str
+    answers: tuple[str, ...]
+    passage: int
+    related: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Passages and questions about them."""
+
+    passages: tuple[str, ...]
+    questions: tuple[Asked, ...]
+
+
+def _invented_passage(rng: random.Random, name: str) -> tuple[str, list[tuple[str, str]]]:
+    """A passage about a building, and (question, answer) pairs."""
+    builder = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
+    year = str(rng.randint(1500, 1899))
+    town = rng.choice(LAST_NAMES) + rng.choice(TOWN_ENDINGS)
+    treasure = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    tale = " ".join(haystack.sentences(rng, TALE_SENTENCES))
+    text = (
+        f"The {name} was built by {builder} in {year}. It stands in the town of {town}. {tale} "
+        f"Visitors come to the {name} to see its {treasure}."
+    )
+    asked = [
+        (f"Who built the {name}?", builder),
+        (f"In which year was the {name} built?", year),
+        (f"In which town does the {name} stand?", town),
+        (f"What do visitors come to see at the {name}?", treasure),
+    ]
+    return text, asked
+
+
+def invented() -> Collection:
+    """All 2,160 invented passages and their questions; always the same."""
+    rng = random.Random("passages")
+    names = [f"{first} {kind}" for first in LAST_NAMES for kind in BUILDINGS]
+    rng.shuffle(names)
+    passages, questions = [], []
+    for place, name in enumerate(names):
+        text, pairs = _invented_passage(rng, name)
+        passages.append(text)
+        questions += [Asked(question, (answer,), place, ()) for question, answer in pairs]
+    return Collection(tuple(passages), tuple(questions))
+
+
+def read_squad(path: Path) -> Collection:
+    """Read a file in SQuAD's format (1.1 or 2.0), without its unanswerable questions.
+
+    Raises EvaluationError where the file is missing, malformed or holds no question.
+    """
+    try:
+        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        passages: dict[str, int] = {}
+        questions = []
+        for article in articles:
+            texts = [paragraph["context"] for paragraph in article["paragraphs"]]
+            places = [passages.setdefault(text, len(passages)) for text in texts]
+            for paragraph, place in zip(article["paragraphs"], places, strict=True):
+                related = tuple(sorted(set(places) - {place}))
+                questions += [
+                    Asked(qa["question"], tuple(a["text"] for a in qa["answers"]), place, related)
+                    for qa in paragraph["qas"]
+                    if not qa.get("is_impossible") and qa["answers"]
+                ]
+    except OSError as error:
+        raise EvaluationError(f"--squad {path}: cannot read ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise EvaluationError(f"--squad {path}: no JSON (line {error.lineno})") from error
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
+        raise EvaluationError(
+            f"--squad {path}: expected SQuAD's format (data, paragraphs, context, qas, question, "
+            f"answers, text), got no {error}"
+        ) from error
+    if not questions:
+        raise EvaluationError(f"--squad {path}: holds no answerable question")
+    return Collection(tuple(passages), tuple(questions))
+
+
+def _draft(collection: Collection, asked: Asked, seed: str, size: int) -> Draft:
+    """The question over ``size`` passages; those of its article come first, as in RULER."""
+    rng = random.Random(seed)
+    related = rng.sample(asked.related, min(size - 1, len(asked.related)))
+    taken = {asked.passage, *asked.related}
+    others = [place for place in range(len(collection.passages)) if place not in taken]
+    wanted = size - 1 - len(related)
+    if wanted > len(others):
+        raise EvaluationError(
+            f"{len(collection.passages)} passages are too few; give a larger --squad file"
+        )
+    chosen = [asked.passage, *related, *rng.sample(others, wanted)]
+    rng.shuffle(chosen)
+    context = "\n\n".join(
+        f"Document {number}:\n{collection.passages[place]}"
+        for number, place in enumerate(chosen, 1)
+    )
+    return Draft(ASK.format(context=context, question=asked.question), PREFIX, asked.answers)
+
+
+def _make(load: partial[Collection], order: Order) -> list[Sample]:
+    collection = load()
+    rng = random.Random(f"qa-{order.seed}")
+    count = min(order.count, len(collection.questions))
+    budget = order.length - order.tokens.overhead - MAX_TOKENS
+    samples = []
+    for index, asked in enumerate(rng.sample(collection.questions, count)):
+        seed = f"qa-{order.length}-{order.seed}-{index}"
+        build = partial(_draft, collection, asked, seed)
+        try:
+            draft, tokens = longest(build, order.tokens.count, budget, 1)
+        except EvaluationError as error:
+            raise EvaluationError(f"qa at {order.length} tokens: {error}") from error
+        score = partial(string_match_part, answers=draft.answers)
+        samples.append(
+            Sample(draft.prompt, draft.answers, tokens, MAX_TOKENS, score, prefix=draft.prefix)
+        )
+    return samples
+
+
+def qa_task(squad: Path | None) -> Task:
+    """RULER's ``qa_1``, over a SQuAD file or the invented passages."""
+    load = partial(read_squad, squad) if squad else partial(invented)
+    data = squad.name if squad else "generated"
+    return Task("qa", partial(_make, load), True, "string_match", data)
