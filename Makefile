@@ -10,7 +10,7 @@ OTHER_KERNEL_TESTS := tests/compile tests/e2e/test_kernel_server.py
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
 .PHONY: demo serve test test-serving test-kernels test-gpu check eval bench \
-	bench-decode bench-prefill readme-tables clean
+	bench-decode bench-prefill bench-serving readme-tables clean
 
 $(STAMP): setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
@@ -60,6 +60,9 @@ bench-decode: $(STAMP)  ## decode attention beside FlashAttention-3
 
 bench-prefill: $(STAMP)  ## prefill attention beside FlashAttention-3
 	$(BIN)/python benchmarks/bench_prefill.py
+
+bench-serving: $(STAMP)  ## real servers beside SGLang's own backends, on a GPU
+	$(BIN)/python -m benchmarks.bench_serving
 
 readme-tables: $(STAMP)  ## fill the README's tables in from benchmarks/results
 	$(BIN)/python benchmarks/readme_tables.py
