@@ -39,10 +39,10 @@ def test_every_request_gets_what_it_asks_for(bench: ModuleType, tmp_path: Path) 
     arguments = bench.server_arguments(model, "kascade", options)
     with Server(arguments, tmp_path / "log") as server:
         plain_row = bench.measure(server, model, plain, float("inf"), tmp_path)
-        rag_row = bench.measure(server, model, rag, 50.0, tmp_path)
+        rag_row = bench.measure(server, model, rag, 1.0, tmp_path)
     assert (plain_row["input_tokens"], plain_row["output_tokens"]) == (600, 8)
     assert rag_row["input_tokens"] == 4 * 320
-    assert rag_row["cache_hit_rate"] > 0.2
+    assert rag_row["cache_hit_rate"] > 0.05
     assert set(bench.COLUMNS) >= set(rag_row)
 
 
