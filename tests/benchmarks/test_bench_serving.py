@@ -33,7 +33,7 @@ def test_every_request_gets_what_it_asks_for(bench: ModuleType, tmp_path: Path) 
     model = make_model({**LLAMA, "bos_token_id": 0, "eos_token_id": 1}, make_plan(), tmp_path / "m")
     options = Namespace(model="tiny", model_path=None, server_flags=["--max-total-tokens", "8192"])
     if not torch.cuda.is_available():
-        options.server_flags += ["--dtype", "float32", "--mem-fraction-static", "0.1"]
+        options.server_flags += ["--dtype", "float32", "--mem-fraction-static", "0.5"]
     plain = bench.Workload(2, 300, 4, "itl_p50_ms", 2.0)
     rag = bench.Workload(4, 320, 4, "ttft_p99_ms", 1.2, prefix=256, groups=2, arrivals=0.8)
     arguments = bench.server_arguments(model, "kascade", options)
