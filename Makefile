@@ -6,7 +6,7 @@ STAMP := .venv/installed
 PYTEST := $(BIN)/python -m pytest -q
 # Tests of kernels: in the interpreter, and those whose own process runs outside it.
 INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py
-OTHER_KERNEL_TESTS := tests/compile tests/e2e/test_kernel_server.py
+OTHER_KERNEL_TESTS := tests/compile tests/e2e/test_kernel_server.py tests/calibration tests/evaluation
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
 .PHONY: demo serve test test-serving test-kernels test-gpu check eval bench \
