@@ -4,9 +4,9 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 BIN := .venv/bin
 STAMP := .venv/installed
 PYTEST := $(BIN)/python -m pytest -q
-# Tests of kernels: in the interpreter, and those whose own process runs outside it.
+# The half of make test that starts few servers: kernels in the interpreter, and what runs outside it.
 INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py
-OTHER_KERNEL_TESTS := tests/compile tests/e2e/test_kernel_server.py tests/calibration tests/evaluation
+OTHER_TESTS := tests/compile tests/e2e/test_kernel_server.py tests/calibration tests/evaluation
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
 .PHONY: demo serve test test-serving test-kernels test-gpu check eval bench \
@@ -28,12 +28,12 @@ serve: $(STAMP)  ## keep the demo model's server up; PORT=30000
 test: check  ## all that needs no GPU: two halves side by side, each using about one core
 	@$(MAKE) --no-print-directory -j2 test-serving test-kernels
 
-test-serving: $(STAMP)  ## unit tests, the backend on the torch reference, real servers
-	$(PYTEST) --ignore=tests/kernels $(OTHER_KERNEL_TESTS:%=--ignore=%)
+test-serving: $(STAMP)  ## real servers, the backend on the torch reference, most unit tests
+	$(PYTEST) --ignore=tests/kernels $(OTHER_TESTS:%=--ignore=%)
 
 # Printed in one piece, because test-serving prints at the same time.
-test-kernels: $(STAMP)  ## kernels compiled for three GPUs; they, the backend and a server in Triton's interpreter
-	@out=$$( { export CUDA_VISIBLE_DEVICES=; $(PYTEST) $(OTHER_KERNEL_TESTS); failed=$$?; \
+test-kernels: $(STAMP)  ## kernels, the backend and a server in Triton's interpreter; kernels compiled for three GPUs; calibration, evaluation
+	@out=$$( { export CUDA_VISIBLE_DEVICES=; $(PYTEST) $(OTHER_TESTS); failed=$$?; \
 		TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED) && exit $$failed; } 2>&1); \
 	failed=$$?; printf '\nKernel tests:\n%s\n' "$$out"; exit $$failed
 
