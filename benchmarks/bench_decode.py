@@ -3,10 +3,8 @@
 Every measurement is the replay of a CUDA graph, L2 cold, slots in random order at page size 1.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -18,21 +16,18 @@ from kernel_common import (
     LAYER0,
     MODES,
     Q_HEADS,
-    RESULTS,
-    REUSE,
     SCALE,
     Pool,
     Row,
-    append_rows,
+    command_line,
     composites,
     layer,
     make_paths,
     measure,
-    print_rows,
+    run,
+    sparse_steps,
 )
-from plot_kernels import plot
 from rivals import fa3_decode, flashinfer_attend, flashinfer_select, torch_select
-from tqdm import tqdm
 
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget, tile_of
@@ -42,7 +37,6 @@ from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.structs import Rows
 from kascade_sglang.backend.paths import Paths
-from kascade_sglang.provenance import provenance
 
 K = 1024
 CONTEXT = 128 * K
@@ -106,16 +100,9 @@ def measure_case(case: str, lengths: list[int], inputs: str, rivals: bool) -> It
             paths.copies.write(LAYER0, pool.k, batch.out_cache_loc)
             path.attend_all(q, layer(LAYER0))
 
-        def anchor(paths=paths, path=path) -> None:
-            paths.copies.write(ANCHOR, pool.k, batch.out_cache_loc)
-            path.select(q, layer(ANCHOR))
-            path.attend(q, layer(ANCHOR))
-
-        def reuse(path=path) -> None:
-            path.attend(q, layer(REUSE))
-
         kinds = {}
-        for kind, step in (("layer0", layer0), ("anchor", anchor), ("reuse", reuse)):
+        steps = {"layer0": layer0, **sparse_steps(paths, path, pool, batch, q)}
+        for kind, step in steps.items():
             read = bytes_read(lengths, kind, mode)
             kinds[kind] = Row(case, kind, mode, measure(step), fa3_ms, inputs, bytes=read)
             yield kinds[kind]
@@ -163,28 +150,15 @@ def measure_rivals(
 
 def main() -> int:
     """Measure, print, append to the CSV and draw."""
-    parser = argparse.ArgumentParser(prog="make bench-decode", description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--out", type=Path, default=RESULTS / "decode_h100.csv")
+    parser = command_line("decode", __doc__, CASES)
     parser.add_argument("--no-rivals", action="store_true", help="Kascade and FA3 only")
-    parser.add_argument("--commit", help="what to write as the commit, outside a repository")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench-decode: expected a CUDA GPU, got none; run it on a machine that has one")
-    stamp = provenance(options.commit)
-    stamp["gpu"] = stamp.pop("device")
-    del stamp["dtype"]
-    every: list[Row] = []
-    for case in tqdm(options.cases, unit="case"):
-        for inputs in ("random", "heavy_tailed")[: 1 + (case in HEAVY_TAILED)]:
-            rivals = case in HEAVY_TAILED and inputs == "random" and not options.no_rivals
-            rows = list(measure_case(case, CASES[case], inputs, rivals))
-            append_rows(options.out, rows, stamp)
-            every += rows
-            torch.cuda.empty_cache()
-    print_rows(every)
-    plot(options.out, options.out.with_suffix(".png"))
-    return 0
+
+    def measured(case: str, inputs: str) -> Iterator[Row]:
+        rivals = case in HEAVY_TAILED and inputs == "random" and not options.no_rivals
+        return measure_case(case, CASES[case], inputs, rivals)
+
+    return run("decode", options, HEAVY_TAILED, measured)
 
 
 if __name__ == "__main__":

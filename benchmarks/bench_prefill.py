@@ -5,10 +5,8 @@ measurement is the replay of a CUDA graph, L2 cold, slots in random order at pag
 Layer 0 is FlashAttention-3 and a selection. A case in chunks is the sum over its chunks.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,21 +17,19 @@ from kernel_common import (
     KV_HEADS,
     LAYER0,
     MODES,
-    RESULTS,
-    REUSE,
     SCALE,
     Pool,
     Row,
-    append_rows,
+    Step,
+    command_line,
     composites,
     layer,
     make_paths,
     measure,
-    print_rows,
+    run,
+    sparse_steps,
 )
-from plot_kernels import plot
-from rivals import Step, fa3_extend
-from tqdm import tqdm
+from rivals import fa3_extend
 
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
@@ -41,7 +37,6 @@ from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
 from kascade_kernels.tile_scores import tile_lse, tile_scores
 from kascade_sglang.backend.extend_path import LSE_STRIDE
 from kascade_sglang.backend.paths import Paths
-from kascade_sglang.provenance import provenance
 
 K = 1024
 Span = tuple[int, int]
@@ -91,12 +86,7 @@ def layer_steps(paths: Paths, pool: Pool, batch, q: torch.Tensor, fa3: Step) -> 
         paths.copies.write(LAYER0, pool.k, batch.out_cache_loc)
         path.select(q, layer(LAYER0))
 
-    def anchor() -> None:
-        paths.copies.write(ANCHOR, pool.k, batch.out_cache_loc)
-        path.select(q, layer(ANCHOR))
-        path.attend(q, layer(ANCHOR))
-
-    return {"layer0": layer0, "anchor": anchor, "reuse": lambda: path.attend(q, layer(REUSE))}
+    return {"layer0": layer0, **sparse_steps(paths, path, pool, batch, q)}
 
 
 def scratch_bytes(step: Step) -> int:
@@ -167,26 +157,8 @@ def measure_pieces(
 
 def main() -> int:
     """Measure, print, append to the CSV and draw."""
-    parser = argparse.ArgumentParser(prog="make bench-prefill", description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--out", type=Path, default=RESULTS / "prefill_h100.csv")
-    parser.add_argument("--commit", help="what to write as the commit, outside a repository")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench-prefill: expected a CUDA GPU, got none; run it on a machine that has one")
-    stamp = provenance(options.commit)
-    stamp["gpu"] = stamp.pop("device")
-    del stamp["dtype"]
-    every: list[Row] = []
-    for name in tqdm(options.cases, unit="case"):
-        for inputs in ("random", "heavy_tailed")[: 1 + (name in HEAVY_TAILED)]:
-            rows = list(measure_case(name, inputs))
-            append_rows(options.out, rows, stamp)
-            every += rows
-            torch.cuda.empty_cache()
-    print_rows(every)
-    plot(options.out, options.out.with_suffix(".png"))
-    return 0
+    options = command_line("prefill", __doc__, CASES).parse_args()
+    return run("prefill", options, HEAVY_TAILED, measure_case)
 
 
 if __name__ == "__main__":

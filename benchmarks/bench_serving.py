@@ -13,19 +13,18 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from benchmarks.serving_model import PRESETS, make_shape
 from benchmarks.serving_workloads import WORKLOADS, Workload
+from kascade_sglang.counters import read_samples
 from kascade_sglang.demo.server import Server
 from kascade_sglang.errors import KascadeError
-from kascade_sglang.provenance import provenance
+from kascade_sglang.provenance import gpu_provenance
 
 RESULTS = Path(__file__).parent / "results/serving_h100.csv"
 BACKENDS = ("fa3", "kascade", "flashinfer", "triton")
@@ -63,12 +62,10 @@ class PeakMemory:
 
 def counters(server: Server) -> dict[str, float]:
     """Prompt tokens that the server has counted, and how many of them it had cached."""
-    text = urllib.request.urlopen(f"{server.url}/metrics/", timeout=30).read().decode()
     totals = {"sglang:prompt_tokens_total": 0.0, "sglang:cached_tokens_total": 0.0}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name in totals:
-                totals[sample.name] += sample.value
+    for sample in read_samples(server.url):
+        if sample.name in totals:
+            totals[sample.name] += sample.value
     prompt, cached = totals.values()
     return {"prompt": prompt, "cached": cached}
 
@@ -153,19 +150,19 @@ def run_backend(
     """Start one server and run every workload on it."""
     arguments = server_arguments(model, backend, options)
     with Server(arguments, folder / f"{backend}.log") as server:
+
+        def run(label: str, workload: Workload, rate: float) -> None:
+            row = {"workload": label, "backend": backend, "model": options.model}
+            row |= measure(server, model, workload, rate, folder)
+            rows.append(row | {"flags": " ".join(arguments[4:])})
+            write(rows[-1])
+
         for name in options.workloads:
-            workload = WORKLOADS[name]
             bar.set_description(f"{backend}, {name}")
-            runs = [(name, arrival_rate(name, rows))]
-            if workload.arrivals and not any(row["workload"] == f"{name}-limit" for row in rows):
-                runs = [(f"{name}-limit", float("inf"))]
-                runs += [(name, None)]
-            for label, rate in runs:
-                rate = arrival_rate(name, rows) if rate is None else rate
-                row = {"workload": label, "backend": backend, "model": options.model}
-                row |= measure(server, model, workload, rate, folder)
-                rows.append(row | {"flags": " ".join(arguments[4:])})
-                write(rows[-1])
+            workload, limit = WORKLOADS[name], f"{name}-limit"
+            if workload.arrivals and not any(row["workload"] == limit for row in rows):
+                run(limit, workload, float("inf"))
+            run(name, workload, arrival_rate(name, rows))
             bar.update()
 
 
@@ -176,8 +173,9 @@ def print_ratios(rows: list[dict[str, Any]]) -> None:
         ours, others = found.pop("kascade", None), found
         if ours is None or not others:
             continue
-        best = (min if workload.figure.endswith("_ms") else max)(others, key=others.get)
-        ratio = others[best] / ours if workload.figure.endswith("_ms") else ours / others[best]
+        lower_is_better = workload.figure.endswith("_ms")
+        best = (min if lower_is_better else max)(others, key=others.get)
+        ratio = others[best] / ours if lower_is_better else ours / others[best]
         print(
             f"{name:16} {workload.figure:20} kascade {ours:10.2f}  {best} {others[best]:10.2f}  "
             f"{ratio:.2f}x (at least {workload.must}x)"
@@ -206,9 +204,7 @@ def main() -> int:
         sys.exit("bench-serving: expected a CUDA GPU, got none; run it on a machine that has one")
     folder = Path(tempfile.mkdtemp(prefix="kascade-serving-"))
     model = options.model_path or make_shape(options.model, folder)
-    stamp = provenance(options.commit)
-    stamp["gpu"] = stamp.pop("device")
-    del stamp["dtype"]
+    stamp = gpu_provenance(options.commit)
     rows: list[dict[str, Any]] = []
     fresh = not options.out.exists()
     with open(options.out, "a", newline="") as file:

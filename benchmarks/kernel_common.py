@@ -4,20 +4,25 @@ One layer of each kind is timed as the backend runs it. Both plans have the same
 composite is a sum over the plan's layers.
 """
 
+import argparse
 import csv
 import statistics
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from plot_kernels import plot
+from tqdm import tqdm
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_kernels.key_copy import copy_keys
 from kascade_sglang.backend.paths import Paths, build_paths
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.plan.schema import ModelShape, Plan
+from kascade_sglang.provenance import gpu_provenance
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = """case kind plan mode method inputs ms fa3_ms speedup share tb_per_s scratch_mb
@@ -34,6 +39,9 @@ LAYER0, ANCHOR, REUSE = range(3)
 MODES = ("default", "exact")
 FLUSH_BYTES = 256 * 2**20
 """Read before every step: several times the L2 cache of any GPU."""
+
+
+Step = Callable[[], object]
 
 
 class Pool:
@@ -120,7 +128,23 @@ def make_paths(pool: Pool, exact: bool) -> Paths:
     return paths
 
 
-def measure(step: Callable[[], Any], repeats: int = 11) -> float:
+def sparse_steps(
+    paths: Paths, path: Any, pool: Pool, batch: SimpleNamespace, q: torch.Tensor
+) -> dict[str, Step]:
+    """What the backend does in the layers after layer 0, in the order in which it may run.
+
+    path: the one of ``paths`` that the step takes.
+    """
+
+    def anchor() -> None:
+        paths.copies.write(ANCHOR, pool.k, batch.out_cache_loc)
+        path.select(q, layer(ANCHOR))
+        path.attend(q, layer(ANCHOR))
+
+    return {"anchor": anchor, "reuse": lambda: path.attend(q, layer(REUSE))}
+
+
+def measure(step: Step, repeats: int = 11) -> float:
     """Time of a step in ms, L2 cold: the median over replays of a graph of several.
 
     Between steps a graph reads memory that is larger than the L2 cache, as the weights of other
@@ -132,7 +156,7 @@ def measure(step: Callable[[], Any], repeats: int = 11) -> float:
     return (both - _median_ms([cold.sum] * copies, repeats)) / copies
 
 
-def _median_ms(steps: list[Callable[[], Any]], repeats: int) -> float:
+def _median_ms(steps: list[Step], repeats: int) -> float:
     """Median time of a captured sequence of steps, in ms."""
     for step in dict.fromkeys(steps):
         step()
@@ -214,3 +238,37 @@ def print_rows(rows: list[Row]) -> None:
             f"{name} {row.inputs:12} {row.ms:9.4f} ms  {row.ms / row.fa3_ms:.4f} of FA3 "
             f"({row.fa3_ms / row.ms:.2f}x)"
         )
+
+
+def command_line(name: str, description: str, cases: dict[str, Any]) -> argparse.ArgumentParser:
+    """Return the parser of a kernel benchmark: ``decode`` or ``prefill``."""
+    parser = argparse.ArgumentParser(prog=f"make bench-{name}", description=description)
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}_h100.csv")
+    parser.add_argument("--commit", help="what to write as the commit, outside a repository")
+    return parser
+
+
+def run(
+    name: str,
+    options: argparse.Namespace,
+    heavy_tailed: tuple[str, ...],
+    measure_case: Callable[[str, str], Iterable[Row]],
+) -> int:
+    """Measure, append to the CSV as cases are done, print and draw; returns the exit status.
+
+    heavy_tailed: cases measured on clustered selections, too. measure_case: (case, inputs) -> rows.
+    """
+    if not torch.cuda.is_available():
+        sys.exit(f"bench-{name}: expected a CUDA GPU, got none; run it on a machine that has one")
+    stamp = gpu_provenance(options.commit)
+    every: list[Row] = []
+    for case in tqdm(options.cases, unit="case"):
+        for inputs in ("random", "heavy_tailed")[: 1 + (case in heavy_tailed)]:
+            rows = list(measure_case(case, inputs))
+            append_rows(options.out, rows, stamp)
+            every += rows
+            torch.cuda.empty_cache()
+    print_rows(every)
+    plot(options.out, options.out.with_suffix(".png"))
+    return 0

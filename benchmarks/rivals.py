@@ -1,13 +1,9 @@
 """Other libraries' kernels for the same work, to be timed beside ours."""
 
-from collections.abc import Callable
-
 import torch
-from kernel_common import DEVICE, DIM, DTYPE, GROUP, KV_HEADS, SCALE, Pool
+from kernel_common import DEVICE, DIM, DTYPE, GROUP, KV_HEADS, SCALE, Pool, Step
 
 from kascade_kernels.structs import Selection
-
-Step = Callable[[], object]
 
 
 def fa3_decode(q: torch.Tensor, pool: Pool, lengths: torch.Tensor) -> Step:

@@ -221,15 +221,11 @@ def _import(args: argparse.Namespace) -> None:
         raise PlanError(str(error)) from error
     shape = _model_shape(args.model)
     plan = plan_from_npy(args.path, args.anchors, args.model, shape, budget, args.heads)
-    _save(plan, args.out)
-    print(f"{args.out}: anchors {_numbers(plan.anchors)}")
-
-
-def _save(plan: Plan, path: Path) -> None:
     try:
-        plan.save(path)
+        plan.save(args.out)
     except OSError as error:
-        raise PlanError(f"--out {path}: cannot write ({error.strerror})") from error
+        raise PlanError(f"--out {args.out}: cannot write ({error.strerror})") from error
+    print(f"{args.out}: anchors {_numbers(plan.anchors)}")
 
 
 def _numbers(values: Sequence[int]) -> str:

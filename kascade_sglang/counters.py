@@ -1,12 +1,25 @@
-"""Kascade's counters of key reads, as a server's ``/metrics`` shows them."""
+"""What a server's ``/metrics`` shows, and Kascade's counters of key reads in it."""
 
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 KeyReads = dict[tuple[str, str], int]
 """{(phase, kind): keys}; see ``backend/metrics.py``."""
+
+
+def read_samples(url: str, timeout: float = 30) -> Iterator[Sample]:
+    """Yield every sample of the ``/metrics`` of the server at ``url``.
+
+    timeout: seconds. Raises OSError (urllib's) where there is none.
+    """
+    with urllib.request.urlopen(f"{url}/metrics/", timeout=timeout) as reply:
+        text = reply.read().decode()
+    for family in text_string_to_metric_families(text):
+        yield from family.samples
 
 
 def read_key_reads(url: str, timeout: float = 30) -> KeyReads:
@@ -14,13 +27,10 @@ def read_key_reads(url: str, timeout: float = 30) -> KeyReads:
 
     timeout: seconds. Raises OSError (urllib's) where there is no ``/metrics``.
     """
-    with urllib.request.urlopen(f"{url}/metrics/", timeout=timeout) as reply:
-        text = reply.read().decode()
     reads: KeyReads = Counter()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == "kascade_key_reads_total":
-                reads[sample.labels["phase"], sample.labels["kind"]] += int(sample.value)
+    for sample in read_samples(url, timeout):
+        if sample.name == "kascade_key_reads_total":
+            reads[sample.labels["phase"], sample.labels["kind"]] += int(sample.value)
     return dict(reads)
 
 

@@ -28,3 +28,12 @@ def provenance(commit: str | None = None) -> dict[str, str]:
         "commit": commit or described.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
     }
+
+
+def gpu_provenance(commit: str | None = None) -> dict[str, str]:
+    """Return the same for a benchmark of a GPU, which names its own dtypes."""
+    stamp = provenance(commit)
+    return {
+        "gpu": stamp["device"],
+        **{name: stamp[name] for name in ("versions", "commit", "date")},
+    }

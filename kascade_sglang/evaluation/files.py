@@ -1,4 +1,4 @@
-"""Reading JSON lines; every refusal names the file and the line."""
+"""Reading texts and JSON lines; every refusal names the file and the line."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,22 @@ from typing import Any
 from kascade_sglang.evaluation.errors import EvaluationError
 
 
+def read_text(path: Path, where: str) -> str:
+    """Read a UTF-8 file; raises EvaluationError, calling it ``where``, if that cannot be."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise EvaluationError(f"{where}: cannot read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{where}: not UTF-8 text (byte {error.start})") from error
+
+
 def read_jsonl(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     """Read one object a line, each with at least ``fields``; blank lines are left out.
 
     Raises EvaluationError where the file is missing, empty or malformed.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    lines = read_text(path, str(path)).split("\n")
     rows = [
         _parse(path, number, line, fields) for number, line in enumerate(lines, 1) if line.strip()
     ]

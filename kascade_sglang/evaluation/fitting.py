@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.evaluation.samples import Order, Sample
 
 CLOSE = 0.005
 """Share of the budget that may stay unused; closing in further costs more than it tells."""
@@ -50,3 +52,25 @@ def longest(
             high = guess
         slope = max(made[1] - start, 1) / max(guess - smallest, 1)
     return best
+
+
+def fitted_sample(
+    task: str,
+    build: Callable[[int], Draft],
+    metric: Callable[..., float],
+    max_tokens: int,
+    smallest: int,
+    order: Order,
+) -> Sample:
+    """The sample whose prompt, template and longest reply have just under ``order.length`` tokens.
+
+    metric: (reply, answers=...) -> 0 to 1. Raises EvaluationError, naming task and length, where
+    nothing fits.
+    """
+    budget = order.length - order.tokens.overhead - max_tokens
+    try:
+        draft, tokens = longest(build, order.tokens.count, budget, smallest)
+    except EvaluationError as error:
+        raise EvaluationError(f"{task} at {order.length} tokens: {error}") from error
+    score = partial(metric, answers=draft.answers)
+    return Sample(draft.prompt, draft.answers, tokens, max_tokens, score, prefix=draft.prefix)

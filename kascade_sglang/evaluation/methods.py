@@ -7,6 +7,7 @@ from pathlib import Path
 from kascade_sglang.config import every_layer_an_anchor
 from kascade_sglang.demo.server import MODEL, demo_arguments
 from kascade_sglang.plan.library import PLAN_NAME
+from kascade_sglang.plan.presets import identity_similarity
 from kascade_sglang.plan.schema import Plan, load_plan
 
 COMPARISONS = ("window", "random", "quest", "omnikv", "lessismore")
@@ -45,8 +46,7 @@ def without_head_map(plan: Plan) -> Plan:
 
     Source: "no remapping", an ablation of the paper's (arXiv 2512.16391, section 3.4).
     """
-    heads = range(plan.shape.kv_heads)
-    identity = tuple(tuple(float(row == column) for column in heads) for row in heads)
+    identity = identity_similarity(plan.shape.kv_heads)
     return replace(plan, similarity=dict.fromkeys(plan.reuse_layers, identity))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kascade_sglang.evaluation import haystack
 from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.evaluation.files import read_text
 from kascade_sglang.evaluation.intervals import bootstrap
 from kascade_sglang.evaluation.samples import Order, Sample, Task
 
@@ -28,12 +29,7 @@ def _unscored(reply: str) -> float:
 
 
 def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EvaluationError(f"--text {path}: cannot read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"--text {path}: not UTF-8 text (byte {error.start})") from error
+    text = read_text(path, f"--text {path}")
     if not text.strip():
         raise EvaluationError(f"--text {path}: empty")
     return text

@@ -13,7 +13,7 @@ from functools import partial
 
 from kascade_sglang.evaluation import haystack
 from kascade_sglang.evaluation.errors import EvaluationError
-from kascade_sglang.evaluation.fitting import Draft, longest
+from kascade_sglang.evaluation.fitting import Draft, fitted_sample
 from kascade_sglang.evaluation.metrics import string_match_all
 from kascade_sglang.evaluation.ruler_words import common_words, frequent_words, variable_tracking
 from kascade_sglang.evaluation.samples import Order, Sample, Task
@@ -124,7 +124,6 @@ def make_samples(
     name: str, build: Builder, max_tokens: int, smallest: int, order: Order
 ) -> list[Sample]:
     """Samples whose prompt, chat template and longest reply have just under ``order.length``."""
-    budget = order.length - order.tokens.overhead - max_tokens
     samples = []
     for index in range(order.count):
         seed = f"{name}-{order.length}-{order.seed}-{index}"
@@ -132,14 +131,8 @@ def make_samples(
         def draft(size: int, seed: str = seed) -> Draft:
             return build(random.Random(seed), size, order)
 
-        try:
-            made, tokens = longest(draft, order.tokens.count, budget, smallest)
-        except EvaluationError as error:
-            raise EvaluationError(f"{name} at {order.length} tokens: {error}") from error
-        score = partial(string_match_all, answers=made.answers)
-        samples.append(
-            Sample(made.prompt, made.answers, tokens, max_tokens, score, prefix=made.prefix)
-        )
+        made = fitted_sample(name, draft, string_match_all, max_tokens, smallest, order)
+        samples.append(made)
     return samples
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from kascade_sglang.demo.vocabulary import ADJECTIVES, FIRST_NAMES, LAST_NAMES, NOUNS
 from kascade_sglang.evaluation import haystack
 from kascade_sglang.evaluation.errors import EvaluationError
-from kascade_sglang.evaluation.fitting import Draft, longest
+from kascade_sglang.evaluation.fitting import Draft, fitted_sample
 from kascade_sglang.evaluation.metrics import string_match_part
 from kascade_sglang.evaluation.samples import Order, Sample, Task
 
@@ -143,19 +143,11 @@ def _make(load: partial[Collection], order: Order) -> list[Sample]:
     collection = load()
     rng = random.Random(f"qa-{order.seed}")
     count = min(order.count, len(collection.questions))
-    budget = order.length - order.tokens.overhead - MAX_TOKENS
     samples = []
     for index, asked in enumerate(rng.sample(collection.questions, count)):
         seed = f"qa-{order.length}-{order.seed}-{index}"
         build = partial(_draft, collection, asked, seed)
-        try:
-            draft, tokens = longest(build, order.tokens.count, budget, 1)
-        except EvaluationError as error:
-            raise EvaluationError(f"qa at {order.length} tokens: {error}") from error
-        score = partial(string_match_part, answers=draft.answers)
-        samples.append(
-            Sample(draft.prompt, draft.answers, tokens, MAX_TOKENS, score, prefix=draft.prefix)
-        )
+        samples.append(fitted_sample("qa", build, string_match_part, MAX_TOKENS, 1, order))
     return samples
 
 

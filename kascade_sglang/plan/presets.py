@@ -37,7 +37,7 @@ def preset(name: str) -> Plan:
     wanted = _key(name)
     for known, (shape, anchors) in _PRESETS.items():
         if _key(known) == wanted:
-            identity = tuple(map(tuple, np.eye(shape.kv_heads).tolist()))
+            identity = identity_similarity(shape.kv_heads)
             reuse = [layer for layer in range(shape.layers) if layer not in anchors]
             return Plan(
                 model=known,
@@ -47,6 +47,11 @@ def preset(name: str) -> Plan:
                 provenance={"source": _SOURCE, "similarity": IDENTITY},
             )
     raise PlanError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
+
+
+def identity_similarity(kv_heads: int) -> tuple[tuple[float, ...], ...]:
+    """Similarity of a reuse layer whose heads borrow from the anchor heads of their own number."""
+    return tuple(map(tuple, np.eye(kv_heads).tolist()))
 
 
 def preset_for(model: str, shape: ModelShape) -> Plan | None:

@@ -1,17 +1,14 @@
 """Attention of one new query a request to the keys on its anchor's list."""
 
-import math
-
 import torch
 
 from kascade_kernels._triton._decode_attention import decode_attention_kernel
 from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
 from kascade_kernels.decode_spans import STEP, Spans
-from kascade_kernels.launch import padded_group
+from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
 from kascade_kernels.structs import Selection
 
-LOG2_E = math.log2(math.e)
 LAUNCH = {"num_warps": 2, "num_stages": 4}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,12 +12,11 @@ from kascade_kernels.arena import Empty
 from kascade_kernels.budget import Budget
 from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
 from kascade_kernels.decode_spans import STEP, Spans
-from kascade_kernels.launch import padded_group
+from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
 from kascade_kernels.select_slots import CHUNK, CodeBuffer
 from kascade_kernels.structs import KeyCopy, Rows
 
-LOG2_E = math.log2(math.e)
 BLOCK = STEP
 LAUNCH = {
     "exact": {"num_warps": 2, "num_stages": 4},

@@ -1,6 +1,11 @@
 """Shapes that several launches share."""
 
+import math
+
 import triton
+
+LOG2_E = math.log2(math.e)
+"""Kernels take logits in base 2."""
 
 
 def padded_group(group: int) -> int:

@@ -7,9 +7,9 @@ import triton
 
 from kascade_kernels._triton._tile_attention import tile_attention_kernel
 from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
+from kascade_kernels.launch import LOG2_E
 from kascade_kernels.structs import Rows, Selection
 from kascade_kernels.tile_scores import (
-    LOG2_E,
     Launch,
     check_tiles,
     is_hopper,

@@ -7,7 +7,6 @@ uses the first ``count * group`` of them.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,9 +19,9 @@ from kascade_kernels._triton._tile_scores import (
 )
 from kascade_kernels.budget import TILE, Budget
 from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
+from kascade_kernels.launch import LOG2_E
 from kascade_kernels.structs import KeyCopy, Rows
 
-LOG2_E = math.log2(math.e)
 EDGE = 128
 """Candidates at either end that a sampled log-sum-exp reads one by one."""
 LSE_SPAN = 2048

@@ -70,12 +70,12 @@ def test_prefill_sums_chunks(bench: ModuleType, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("bench", ["bench_decode"], indirect=True)
 def test_rows_are_appended_and_the_newest_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
-    plots = importlib.import_module("plot_kernels")
+    common, plots = map(importlib.import_module, ("kernel_common", "plot_kernels"))
     stamp = {"gpu": "G", "versions": "v", "commit": "c", "date": "d"}
     path = tmp_path / "rows.csv"
     for ms in (2.0, 1.0):
         row = bench.Row("16x128K", "composite", "exact", ms, 4.0, plan="qwen3-8b")
-        bench.append_rows(path, [row], stamp)
+        common.append_rows(path, [row], stamp)
     assert len(list(csv.DictReader(path.open()))) == 2
     assert [row["speedup"] for row in plots.newest(path)] == ["4.000"]
     plots.plot(path, tmp_path / "rows.png")

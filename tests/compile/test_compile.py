@@ -15,7 +15,7 @@ from decode_case import DecodeCase
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
 from kascade_kernels.decode_attention import decode_attention
-from kascade_kernels.decode_scores import ScoreScratch, decode_scores
+from kascade_kernels.decode_scores import ScoreScratch
 from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import count_high, select_slots
@@ -38,18 +38,7 @@ def launch_decode(dtype: torch.dtype, dim: int, group: int) -> None:
     copy = allocate_key_copy(len(case.k), HEADS, dim, "cpu")
     copy_keys(case.k, torch.arange(2), copy)
     for keys, values in ((case.k, None), (copy, None), (case.k, case.v)):
-        decode_scores(
-            case.q,
-            keys,
-            case.req_to_token,
-            case.rows,
-            spans,
-            budget,
-            case.scale,
-            scratch,
-            parts,
-            values,
-        )
+        case.score(keys, spans, budget, scratch, parts, values)
     selection = case.empty_selection(HEADS, budget)
     select_slots(scratch.codes, case.req_to_token, case.rows, budget, selection, append_own=True)
     head_map = torch.zeros(HEADS, dtype=torch.int32)

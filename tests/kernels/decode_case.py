@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.decode_spans import Spans, decode_spans
+from kascade_kernels.merge_parts import Parts
 from kascade_kernels.reference import anchor_scores, pool_heads
-from kascade_kernels.structs import Rows, Selection
+from kascade_kernels.structs import KeyCopy, Rows, Selection
 from shapes import DEVICE
 
 
@@ -74,6 +76,19 @@ class DecodeCase:
         spans = Spans.allocate(len(self.lengths), heads, DEVICE, batch_invariant=invariant)
         decode_spans(self.rows.ends, heads, budget, spans, batch_invariant=batch_invariant)
         return spans
+
+    def score(
+        self,
+        keys: torch.Tensor | KeyCopy,
+        spans: Spans,
+        budget: Budget,
+        scratch: ScoreScratch,
+        parts: Parts,
+        values: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Score these rows' candidates, and attend to all keys where ``values`` are given."""
+        where = (self.req_to_token, self.rows, spans, budget, self.scale)
+        return decode_scores(self.q, keys, *where, scratch, parts, values)
 
     def empty_selection(self, lists: int, budget: Budget) -> Selection:
         """Room for the longest list of every row; unwritten slots are -1."""

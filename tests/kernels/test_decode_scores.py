@@ -40,18 +40,7 @@ def run(
     parts = Parts.allocate(spans, q_heads, dim)
     keys = case.k if copy is None else copy
     values = case.v if attend else None
-    out = decode_scores(
-        case.q,
-        keys,
-        case.req_to_token,
-        case.rows,
-        spans,
-        budget,
-        case.scale,
-        scratch,
-        parts,
-        values,
-    )
+    out = case.score(keys, spans, budget, scratch, parts, values)
     selection = case.empty_selection(lists, budget)
     select_slots(scratch.codes, case.req_to_token, case.rows, budget, selection, append_own=True)
     return selection, out, scratch
