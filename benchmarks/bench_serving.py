@@ -5,22 +5,23 @@ only if every request got the tokens that it asked for.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.serving_model import PRESETS, make_shape
-from benchmarks.serving_workloads import WORKLOADS, Workload
+from benchmarks.serving_workloads import WARM_UP, WORKLOADS, Workload
 from kascade_sglang.counters import read_samples
 from kascade_sglang.demo.server import Server
 from kascade_sglang.errors import KascadeError
@@ -74,21 +75,41 @@ def ask(server: Server, model: Path, workload: Workload, rate: float, folder: Pa
     """Run SGLang's client once; returns its results. Raises KascadeError where a reply is short."""
     out = folder / "run.jsonl"
     out.unlink(missing_ok=True)
-    command = [
-        *(sys.executable, "-m", "sglang.benchmark.serving", "--backend", "sglang"),
-        *("--base-url", server.url, "--model", str(model), "--tokenizer", str(model)),
-        *("--request-rate", str(rate), "--warmup-requests", "1", "--flush-cache"),
-        *("--disable-tqdm", "--output-file", str(out), "--output-details"),
-        *workload.arguments(),
-    ]
-    # The client keeps its prompts below HOME, by a name that forgets the tokenizer.
-    environment = {**os.environ, "HOME": str(folder)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode or not out.exists():
-        raise KascadeError(f"SGLang's client failed: {done.stderr[-500:]}\nserver: {server.tail()}")
+    run_client(
+        [
+            *("--backend", "sglang", "--base-url", server.url),
+            *("--model", str(model), "--tokenizer", str(model)),
+            *("--request-rate", str(rate), "--flush-cache"),
+            *("--warmup-requests", str(workload.warmups)),
+            *("--disable-tqdm", "--output-file", str(out), "--output-details"),
+            *workload.arguments(),
+        ],
+        folder,
+    )
+    if not out.exists():
+        raise KascadeError(f"SGLang's client wrote no results; the server's log: {server.tail()}")
     result = json.loads(out.read_text().splitlines()[-1])
     require_all(result, workload)
     return result
+
+
+def run_client(arguments: list[str], folder: Path) -> None:
+    """Run SGLang's client as its command does, in this process: starting it takes a minute."""
+    from sglang.benchmark import serving
+
+    # The client keeps its prompts below HOME, by a name that forgets the tokenizer.
+    log = folder / "client.log"
+    with (
+        mock.patch.dict(os.environ, HOME=str(folder)),
+        mock.patch.object(sys, "argv", ["bench_serving", *arguments]),
+        open(log, "a") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        try:
+            serving.cli_main()
+        except SystemExit as end:
+            raise KascadeError(f"SGLang's client ended: {log.read_text()[-500:]}") from end
 
 
 def require_all(result: dict[str, Any], workload: Workload) -> None:
@@ -157,6 +178,7 @@ def run_backend(
             rows.append(row | {"flags": " ".join(arguments[4:])})
             write(rows[-1])
 
+        ask(server, model, WARM_UP, float("inf"), folder)
         for name in options.workloads:
             bar.set_description(f"{backend}, {name}")
             workload, limit = WORKLOADS[name], f"{name}-limit"

@@ -11,7 +11,7 @@ class Workload(NamedTuple):
     inputs, outputs: tokens of each request; a RAG request's inputs are ``prefix`` shared by the
     requests of its group and its own. figure: column of the results; must: least ratio to the
     best of SGLang's own backends. arrivals: share of fa3's request throughput at which requests
-    arrive, as a Poisson process; None sends all at once.
+    arrive, as a Poisson process; None sends all at once. warmups: requests before those timed.
     """
 
     requests: int
@@ -22,6 +22,7 @@ class Workload(NamedTuple):
     prefix: int = 0
     groups: int = 0
     arrivals: float | None = None
+    warmups: int = 0
 
     def arguments(self) -> list[str]:
         """Return the options of SGLang's client that make these requests."""
@@ -42,11 +43,13 @@ class Workload(NamedTuple):
         ]
 
 
+WARM_UP = Workload(2, 2 * K, 8, "", 0.0)
+"""Sent to every server first: kernels are then compiled."""
 WORKLOADS = {
     "decode-8x32K": Workload(8, 32 * K, 256, "itl_p50_ms", 2.0),
     "decode-3x128K": Workload(3, 128 * K, 256, "itl_p50_ms", 2.0),
-    "prefill-128K": Workload(1, 128 * K, 8, "ttft_p50_ms", 1.5),
-    "prefill-32K": Workload(1, 32 * K, 8, "ttft_p50_ms", 1.15),
+    "prefill-128K": Workload(1, 128 * K, 8, "ttft_p50_ms", 1.5, warmups=1),
+    "prefill-32K": Workload(1, 32 * K, 8, "ttft_p50_ms", 1.15, warmups=1),
     "rag-one-prefix": Workload(32, 32 * K + 512, 256, "output_tokens_per_s", 2.5, 32 * K, 1),
     "rag-8-prefixes": Workload(64, 16 * K + 512, 256, "ttft_p99_ms", 1.2, 16 * K, 8, 0.8),
     "chat": Workload(64, K, 256, "output_tokens_per_s", 0.97),

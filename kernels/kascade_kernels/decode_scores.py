@@ -14,7 +14,7 @@ from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, r
 from kascade_kernels.decode_spans import STEP, Spans
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
-from kascade_kernels.select_slots import CHUNK, CodeBuffer
+from kascade_kernels.select_slots import CHUNK, CodeBuffer, programs_per_list
 from kascade_kernels.structs import KeyCopy, Rows
 
 BLOCK = STEP
@@ -22,6 +22,7 @@ LAUNCH = {
     "exact": {"num_warps": 2, "num_stages": 4},
     "eight_bit": {"num_warps": 1, "num_stages": 6},
     "attend": {"num_warps": 2, "num_stages": 3},
+    "pool": {"num_warps": 4},
 }
 """One or two warps: the maximum of a block is then a matter of few threads."""
 
@@ -136,7 +137,7 @@ def _pool(rows: Rows, budget: Budget, scratch: ScoreScratch, parts: Parts, split
     """Turn logits into codes: normalise each query head's, sum them, and count high bytes."""
     count, (_, lists, chunks, _) = rows.ends.shape[0], scratch.codes.high.shape
     _, q_heads, stride = scratch.logits.shape
-    pool_scores_kernel[(chunks, lists, count)](
+    pool_scores_kernel[(programs_per_list(lists * count, chunks), lists, count)](
         scratch.logits,
         scratch.block_max,
         parts.lse,
@@ -150,6 +151,7 @@ def _pool(rows: Rows, budget: Budget, scratch: ScoreScratch, parts: Parts, split
         POOLED=q_heads // lists,
         BLOCK=BLOCK,
         SPLITS=splits,
+        CHUNKS=chunks,
         CHUNK=CHUNK,
-        num_warps=8,
+        **LAUNCH["pool"],
     )

@@ -19,17 +19,21 @@ from kascade_kernels.budget import Budget
 from kascade_kernels.checks import require_dtype, require_shape
 from kascade_kernels.structs import Rows, Selection
 
-CHUNK = 8192
-"""Codes of one program; counts of a chunk fit 16 bits."""
-LAUNCH = {"num_warps": 8}
-EMIT_BLOCK = 2048
-EMIT_LAUNCH = {"num_warps": 4}
+CHUNK = 2048
+"""Codes that are counted together; their counts fit 16 bits."""
+CHUNK_PROGRAMS = 4096
+"""Programs of all lists together that share the chunks: a few waves on any GPU."""
+PART = 16
+"""Chunks whose counts one program holds at a time."""
+LAUNCH = {"num_warps": 4}
+EMIT_BLOCK = 1024
+EMIT_LAUNCH = {"num_warps": 2}
 
 
 class CodeBuffer(NamedTuple):
     """Score codes and what selection counts of them.
 
-    codes: uint16 [rows, lists, keys]. high, low: int16 [rows, lists, chunks, 256].
+    codes: uint16 [rows, lists, keys]. high, low: int16 and int32 [rows, lists, chunks, 256].
     thresholds: int32 [rows, lists, 2]. before: int32 [rows, lists, chunks, 2].
     """
 
@@ -42,7 +46,7 @@ class CodeBuffer(NamedTuple):
     @staticmethod
     def bytes_per_row(lists: int, keys: int) -> int:
         """Bytes for one row."""
-        return lists * (2 * keys + triton.cdiv(keys, CHUNK) * (256 * 2 * 2 + 8) + 8)
+        return lists * (2 * keys + triton.cdiv(keys, CHUNK) * (256 * (2 + 4) + 8) + 8)
 
     @staticmethod
     def allocate(rows: int, lists: int, keys: int, empty: Empty) -> CodeBuffer:
@@ -52,16 +56,22 @@ class CodeBuffer(NamedTuple):
         return CodeBuffer(
             empty((rows, lists, keys), torch.uint16),
             empty(counts, torch.int16),
-            empty(counts, torch.int16),
+            empty(counts, torch.int32),
             empty((rows, lists, 2), torch.int32),
             empty((rows, lists, chunks, 2), torch.int32),
         )
 
 
+def programs_per_list(lists: int, chunks: int) -> int:
+    """Programs that share the chunks of one list. lists: of all rows together."""
+    return min(chunks, triton.cdiv(CHUNK_PROGRAMS, lists))
+
+
 def count_high(buffer: CodeBuffer, rows: Rows, budget: Budget) -> None:
     """Count the codes' high bytes into ``buffer.high``, where scoring has not done so."""
     _, lists, chunks, _ = buffer.high.shape
-    count_high_kernel[(chunks, lists, rows.ends.shape[0])](
+    count = rows.ends.shape[0]
+    count_high_kernel[(programs_per_list(lists * count, chunks), lists, count)](
         buffer.codes,
         rows.ends,
         buffer.high,
@@ -100,15 +110,15 @@ def select_slots(
     require_dtype("selection.offsets", selection.offsets, torch.int64)
     keys_wanted = (budget.ratio_ppm, budget.min_k)
     sizes = {"LISTS": lists, "CHUNKS": chunks, "CHUNK": CHUNK}
+    parts = {"PART": min(PART, triton.next_power_of_2(chunks)), **sizes, **LAUNCH}
+    grid = (programs_per_list(lists * count, chunks), lists, count)
     codes, high, low, thresholds, before = buffer
-    find_high_kernel[(lists, count)](rows.ends, high, thresholds, *keys_wanted, **sizes, **LAUNCH)
-    count_low_kernel[(chunks, lists, count)](
+    find_high_kernel[(lists, count)](rows.ends, high, low, thresholds, *keys_wanted, **parts)
+    count_low_kernel[grid](
         codes, rows.ends, thresholds, low, *keys_wanted, codes.stride(1), **sizes, **LAUNCH
     )
-    find_low_kernel[(lists, count)](
-        rows.ends, high, low, thresholds, before, *keys_wanted, **sizes, **LAUNCH
-    )
-    emit_slots_kernel[(chunks, lists, count)](
+    find_low_kernel[(lists, count)](rows.ends, high, low, thresholds, before, *keys_wanted, **parts)
+    emit_slots_kernel[grid](
         codes,
         req_to_token,
         rows.requests,

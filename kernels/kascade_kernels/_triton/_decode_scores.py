@@ -7,6 +7,7 @@ from kascade_kernels._triton._primitives import (
     encode_score,
     load_slots,
     own_tile_start,
+    power_of_2,
     selected_count,
     store_counts,
 )
@@ -131,30 +132,36 @@ def pool_scores_kernel(
     POOLED: tl.constexpr,  # query heads summed into one list
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    chunk, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(ends + row).to(tl.int32)
     candidates = own_tile_start(end)
-    if chunk * CHUNK >= candidates or selected_count(end, ratio_ppm, min_k) == candidates:
+    chunks = tl.cdiv(candidates, CHUNK)
+    if program >= chunks or selected_count(end, ratio_ppm, min_k) == candidates:
         return
-    block = chunk * (CHUNK // BLOCK) + tl.arange(0, CHUNK // BLOCK)
-    position = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [CHUNK / BLOCK, BLOCK]
-    visible = position < candidates
     list_index = row.to(tl.int64) * LISTS + list_
-    score = tl.zeros([CHUNK // BLOCK, BLOCK], tl.float32)
-    for member in range(POOLED):
-        q_head = list_index * POOLED + member
-        parts = tl.load(part_lse + q_head * SPLITS + tl.arange(0, SPLITS))
-        top = tl.max(parts, 0)
-        lse = top + tl.log2(tl.sum(tl.exp2(parts - top), 0))
-        where = q_head * stride_logits
-        less = tl.load(logits + where + position, mask=visible, other=float("-inf"))
+    member = tl.arange(0, power_of_2(POOLED))
+    head = list_index * POOLED + member
+    address = head[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+    parts = tl.load(part_lse + address, mask=member[:, None] < POOLED, other=0.0)
+    top = tl.max(parts, 1)
+    lse = top + tl.log2(tl.sum(tl.exp2(parts - top[:, None]), 1))  # [POOLED padded]
+    for chunk in tl.range(program, chunks, tl.num_programs(0)):
+        block = chunk * (CHUNK // BLOCK) + tl.arange(0, CHUNK // BLOCK)
+        position = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        visible = position < candidates
         begun = block * BLOCK < candidates
-        m_block = tl.load(block_max + where // BLOCK + block, mask=begun, other=0.0)
-        score += tl.exp2(less.to(tl.float32) + (m_block - lse)[:, None])
-    code = encode_score(score)
-    tl.store(codes + list_index * stride_logits + position, code, mask=visible)
-    # One tensor is flattened, in any order: two might each get an order of their own.
-    high = tl.ravel(tl.where(visible, (code >> 8).to(tl.int32), 256), can_reorder=True)
-    store_counts(high_counts, list_index * tl.num_programs(0) + chunk, high, high < 256)
+        score = tl.zeros([CHUNK // BLOCK, BLOCK], tl.float32)
+        for index in tl.range(POOLED, loop_unroll_factor=4):
+            where = (list_index * POOLED + index) * stride_logits
+            less = tl.load(logits + where + position, mask=visible, other=float("-inf"))
+            m_block = tl.load(block_max + where // BLOCK + block, mask=begun, other=0.0)
+            m_block -= tl.sum(tl.where(member == index, lse, 0.0), 0)
+            score += tl.exp2(less.to(tl.float32) + m_block[:, None])
+        code = encode_score(score)
+        tl.store(codes + list_index * stride_logits + position, code, mask=visible)
+        # One tensor is flattened, in any order: two might each get an order of their own.
+        high = tl.ravel(tl.where(visible, (code >> 8).to(tl.int32), 256), can_reorder=True)
+        store_counts(high_counts, list_index * CHUNKS + chunk, high, high < 256)

@@ -1,7 +1,8 @@
 """Exact Top-k of score codes by two rounds of counting, then the keys' slots in order.
 
-A list's codes are cut into chunks, one program each. Between the passes over the codes, one
-program a list turns the chunks' counts into a threshold and into where each chunk writes.
+A list's codes are cut into chunks, which the programs of its list take in turn. Between the
+passes over the codes, one program a list turns the chunks' counts into a threshold and into
+where each chunk writes.
 """
 
 import triton
@@ -11,19 +12,26 @@ from kascade_kernels._triton._primitives import (
     TILE,
     load_slots,
     own_tile_start,
-    power_of_2,
     selected_count,
     store_counts,
 )
 
 
 @triton.jit
-def _load_counts(counts, list_index, chunks, CHUNKS: tl.constexpr):
-    """Counts of a list's first ``chunks`` chunks, int32 [CHUNKS padded, 256]."""
-    PADDED: tl.constexpr = power_of_2(CHUNKS)
-    chunk = tl.arange(0, PADDED)[:, None]
+def _load_counts(counts, list_index, first, chunks, CHUNKS: tl.constexpr, PART: tl.constexpr):
+    """Counts of a list's chunks from ``first`` on, int32 [PART, 256]; zeros past ``chunks``."""
+    chunk = first + tl.arange(0, PART)[:, None]
     address = (list_index * CHUNKS + chunk) * 256 + tl.arange(0, 256)[None, :]
     return tl.load(counts + address, mask=chunk < chunks, other=0).to(tl.int32)
+
+
+@triton.jit
+def _totals(counts, list_index, chunks, CHUNKS: tl.constexpr, PART: tl.constexpr):
+    """Counts of a whole list, int32 [256]."""
+    totals = tl.zeros([256], tl.int32)
+    for first in tl.range(0, chunks, PART):
+        totals += tl.sum(_load_counts(counts, list_index, first, chunks, CHUNKS, PART), 0)
+    return totals
 
 
 @triton.jit
@@ -47,80 +55,31 @@ def count_high_kernel(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    chunk, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(ends + row).to(tl.int32)
     candidates = own_tile_start(end)
-    if chunk * CHUNK >= candidates or selected_count(end, ratio_ppm, min_k) == candidates:
+    if selected_count(end, ratio_ppm, min_k) == candidates:
         return
     list_index = row.to(tl.int64) * LISTS + list_
-    position = chunk * CHUNK + tl.arange(0, CHUNK)
-    visible = position < candidates
-    code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
-    store_counts(high_counts, list_index * CHUNKS + chunk, code >> 8, visible)
+    for chunk in tl.range(program, tl.cdiv(candidates, CHUNK), tl.num_programs(0)):
+        position = chunk * CHUNK + tl.arange(0, CHUNK)
+        visible = position < candidates
+        code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
+        store_counts(high_counts, list_index * CHUNKS + chunk, code >> 8, visible)
 
 
 @triton.jit
 def find_high_kernel(
     ends,  # [rows]
     high_counts,  # int16 [rows, LISTS, CHUNKS, 256]
+    low_counts,  # int32 [rows, LISTS, CHUNKS, 256], zeroed here for the next pass
     thresholds,  # int32 [rows, LISTS, 2]: high byte of the threshold
     ratio_ppm,
     min_k,
     LISTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
-):
-    list_, row = tl.program_id(0), tl.program_id(1)
-    end = tl.load(ends + row).to(tl.int32)
-    candidates = own_tile_start(end)
-    wanted = selected_count(end, ratio_ppm, min_k)
-    if wanted == candidates:
-        return
-    list_index = row.to(tl.int64) * LISTS + list_
-    counts = _load_counts(high_counts, list_index, tl.cdiv(candidates, CHUNK), CHUNKS)
-    high, _ = _largest_reaching(tl.sum(counts, 0), wanted)
-    tl.store(thresholds + list_index * 2, high)
-
-
-@triton.jit
-def count_low_kernel(
-    codes,  # uint16 [rows, LISTS, stride]
-    ends,  # [rows]
-    thresholds,  # int32 [rows, LISTS, 2]
-    low_counts,  # int16 [rows, LISTS, CHUNKS, 256]: codes whose high byte is the threshold's
-    ratio_ppm,
-    min_k,
-    stride_codes,
-    LISTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    chunk, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    end = tl.load(ends + row).to(tl.int32)
-    candidates = own_tile_start(end)
-    if chunk * CHUNK >= candidates or selected_count(end, ratio_ppm, min_k) == candidates:
-        return
-    list_index = row.to(tl.int64) * LISTS + list_
-    position = chunk * CHUNK + tl.arange(0, CHUNK)
-    visible = position < candidates
-    code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
-    code = code.to(tl.int32)
-    counted = visible & ((code >> 8) == tl.load(thresholds + list_index * 2))
-    store_counts(low_counts, list_index * CHUNKS + chunk, code & 255, counted)
-
-
-@triton.jit
-def find_low_kernel(
-    ends,  # [rows]
-    high_counts,  # int16 [rows, LISTS, CHUNKS, 256]
-    low_counts,  # int16 [rows, LISTS, CHUNKS, 256]
-    thresholds,  # int32 [rows, LISTS, 2]: the threshold, and how many equal to it are taken
-    before,  # int32 [rows, LISTS, CHUNKS, 2]: larger codes and ties in earlier chunks
-    ratio_ppm,
-    min_k,
-    LISTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PART: tl.constexpr,
 ):
     list_, row = tl.program_id(0), tl.program_id(1)
     end = tl.load(ends + row).to(tl.int32)
@@ -130,21 +89,94 @@ def find_low_kernel(
         return
     list_index = row.to(tl.int64) * LISTS + list_
     chunks = tl.cdiv(candidates, CHUNK)
-    high_by_chunk = _load_counts(high_counts, list_index, chunks, CHUNKS)
-    low_by_chunk = _load_counts(low_counts, list_index, chunks, CHUNKS)
-    high, above_high = _largest_reaching(tl.sum(high_by_chunk, 0), wanted)
-    low, above_low = _largest_reaching(tl.sum(low_by_chunk, 0), wanted - above_high)
+    for first in tl.range(0, chunks, PART):
+        chunk = first + tl.arange(0, PART)[:, None]
+        address = (list_index * CHUNKS + chunk) * 256 + tl.arange(0, 256)[None, :]
+        tl.store(low_counts + address, 0, mask=chunk < chunks)
+    totals = _totals(high_counts, list_index, chunks, CHUNKS, PART)
+    high, _ = _largest_reaching(totals, wanted)
+    tl.store(thresholds + list_index * 2, high)
+
+
+@triton.jit
+def count_low_kernel(
+    codes,  # uint16 [rows, LISTS, stride]
+    ends,  # [rows]
+    thresholds,  # int32 [rows, LISTS, 2]
+    low_counts,  # int32 [rows, LISTS, CHUNKS, 256]: codes whose high byte is the threshold's
+    ratio_ppm,
+    min_k,
+    stride_codes,
+    LISTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    end = tl.load(ends + row).to(tl.int32)
+    candidates = own_tile_start(end)
+    if selected_count(end, ratio_ppm, min_k) == candidates:
+        return
+    list_index = row.to(tl.int64) * LISTS + list_
+    threshold = tl.load(thresholds + list_index * 2)
+    for chunk in tl.range(program, tl.cdiv(candidates, CHUNK), tl.num_programs(0)):
+        position = chunk * CHUNK + tl.arange(0, CHUNK)
+        visible = position < candidates
+        code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
+        code = code.to(tl.int32)
+        counted = visible & ((code >> 8) == threshold)
+        # Few codes are counted, so that adding one at a time is cheaper than a histogram. Zeros
+        # may be many, where attention is peaked: those are summed first.
+        counts = low_counts + (list_index * CHUNKS + chunk) * 256
+        tl.atomic_add(counts + (code & 255), 1, mask=counted & (code != 0), sem="relaxed")
+        if threshold == 0:
+            zeros = tl.sum((counted & (code == 0)).to(tl.int32), 0)
+            tl.atomic_add(counts, zeros, sem="relaxed")
+
+
+@triton.jit
+def find_low_kernel(
+    ends,  # [rows]
+    high_counts,  # int16 [rows, LISTS, CHUNKS, 256]
+    low_counts,  # int32 [rows, LISTS, CHUNKS, 256]
+    thresholds,  # int32 [rows, LISTS, 2]: the threshold, and how many equal to it are taken
+    before,  # int32 [rows, LISTS, CHUNKS, 2]: larger codes and ties in earlier chunks
+    ratio_ppm,
+    min_k,
+    LISTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PART: tl.constexpr,
+):
+    list_, row = tl.program_id(0), tl.program_id(1)
+    end = tl.load(ends + row).to(tl.int32)
+    candidates = own_tile_start(end)
+    wanted = selected_count(end, ratio_ppm, min_k)
+    if wanted == candidates:
+        return
+    list_index = row.to(tl.int64) * LISTS + list_
+    chunks = tl.cdiv(candidates, CHUNK)
+    high_totals = _totals(high_counts, list_index, chunks, CHUNKS, PART)
+    low_totals = _totals(low_counts, list_index, chunks, CHUNKS, PART)
+    high, above_high = _largest_reaching(high_totals, wanted)
+    low, above_low = _largest_reaching(low_totals, wanted - above_high)
     tl.store(thresholds + list_index * 2, high * 256 + low)
     tl.store(thresholds + list_index * 2 + 1, wanted - above_high - above_low)
 
     byte = tl.arange(0, 256)[None, :]
-    larger = tl.sum(tl.where(byte > high, high_by_chunk, 0), 1)
-    larger += tl.sum(tl.where(byte > low, low_by_chunk, 0), 1)
-    ties = tl.sum(tl.where(byte == low, low_by_chunk, 0), 1)
-    chunk = tl.arange(0, power_of_2(CHUNKS))
-    target = before + (list_index * CHUNKS + chunk) * 2
-    tl.store(target, tl.cumsum(larger, 0) - larger, mask=chunk < chunks)
-    tl.store(target + 1, tl.cumsum(ties, 0) - ties, mask=chunk < chunks)
+    larger_before = 0
+    ties_before = 0
+    for first in tl.range(0, chunks, PART):
+        high_by_chunk = _load_counts(high_counts, list_index, first, chunks, CHUNKS, PART)
+        low_by_chunk = _load_counts(low_counts, list_index, first, chunks, CHUNKS, PART)
+        larger = tl.sum(tl.where(byte > high, high_by_chunk, 0), 1)
+        larger += tl.sum(tl.where(byte > low, low_by_chunk, 0), 1)
+        ties = tl.sum(tl.where(byte == low, low_by_chunk, 0), 1)
+        chunk = first + tl.arange(0, PART)
+        target = before + (list_index * CHUNKS + chunk) * 2
+        tl.store(target, larger_before + tl.cumsum(larger, 0) - larger, mask=chunk < chunks)
+        tl.store(target + 1, ties_before + tl.cumsum(ties, 0) - ties, mask=chunk < chunks)
+        larger_before += tl.sum(larger, 0)
+        ties_before += tl.sum(ties, 0)
 
 
 @triton.jit
@@ -168,18 +200,16 @@ def emit_slots_kernel(
     BLOCK: tl.constexpr,
     APPEND_OWN: tl.constexpr,
 ):
-    chunk, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(ends + row).to(tl.int32)
     candidates = own_tile_start(end)
-    if chunk > 0 and chunk * CHUNK >= candidates:
-        return
     wanted = selected_count(end, ratio_ppm, min_k)
     list_length = wanted
     if APPEND_OWN:
         list_length += end - candidates
     request_table = table + tl.load(requests + row).to(tl.int64) * stride_table
     out = slots + tl.load(offsets + row) + list_ * list_length.to(tl.int64)
-    if chunk == 0:
+    if program == 0:
         if list_ == 0:
             tl.store(counts + row, list_length)
         if APPEND_OWN:
@@ -187,34 +217,35 @@ def emit_slots_kernel(
             slot = load_slots(request_table, own, own < end)
             tl.store(out + wanted + tl.arange(0, TILE), slot.to(tl.int32), mask=own < end)
 
-    first = chunk * CHUNK
-    last = tl.minimum(first + CHUNK, candidates)
+    list_index = row.to(tl.int64) * LISTS + list_
+    list_codes = codes + list_index * stride_codes
+    chunks = tl.cdiv(candidates, CHUNK)
     if wanted == candidates:
-        for start in tl.range(first, last, BLOCK):
-            position = start + tl.arange(0, BLOCK)
-            slot = load_slots(request_table, position, position < last)
-            tl.store(out + position, slot.to(tl.int32), mask=position < last)
+        for chunk in tl.range(program, chunks, tl.num_programs(0)):
+            position = chunk * CHUNK + tl.arange(0, CHUNK)
+            slot = load_slots(request_table, position, position < candidates)
+            tl.store(out + position, slot.to(tl.int32), mask=position < candidates)
     else:
-        list_index = row.to(tl.int64) * LISTS + list_
         threshold = tl.load(thresholds + list_index * 2)
         ties = tl.load(thresholds + list_index * 2 + 1)
-        larger_before = tl.load(before + (list_index * CHUNKS + chunk) * 2)
-        ties_before = tl.load(before + (list_index * CHUNKS + chunk) * 2 + 1)
-        for start in tl.range(first, last, BLOCK):
-            position = start + tl.arange(0, BLOCK)
-            visible = position < last
-            code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
-            code = code.to(tl.int32)
-            larger = (visible & (code > threshold)).to(tl.int32)
-            tie = (visible & (code == threshold)).to(tl.int32)
-            # One running sum counts both kinds: larger codes below bit 16, ties from there on.
-            both = larger + (tie << 16)
-            earlier = tl.cumsum(both, 0) - both
-            rank_tie = ties_before + (earlier >> 16)
-            taken = (larger == 1) | ((tie == 1) & (rank_tie < ties))
-            rank = larger_before + (earlier & 0xFFFF) + tl.minimum(rank_tie, ties)
-            slot = load_slots(request_table, position, taken)
-            tl.store(out + rank, slot.to(tl.int32), mask=taken)
-            in_block = tl.sum(both, 0)
-            larger_before += in_block & 0xFFFF
-            ties_before += in_block >> 16
+        for chunk in tl.range(program, chunks, tl.num_programs(0)):
+            larger_before = tl.load(before + (list_index * CHUNKS + chunk) * 2)
+            ties_before = tl.load(before + (list_index * CHUNKS + chunk) * 2 + 1)
+            first = chunk * CHUNK
+            for start in tl.range(first, tl.minimum(first + CHUNK, candidates), BLOCK):
+                position = start + tl.arange(0, BLOCK)
+                visible = position < candidates
+                code = tl.load(list_codes + position, mask=visible, other=0).to(tl.int32)
+                larger = (visible & (code > threshold)).to(tl.int32)
+                tie = (visible & (code == threshold)).to(tl.int32)
+                # One running sum counts both: larger codes below bit 16, ties from there on.
+                both = larger + (tie << 16)
+                earlier = tl.cumsum(both, 0) - both
+                rank_tie = ties_before + (earlier >> 16)
+                taken = (larger == 1) | ((tie == 1) & (rank_tie < ties))
+                rank = larger_before + (earlier & 0xFFFF) + tl.minimum(rank_tie, ties)
+                slot = load_slots(request_table, position, taken)
+                tl.store(out + rank, slot.to(tl.int32), mask=taken)
+                in_block = tl.sum(both, 0)
+                larger_before += in_block & 0xFFFF
+                ties_before += in_block >> 16
