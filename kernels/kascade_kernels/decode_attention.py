@@ -9,7 +9,7 @@ from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
 from kascade_kernels.structs import Selection
 
-LAUNCH = {"num_warps": 4, "num_stages": 3}
+LAUNCH = {"num_warps": 4, "num_stages": 4}
 
 
 def decode_attention(

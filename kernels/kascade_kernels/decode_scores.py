@@ -19,7 +19,7 @@ from kascade_kernels.structs import KeyCopy, Rows
 
 BLOCK = STEP
 LAUNCH = {
-    "exact": {"num_warps": 2, "num_stages": 4},
+    "exact": {"num_warps": 1, "num_stages": 6},
     "eight_bit": {"num_warps": 1, "num_stages": 6},
     "attend": {"num_warps": 2, "num_stages": 3},
     "pool": {"num_warps": 4},

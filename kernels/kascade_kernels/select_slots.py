@@ -21,13 +21,11 @@ from kascade_kernels.structs import Rows, Selection
 
 CHUNK = 2048
 """Codes that are counted together; their counts fit 16 bits."""
-CHUNK_PROGRAMS = 4096
+CHUNK_PROGRAMS = 2048
 """Programs of all lists together that share the chunks: a few waves on any GPU."""
 PART = 16
 """Chunks whose counts one program holds at a time."""
 LAUNCH = {"num_warps": 4}
-EMIT_BLOCK = 1024
-EMIT_LAUNCH = {"num_warps": 2}
 
 
 class CodeBuffer(NamedTuple):
@@ -132,7 +130,6 @@ def select_slots(
         codes.stride(1),
         req_to_token.stride(0),
         APPEND_OWN=append_own,
-        BLOCK=EMIT_BLOCK,
         **sizes,
-        **EMIT_LAUNCH,
+        **LAUNCH,
     )

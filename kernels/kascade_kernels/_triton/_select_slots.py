@@ -197,7 +197,6 @@ def emit_slots_kernel(
     LISTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
     APPEND_OWN: tl.constexpr,
 ):
     program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -231,21 +230,16 @@ def emit_slots_kernel(
         for chunk in tl.range(program, chunks, tl.num_programs(0)):
             larger_before = tl.load(before + (list_index * CHUNKS + chunk) * 2)
             ties_before = tl.load(before + (list_index * CHUNKS + chunk) * 2 + 1)
-            first = chunk * CHUNK
-            for start in tl.range(first, tl.minimum(first + CHUNK, candidates), BLOCK):
-                position = start + tl.arange(0, BLOCK)
-                visible = position < candidates
-                code = tl.load(list_codes + position, mask=visible, other=0).to(tl.int32)
-                larger = (visible & (code > threshold)).to(tl.int32)
-                tie = (visible & (code == threshold)).to(tl.int32)
-                # One running sum counts both: larger codes below bit 16, ties from there on.
-                both = larger + (tie << 16)
-                earlier = tl.cumsum(both, 0) - both
-                rank_tie = ties_before + (earlier >> 16)
-                taken = (larger == 1) | ((tie == 1) & (rank_tie < ties))
-                rank = larger_before + (earlier & 0xFFFF) + tl.minimum(rank_tie, ties)
-                slot = load_slots(request_table, position, taken)
-                tl.store(out + rank, slot.to(tl.int32), mask=taken)
-                in_block = tl.sum(both, 0)
-                larger_before += in_block & 0xFFFF
-                ties_before += in_block >> 16
+            position = chunk * CHUNK + tl.arange(0, CHUNK)
+            visible = position < candidates
+            code = tl.load(list_codes + position, mask=visible, other=0).to(tl.int32)
+            larger = (visible & (code > threshold)).to(tl.int32)
+            tie = (visible & (code == threshold)).to(tl.int32)
+            # One running sum counts both: larger codes below bit 16, ties from there on.
+            both = larger + (tie << 16)
+            earlier = tl.cumsum(both, 0) - both
+            rank_tie = ties_before + (earlier >> 16)
+            taken = (larger == 1) | ((tie == 1) & (rank_tie < ties))
+            rank = larger_before + (earlier & 0xFFFF) + tl.minimum(rank_tie, ties)
+            slot = load_slots(request_table, position, taken)
+            tl.store(out + rank, slot.to(tl.int32), mask=taken)
