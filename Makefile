@@ -10,7 +10,7 @@ OTHER_TESTS := tests/compile tests/e2e/test_kernel_server.py tests/calibration t
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
 .PHONY: demo serve test test-serving test-kernels test-gpu check eval bench \
-	bench-decode bench-prefill bench-serving readme-tables clean
+	bench-decode bench-prefill bench-serving soak readme-tables clean
 
 $(STAMP): setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
@@ -63,6 +63,9 @@ bench-prefill: $(STAMP)  ## prefill attention beside FlashAttention-3
 
 bench-serving: $(STAMP)  ## real servers beside SGLang's own backends, on a GPU
 	$(BIN)/python -m benchmarks.bench_serving
+
+soak: $(STAMP)  ## twenty minutes of mixed load on one server, on a GPU, every reply checked
+	$(BIN)/python -m benchmarks.soak
 
 readme-tables: $(STAMP)  ## fill the README's tables in from benchmarks/results
 	$(BIN)/python benchmarks/readme_tables.py

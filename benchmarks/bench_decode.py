@@ -27,7 +27,13 @@ from kernel_common import (
     run,
     sparse_steps,
 )
-from rivals import fa3_decode, flashinfer_attend, flashinfer_select, torch_select
+from rivals import (
+    fa3_decode,
+    flashinfer_attend,
+    flashinfer_cascade,
+    flashinfer_select,
+    torch_select,
+)
 
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget, tile_of
@@ -58,7 +64,10 @@ CASES = {
     "1x32K": [32 * K],
     "1x128K": [128 * K],
     "mixed": mixed_lengths(),
+    "32x33K-on-32K": [33 * K] * 32,
 }
+SHARED = {"32x33K-on-32K": 32 * K}
+"""Positions that all requests of a case have in common, in the same slots."""
 HEAVY_TAILED = ("16x128K", "64x32K")
 """Cases measured on clustered selections, too."""
 TOKEN_BYTES = KV_HEADS * DIM * 2
@@ -87,9 +96,13 @@ def bytes_read(lengths: list[int], kind: str, mode: str) -> float:
 
 def measure_case(case: str, lengths: list[int], inputs: str, rivals: bool) -> Iterator[Row]:
     """Measure the three kinds of layer in both modes, and the plans."""
-    pool = Pool(lengths, inputs, context=CONTEXT)
+    shared = SHARED.get(case, 0)
+    pool = Pool(lengths, inputs, shared, CONTEXT)
     batch, q = decode_batch(lengths, pool), pool.queries(len(lengths))
     fa3_ms = measure(fa3_decode(q, pool, batch.seq_lens))
+    if shared and rivals:
+        cascade = measure(flashinfer_cascade(q, pool, lengths, shared))
+        yield Row(case, "dense", "exact", cascade, fa3_ms, method="flashinfer_cascade")
     for mode in MODES:
         paths = make_paths(pool, exact=mode == "exact")
         path = paths.decode
@@ -103,11 +116,11 @@ def measure_case(case: str, lengths: list[int], inputs: str, rivals: bool) -> It
         kinds = {}
         steps = {"layer0": layer0, **sparse_steps(paths, path, pool, batch, q)}
         for kind, step in steps.items():
-            read = bytes_read(lengths, kind, mode)
+            read = 0 if shared else bytes_read(lengths, kind, mode)
             kinds[kind] = Row(case, kind, mode, measure(step), fa3_ms, inputs, bytes=read)
             yield kinds[kind]
         yield from composites(kinds, measure(lambda path=path: path.begin(batch)))
-        if mode == "exact" and rivals:
+        if mode == "exact" and rivals and not shared:
             yield from measure_rivals(case, pool, batch, q, paths, fa3_ms)
 
 
@@ -155,7 +168,8 @@ def main() -> int:
     options = parser.parse_args()
 
     def measured(case: str, inputs: str) -> Iterator[Row]:
-        rivals = case in HEAVY_TAILED and inputs == "random" and not options.no_rivals
+        compared = case in SHARED or (case in HEAVY_TAILED and inputs == "random")
+        rivals = compared and not options.no_rivals
         return measure_case(case, CASES[case], inputs, rivals)
 
     return run("decode", options, HEAVY_TAILED, measured)

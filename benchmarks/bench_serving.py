@@ -20,8 +20,9 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-from benchmarks.serving_model import PRESETS, make_shape
-from benchmarks.serving_workloads import WARM_UP, WORKLOADS, Workload
+from benchmarks.plot_serving import plot
+from benchmarks.serving_model import ANCHORS, make_shape
+from benchmarks.serving_workloads import TARGETS, WARM_UP, WORKLOADS, Workload, compare
 from kascade_sglang.counters import read_samples
 from kascade_sglang.demo.server import Server
 from kascade_sglang.errors import KascadeError
@@ -192,25 +193,22 @@ def print_ratios(rows: list[dict[str, Any]]) -> None:
     """Print Kascade against the best of the others, where both were measured."""
     for name, workload in WORKLOADS.items():
         found = {row["backend"]: row[workload.figure] for row in rows if row["workload"] == name}
-        ours, others = found.pop("kascade", None), found
-        if ours is None or not others:
+        if "kascade" not in found or len(found) < 2:
             continue
-        lower_is_better = workload.figure.endswith("_ms")
-        best = (min if lower_is_better else max)(others, key=others.get)
-        ratio = others[best] / ours if lower_is_better else ours / others[best]
+        best, ratio = compare(found, workload)
         print(
-            f"{name:16} {workload.figure:20} kascade {ours:10.2f}  {best} {others[best]:10.2f}  "
-            f"{ratio:.2f}x (at least {workload.must}x)"
+            f"{name:16} {workload.figure:20} kascade {found['kascade']:10.2f}  {best} "
+            f"{found[best]:10.2f}  {ratio:.2f}x (at least {workload.must}x)"
         )
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make bench-serving", description=__doc__)
-    parser.add_argument("--model", choices=PRESETS, default="llama-3.1-8b", help="shape to serve")
+    parser.add_argument("--model", choices=ANCHORS, default="llama-3.1-8b", help="shape to serve")
     parser.add_argument("--model-path", type=Path, help="a real checkpoint instead")
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
-    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--workloads", nargs="+", default=TARGETS, choices=WORKLOADS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to write as the commit, outside a repository")
     parser.add_argument(
@@ -243,6 +241,7 @@ def main() -> int:
             for backend in options.backends:
                 run_backend(backend, model, options, folder, rows, write, bar)
     print_ratios(rows)
+    plot(options.out, options.out.with_suffix(".png"), options.model)
     return 0
 
 

@@ -5,12 +5,14 @@ fails where a document differs from the CSVs.
 """
 
 import csv
+import itertools
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from plot_kernels import newest
+from serving_workloads import WORKLOADS, compare
 
 from kascade_sglang.evaluation.report import mean_accuracy, read_rows
 
@@ -58,6 +60,46 @@ def quality_table() -> str:
 def prefill_table() -> str:
     """``make bench-prefill``: speed over FlashAttention-3, one row a case; random inputs."""
     return kernel_table("prefill_h100.csv")
+
+
+def decode_table() -> str:
+    """``make bench-decode``: speed over FlashAttention-3, one row a case; random inputs."""
+    return kernel_table("decode_h100.csv")
+
+
+FIGURES = {
+    "itl_p50_ms": "time between tokens, ms, median",
+    "ttft_p50_ms": "time to the first token, ms",
+    "ttft_p99_ms": "time to the first token, ms, p99",
+    "output_tokens_per_s": "tokens out a second",
+}
+
+
+def serving_table() -> str:
+    """``make bench-serving``: the figure of every workload, Kascade against the best other."""
+    with open(RESULTS / "serving_h100.csv", newline="") as file:
+        names = ("model", "workload", "backend")
+        rows = {tuple(row[name] for name in names): row for row in csv.DictReader(file)}
+    lines = []
+    for model, (name, workload) in itertools.product(
+        dict.fromkeys(key[0] for key in rows), WORKLOADS.items()
+    ):
+        found = {
+            backend: float(row[workload.figure])
+            for (*of, backend), row in rows.items()
+            if of == [model, name]
+        }
+        if "kascade" not in found or len(found) < 2:
+            continue
+        best, ratio = compare(found, workload)
+        target = f"{workload.must}x" if workload.must else ""
+        ours, theirs = (
+            f"{found[key]:,.{0 if found[key] >= 100 else 1}f}" for key in ("kascade", best)
+        )
+        cells = (ours, f"{theirs} ({best})", f"{ratio:.2f}x", target)
+        lines.append([f"{model}, {name}", FIGURES[workload.figure], *cells])
+    header = ["server and workload", "figure", "kascade", "best of SGLang's", "better by", "target"]
+    return markdown(header, lines)
 
 
 def kernel_table(name: str) -> str:
@@ -122,9 +164,30 @@ def pieces_table() -> str:
     return markdown(["piece", *(", ".join(column) for column in columns)], lines)
 
 
+def decode_pieces_table() -> str:
+    """``make bench-decode``: an anchor's pieces beside other libraries', as shares of FA3."""
+    rows = [row for row in newest(RESULTS / "decode_h100.csv") if not row["plan"]]
+    found = {(r["kind"], r["method"], r["case"]): r for r in rows if r["inputs"] == "random"}
+    cases = [case for kind, _, case in found if kind == "score"]
+    pieces = dict.fromkeys(key[:2] for key in found if (key[0], "kascade", cases[0]) in found)
+    lines = [
+        [kind, method, *(f"{float(found[kind, method, case]['share']):.3f}" for case in cases)]
+        for kind, method in pieces
+        if kind in ("score", "select", "attend")
+    ]
+    return markdown(["piece", "library", *cases], lines)
+
+
 INPUTS = ("random", "heavy_tailed")
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"demo": demo_table, "quality": quality_table, "prefill": prefill_table},
+    "README.md": {
+        "demo": demo_table,
+        "quality": quality_table,
+        "prefill": prefill_table,
+        "decode": decode_table,
+        "serving": serving_table,
+    },
+    "benchmarks/README.md": {"decode-pieces": decode_pieces_table},
     "benchmarks/results/faster_selection.md": {"mass": mass_table, "pieces": pieces_table},
 }
 

@@ -102,3 +102,35 @@ def flashinfer_attend(
     queries = q.view(lists, GROUP, DIM)
     paged = tuple(cache.view(-1, 1, 1, DIM) for cache in (pool.k, pool.v))
     return lambda: wrapper.run(queries, paged)
+
+
+def flashinfer_cascade(q: torch.Tensor, pool: Pool, lengths: list[int], shared: int) -> Step:
+    """FlashInfer's dense attention that reads a prefix shared by all requests once.
+
+    Planning, on the host, is not timed. lengths: of the requests; shared: of their prefix.
+    """
+    from flashinfer import MultiLevelCascadeAttentionWrapper
+
+    rows = len(lengths)
+    own = torch.tensor([length - shared for length in lengths])
+
+    def starts(counts: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.zeros(1), counts.cumsum(0)]).int().to(DEVICE)
+
+    tables = [row[shared:length] for row, length in zip(pool.table, lengths, strict=True)]
+    workspace = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    wrapper = MultiLevelCascadeAttentionWrapper(2, workspace, "NHD")
+    wrapper.plan(
+        [starts(torch.tensor([rows])), starts(torch.ones(rows))],
+        [starts(torch.tensor([shared])), starts(own)],
+        [pool.table[0, :shared].contiguous(), torch.cat(tables)],
+        [torch.ones(n, dtype=torch.int32, device=DEVICE) for n in (1, rows)],
+        KV_HEADS * GROUP,
+        KV_HEADS,
+        DIM,
+        1,
+        sm_scale=SCALE,
+        q_data_type=DTYPE,
+    )
+    paged = tuple(cache[:, None] for cache in (pool.k, pool.v))
+    return lambda: wrapper.run(q, paged)

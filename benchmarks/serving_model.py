@@ -12,17 +12,31 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kascade_sglang.plan.library import PLAN_NAME
-from kascade_sglang.plan.presets import preset
-from kascade_sglang.plan.schema import Plan
+from kascade_sglang.plan.presets import identity_similarity, preset
+from kascade_sglang.plan.schema import ModelShape, Plan
 
 SHAPES = Path(__file__).parent / "models"
-PRESETS = {"llama-3.1-8b": "Llama-3.1-8B-Instruct", "qwen3-8b": "Qwen3-8B"}
+ANCHORS = {
+    "llama-3.1-8b": preset("Llama-3.1-8B-Instruct").anchors,
+    "qwen3-8b": preset("Qwen3-8B").anchors,
+    "four-layers": (0, 2),
+}
+"""The paper's. Four narrow layers leave the GPU idle: what is timed there is the host."""
 
 
 def make_shape(name: str, folder: Path) -> Path:
-    """Write the folder for a shape of ``benchmarks/models``, with the paper's anchors."""
+    """Write the folder for a shape of ``benchmarks/models``; heads are mapped to themselves."""
     config = json.loads((SHAPES / f"{name}.json").read_text())
-    return make_model(config, preset(PRESETS[name]), folder / name)
+    shape = ModelShape(
+        layers=config["num_hidden_layers"],
+        q_heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        hidden=config["hidden_size"],
+    )
+    reuse = [layer for layer in range(shape.layers) if layer not in ANCHORS[name]]
+    similarity = dict.fromkeys(reuse, identity_similarity(shape.kv_heads))
+    return make_model(config, Plan(name, shape, ANCHORS[name], similarity), folder / name)
 
 
 def make_model(config: dict[str, Any], plan: Plan, path: Path) -> Path:

@@ -10,8 +10,9 @@ class Workload(NamedTuple):
 
     inputs, outputs: tokens of each request; a RAG request's inputs are ``prefix`` shared by the
     requests of its group and its own. figure: column of the results; must: least ratio to the
-    best of SGLang's own backends. arrivals: share of fa3's request throughput at which requests
-    arrive, as a Poisson process; None sends all at once. warmups: requests before those timed.
+    best of SGLang's own backends, 0 where the row only makes a curve. arrivals: share of fa3's
+    request throughput at which requests arrive, as a Poisson process; None sends all at once.
+    warmups: requests before those timed.
     """
 
     requests: int
@@ -54,4 +55,23 @@ WORKLOADS = {
     "rag-8-prefixes": Workload(64, 16 * K + 512, 256, "ttft_p99_ms", 1.2, 16 * K, 8, 0.8),
     "chat": Workload(64, K, 256, "output_tokens_per_s", 0.97),
     "reasoning": Workload(16, 2 * K, 8 * K, "output_tokens_per_s", 1.05),
+    "host": Workload(1, K, 512, "itl_p50_ms", 0.95),
+    **{f"prefill-{n}K": Workload(1, n * K, 8, "ttft_p50_ms", 0, warmups=1) for n in (4, 16, 64)},
+    **{f"decode-8x{n}K": Workload(8, n * K, 128, "itl_p50_ms", 0) for n in (2, 8)},
+    **{f"decode-{n}x32K": Workload(n, 32 * K, 128, "itl_p50_ms", 0) for n in (1, 2, 4)},
 }
+TARGETS = [name for name, workload in WORKLOADS.items() if workload.must and name != "host"]
+"""What is run where nothing is named. ``host`` is for the model ``four-layers``."""
+
+
+def compare(found: dict[str, float], workload: Workload) -> tuple[str, float]:
+    """Return the best backend beside kascade, and by how much kascade is better than it.
+
+    found: the workload's figure under each backend; times are better when lower.
+    """
+    ours, others = found["kascade"], {key: found[key] for key in found if key != "kascade"}
+    if workload.figure.endswith("_ms"):
+        best = min(others, key=others.get)
+        return best, others[best] / ours
+    best = max(others, key=others.get)
+    return best, ours / others[best]

@@ -88,8 +88,15 @@ class ExtendPath:
         self._store, self._copies, self._arena = store, copies, arena
 
     def begin(self, batch: ForwardBatch) -> None:
-        """Cut this step's queries into tiles; all host work of the step happens here."""
-        tiles = TileTable.build(new_spans(batch), self._config)
+        """Prepare a step; all its host work happens here."""
+        self.begin_spans(new_spans(batch), batch.req_pool_indices)
+
+    def begin_spans(self, spans: list[tuple[int, int]], requests: torch.Tensor) -> None:
+        """Cut positions [begin, end) of each request into tiles.
+
+        requests: int64 [requests], their rows of the slot table.
+        """
+        tiles = TileTable.build(spans, self._config)
         lists = self._shape.lists
         offsets = lists * (tiles.selected.cumsum() - tiles.selected)
         packed = torch.from_numpy(np.stack([*tiles, offsets]))
@@ -97,8 +104,7 @@ class ExtendPath:
             packed = packed.pin_memory()
         device = packed.to(self._shape.device, non_blocking=True)
         small = device[:5].to(torch.int32)
-        requests = batch.req_pool_indices[device[0]]
-        self._rows = Rows(requests, small[1], small[2], small[3])
+        self._rows = Rows(requests[device[0]], small[1], small[2], small[3])
         total = lists * int(tiles.selected.sum())
         slots = torch.empty(max(total, 1), dtype=torch.int32, device=self._shape.device)
         self._selection = Selection(slots, device[5], small[4], lists)

@@ -15,6 +15,7 @@ from kascade_sglang.backend.index_store import IndexStore
 from kascade_sglang.backend.key_copies import KeyCopies
 from kascade_sglang.backend.rank_shape import RankShape
 from kascade_sglang.backend.reference_path import ReferencePath
+from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.config import MB, KascadeConfig
 from kascade_sglang.errors import KascadeError
 
@@ -65,7 +66,10 @@ def build_paths(runner: ModelRunner, config: KascadeConfig) -> Paths:
     # Tensors start at multiples of 256 bytes, so a full arena needs a little more.
     arena = Arena(config.score_memory + SLACK, shape.device)
     parts = (runner, config, shape, store, copies, arena)
-    return Paths(DecodePath(*parts), ExtendPath(*parts), store, copies, shape)
+    paths = Paths(DecodePath(*parts), ExtendPath(*parts), store, copies, shape)
+    if shape.device.startswith("cuda"):
+        warm_up(paths, runner, config)
+    return paths
 
 
 def copied_layers(config: KascadeConfig, layers: range) -> list[int]:

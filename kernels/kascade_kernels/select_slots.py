@@ -75,9 +75,9 @@ def count_high(buffer: CodeBuffer, rows: Rows, budget: Budget) -> None:
         buffer.high,
         budget.ratio_ppm,
         budget.min_k,
+        chunks,
         buffer.codes.stride(1),
         LISTS=lists,
-        CHUNKS=chunks,
         CHUNK=CHUNK,
         **LAUNCH,
     )
@@ -106,16 +106,15 @@ def select_slots(
     require_shape("buffer.codes", buffer.codes, (None, selection.heads, None))
     require_dtype("selection.slots", selection.slots, torch.int32)
     require_dtype("selection.offsets", selection.offsets, torch.int64)
-    keys_wanted = (budget.ratio_ppm, budget.min_k)
-    sizes = {"LISTS": lists, "CHUNKS": chunks, "CHUNK": CHUNK}
-    parts = {"PART": min(PART, triton.next_power_of_2(chunks)), **sizes, **LAUNCH}
+    numbers = (budget.ratio_ppm, budget.min_k, chunks)
+    sizes = {"LISTS": lists, "CHUNK": CHUNK, **LAUNCH}
     grid = (programs_per_list(lists * count, chunks), lists, count)
     codes, high, low, thresholds, before = buffer
-    find_high_kernel[(lists, count)](rows.ends, high, low, thresholds, *keys_wanted, **parts)
-    count_low_kernel[grid](
-        codes, rows.ends, thresholds, low, *keys_wanted, codes.stride(1), **sizes, **LAUNCH
+    find_high_kernel[(lists, count)](rows.ends, high, low, thresholds, *numbers, PART=PART, **sizes)
+    count_low_kernel[grid](codes, rows.ends, thresholds, low, *numbers, codes.stride(1), **sizes)
+    find_low_kernel[(lists, count)](
+        rows.ends, high, low, thresholds, before, *numbers, PART=PART, **sizes
     )
-    find_low_kernel[(lists, count)](rows.ends, high, low, thresholds, before, *keys_wanted, **parts)
     emit_slots_kernel[grid](
         codes,
         req_to_token,
@@ -126,10 +125,9 @@ def select_slots(
         selection.slots,
         selection.offsets,
         selection.counts,
-        *keys_wanted,
+        *numbers,
         codes.stride(1),
         req_to_token.stride(0),
         APPEND_OWN=append_own,
         **sizes,
-        **LAUNCH,
     )

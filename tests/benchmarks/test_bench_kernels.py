@@ -13,6 +13,7 @@ import triton
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 INTERPRETED = triton.knobs.runtime.interpret and not torch.cuda.is_available()
+FLASHINFER = ("flashinfer_select", "flashinfer_attend", "flashinfer_cascade")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 
 
@@ -31,7 +32,7 @@ def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(importlib.import_module("kernel_common"), name, size)
         monkeypatch.setattr(module, name, size, raising=False)
     monkeypatch.setattr(module, "measure", run_once)
-    for name in ("fa3_decode", "fa3_extend", "flashinfer_select", "flashinfer_attend"):
+    for name in ("fa3_decode", "fa3_extend", *FLASHINFER):
         monkeypatch.setattr(module, name, lambda *args, **more: lambda: None, raising=False)
     monkeypatch.setattr(module, "scratch_bytes", lambda step: 0, raising=False)
     return module
@@ -52,6 +53,18 @@ def test_decode_measures_every_kind_of_layer(
     step, layers = 1.0, 32
     composite = next(row for row in rows if row.plan == "llama-3.1-8b")
     assert (composite.ms, composite.fa3_ms) == (step + layers, layers)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bench", ["bench_decode"], indirect=True)
+def test_a_shared_prefix_is_measured_beside_a_cascade(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "CONTEXT", 512)
+    monkeypatch.setattr(bench, "SHARED", {"tiny": 200})
+    rows = list(bench.measure_case("tiny", [230, 210], "random", rivals=True))
+    assert rows[0].method == "flashinfer_cascade"
+    assert sum(row.kind == "composite" for row in rows) == 4
 
 
 @needs_interpreter

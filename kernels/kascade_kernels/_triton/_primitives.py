@@ -10,6 +10,15 @@ CODE_HALF = tl.constexpr(1 << 12)
 CODE_OFFSET = tl.constexpr(79 << 10)
 """Codes are the upper bits of float32: 10 bits of mantissa, exponents from 2^-48 to 2^16."""
 
+VARY = [
+    *("request_ptr", "end_ptr", "start_ptr", "count_ptr", "offset_ptr", "selected_ptr"),
+    "head_map_ptr",
+    *("requests", "ends", "offsets", "counts"),
+    *("ratio_ppm", "min_k", "spans", "rows", "room"),
+]
+"""Arguments that differ from step to step in alignment or size: a server must not compile again
+for a prompt of another length."""
+
 
 @triton.constexpr_function
 def power_of_2(size: int) -> int:

@@ -2,7 +2,7 @@
 
 A list's codes are cut into chunks, which the programs of its list take in turn. Between the
 passes over the codes, one program a list turns the chunks' counts into a threshold and into
-where each chunk writes.
+where each chunk writes. ``room``: chunks of the longest list.
 """
 
 import triton
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
     TILE,
+    VARY,
     load_slots,
     own_tile_start,
     selected_count,
@@ -18,19 +19,19 @@ from kascade_kernels._triton._primitives import (
 
 
 @triton.jit
-def _load_counts(counts, list_index, first, chunks, CHUNKS: tl.constexpr, PART: tl.constexpr):
+def _load_counts(counts, list_index, first, chunks, room, PART: tl.constexpr):
     """Counts of a list's chunks from ``first`` on, int32 [PART, 256]; zeros past ``chunks``."""
     chunk = first + tl.arange(0, PART)[:, None]
-    address = (list_index * CHUNKS + chunk) * 256 + tl.arange(0, 256)[None, :]
+    address = (list_index * room + chunk) * 256 + tl.arange(0, 256)[None, :]
     return tl.load(counts + address, mask=chunk < chunks, other=0).to(tl.int32)
 
 
 @triton.jit
-def _totals(counts, list_index, chunks, CHUNKS: tl.constexpr, PART: tl.constexpr):
+def _totals(counts, list_index, chunks, room, PART: tl.constexpr):
     """Counts of a whole list, int32 [256]."""
     totals = tl.zeros([256], tl.int32)
     for first in tl.range(0, chunks, PART):
-        totals += tl.sum(_load_counts(counts, list_index, first, chunks, CHUNKS, PART), 0)
+        totals += tl.sum(_load_counts(counts, list_index, first, chunks, room, PART), 0)
     return totals
 
 
@@ -43,16 +44,16 @@ def _largest_reaching(totals, wanted):
     return bin_, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def count_high_kernel(
     codes,  # uint16 [rows, LISTS, stride]
     ends,  # [rows]
-    high_counts,  # int16 [rows, LISTS, CHUNKS, 256]
+    high_counts,  # int16 [rows, LISTS, room, 256]
     ratio_ppm,
     min_k,
+    room,
     stride_codes,
     LISTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -65,19 +66,19 @@ def count_high_kernel(
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         visible = position < candidates
         code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
-        store_counts(high_counts, list_index * CHUNKS + chunk, code >> 8, visible)
+        store_counts(high_counts, list_index * room + chunk, code >> 8, visible)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def find_high_kernel(
     ends,  # [rows]
-    high_counts,  # int16 [rows, LISTS, CHUNKS, 256]
-    low_counts,  # int32 [rows, LISTS, CHUNKS, 256], zeroed here for the next pass
+    high_counts,  # int16 [rows, LISTS, room, 256]
+    low_counts,  # int32 [rows, LISTS, room, 256], zeroed here for the next pass
     thresholds,  # int32 [rows, LISTS, 2]: high byte of the threshold
     ratio_ppm,
     min_k,
+    room,
     LISTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     PART: tl.constexpr,
 ):
@@ -91,24 +92,24 @@ def find_high_kernel(
     chunks = tl.cdiv(candidates, CHUNK)
     for first in tl.range(0, chunks, PART):
         chunk = first + tl.arange(0, PART)[:, None]
-        address = (list_index * CHUNKS + chunk) * 256 + tl.arange(0, 256)[None, :]
+        address = (list_index * room + chunk) * 256 + tl.arange(0, 256)[None, :]
         tl.store(low_counts + address, 0, mask=chunk < chunks)
-    totals = _totals(high_counts, list_index, chunks, CHUNKS, PART)
+    totals = _totals(high_counts, list_index, chunks, room, PART)
     high, _ = _largest_reaching(totals, wanted)
     tl.store(thresholds + list_index * 2, high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def count_low_kernel(
     codes,  # uint16 [rows, LISTS, stride]
     ends,  # [rows]
     thresholds,  # int32 [rows, LISTS, 2]
-    low_counts,  # int32 [rows, LISTS, CHUNKS, 256]: codes whose high byte is the threshold's
+    low_counts,  # int32 [rows, LISTS, room, 256]: codes whose high byte is the threshold's
     ratio_ppm,
     min_k,
+    room,
     stride_codes,
     LISTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -126,24 +127,24 @@ def count_low_kernel(
         counted = visible & ((code >> 8) == threshold)
         # Few codes are counted, so that adding one at a time is cheaper than a histogram. Zeros
         # may be many, where attention is peaked: those are summed first.
-        counts = low_counts + (list_index * CHUNKS + chunk) * 256
+        counts = low_counts + (list_index * room + chunk) * 256
         tl.atomic_add(counts + (code & 255), 1, mask=counted & (code != 0), sem="relaxed")
         if threshold == 0:
             zeros = tl.sum((counted & (code == 0)).to(tl.int32), 0)
             tl.atomic_add(counts, zeros, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def find_low_kernel(
     ends,  # [rows]
-    high_counts,  # int16 [rows, LISTS, CHUNKS, 256]
-    low_counts,  # int32 [rows, LISTS, CHUNKS, 256]
+    high_counts,  # int16 [rows, LISTS, room, 256]
+    low_counts,  # int32 [rows, LISTS, room, 256]
     thresholds,  # int32 [rows, LISTS, 2]: the threshold, and how many equal to it are taken
-    before,  # int32 [rows, LISTS, CHUNKS, 2]: larger codes and ties in earlier chunks
+    before,  # int32 [rows, LISTS, room, 2]: larger codes and ties in earlier chunks
     ratio_ppm,
     min_k,
+    room,
     LISTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     PART: tl.constexpr,
 ):
@@ -155,8 +156,8 @@ def find_low_kernel(
         return
     list_index = row.to(tl.int64) * LISTS + list_
     chunks = tl.cdiv(candidates, CHUNK)
-    high_totals = _totals(high_counts, list_index, chunks, CHUNKS, PART)
-    low_totals = _totals(low_counts, list_index, chunks, CHUNKS, PART)
+    high_totals = _totals(high_counts, list_index, chunks, room, PART)
+    low_totals = _totals(low_counts, list_index, chunks, room, PART)
     high, above_high = _largest_reaching(high_totals, wanted)
     low, above_low = _largest_reaching(low_totals, wanted - above_high)
     tl.store(thresholds + list_index * 2, high * 256 + low)
@@ -166,36 +167,36 @@ def find_low_kernel(
     larger_before = 0
     ties_before = 0
     for first in tl.range(0, chunks, PART):
-        high_by_chunk = _load_counts(high_counts, list_index, first, chunks, CHUNKS, PART)
-        low_by_chunk = _load_counts(low_counts, list_index, first, chunks, CHUNKS, PART)
+        high_by_chunk = _load_counts(high_counts, list_index, first, chunks, room, PART)
+        low_by_chunk = _load_counts(low_counts, list_index, first, chunks, room, PART)
         larger = tl.sum(tl.where(byte > high, high_by_chunk, 0), 1)
         larger += tl.sum(tl.where(byte > low, low_by_chunk, 0), 1)
         ties = tl.sum(tl.where(byte == low, low_by_chunk, 0), 1)
         chunk = first + tl.arange(0, PART)
-        target = before + (list_index * CHUNKS + chunk) * 2
+        target = before + (list_index * room + chunk) * 2
         tl.store(target, larger_before + tl.cumsum(larger, 0) - larger, mask=chunk < chunks)
         tl.store(target + 1, ties_before + tl.cumsum(ties, 0) - ties, mask=chunk < chunks)
         larger_before += tl.sum(larger, 0)
         ties_before += tl.sum(ties, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def emit_slots_kernel(
     codes,  # uint16 [rows, LISTS, stride]
     table,  # int32 [requests, max_context]
     requests,  # [rows]
     ends,  # [rows]
     thresholds,  # int32 [rows, LISTS, 2]
-    before,  # int32 [rows, LISTS, CHUNKS, 2]
+    before,  # int32 [rows, LISTS, room, 2]
     slots,  # int32 [total]
     offsets,  # int64 [rows]
     counts,  # int32 [rows]
     ratio_ppm,
     min_k,
+    room,
     stride_codes,
     stride_table,
     LISTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     APPEND_OWN: tl.constexpr,
 ):
@@ -228,8 +229,8 @@ def emit_slots_kernel(
         threshold = tl.load(thresholds + list_index * 2)
         ties = tl.load(thresholds + list_index * 2 + 1)
         for chunk in tl.range(program, chunks, tl.num_programs(0)):
-            larger_before = tl.load(before + (list_index * CHUNKS + chunk) * 2)
-            ties_before = tl.load(before + (list_index * CHUNKS + chunk) * 2 + 1)
+            larger_before = tl.load(before + (list_index * room + chunk) * 2)
+            ties_before = tl.load(before + (list_index * room + chunk) * 2 + 1)
             position = chunk * CHUNK + tl.arange(0, CHUNK)
             visible = position < candidates
             code = tl.load(list_codes + position, mask=visible, other=0).to(tl.int32)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import TILE, own_tile_start
+from kascade_kernels._triton._primitives import TILE, VARY, own_tile_start
 from kascade_kernels._triton._tile_scores import (
     block_count,
     block_rows,
@@ -31,7 +31,7 @@ def attend(q, k, v, hidden, acc, largest, total, scale, MASKED: tl.constexpr):
     return acc, largest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def tile_attention_kernel(
     # Pointers
     q_ptr,

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
     TILE,
+    VARY,
     encode_score,
     own_tile_start,
     power_of_2,
@@ -87,7 +88,7 @@ def add_exponentials(q, k, hidden, weight, largest, total, scale, MASKED: tl.con
     return largest, total
 
 
-@triton.jit(do_not_specialize=["ratio_ppm", "min_k", "spans"])
+@triton.jit(do_not_specialize=VARY)
 def tile_lse_kernel(
     # Pointers
     q_ptr,
@@ -177,7 +178,7 @@ def tile_lse_kernel(
     tl.store(part_ptr + at, largest + tl.log2(total), mask=live)
 
 
-@triton.jit(do_not_specialize=["ratio_ppm", "min_k", "spans"])
+@triton.jit(do_not_specialize=VARY)
 def merge_lse_kernel(
     part_ptr,
     end_ptr,
@@ -261,7 +262,7 @@ def scored_candidates(request_ptr, end_ptr, row, rows, request, ratio_ppm, min_k
     return tl.where(ours & sparse, candidates, 0)
 
 
-@triton.jit(do_not_specialize=["ratio_ppm", "min_k", "rows"])
+@triton.jit(do_not_specialize=VARY)
 def tile_scores_kernel(
     # Pointers
     q_ptr,

@@ -1,0 +1,48 @@
+"""The soak on a small scale: a real server under load, aborts, a flush, every length checked."""
+
+import asyncio
+import random
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from kascade_sglang.demo.server import Server, demo_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.e2e
+def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import soak
+
+    monkeypatch.setattr(soak, "FLUSH_SECONDS", 2)
+    monkeypatch.setattr(soak, "ABORT_SHARE", 0.3)
+    draw = random.Random(0)
+    prompts = [soak.Prompt(draw, 300, 16) for _ in range(3)]
+    options = Namespace(minutes=0.1, clients=3, deterministic=False)
+    with Server(demo_arguments("kascade"), tmp_path / "log") as server:
+        row = asyncio.run(soak.soak(server, prompts, options))
+        assert server.is_healthy()
+    assert set(soak.COLUMNS) >= set(row)
+    assert row["requests"] > 0 and row["aborted"] > 0 and row["flushed"] > 0
+    assert row["wrong_length"] == row["failed"] == row["different"] == 0
+
+
+def test_replies_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import soak
+
+    prompt = soak.Prompt(random.Random(0), 64)
+    prompt.alone = [[-1.0, 7, None]]
+    meta = {"completion_tokens": prompt.outputs, "output_token_logprobs": [[-1.0, 7, None]]}
+    load = soak.Load("http://127.0.0.1:1", [prompt], compare=True)
+    load._check(prompt, meta)
+    assert load.counts["different"] == load.counts["wrong_length"] == 0
+    load._check(prompt, {**meta, "output_token_logprobs": [[-1.1, 7, None]]})
+    load._check(prompt, {**meta, "output_token_logprobs": [], "num_retractions": 1})
+    load._check(prompt, {**meta, "completion_tokens": 1})
+    assert load.counts["different"] == 1
+    assert load.counts["wrong_length"] == 1
+    assert load.counts["compared"] == 3
