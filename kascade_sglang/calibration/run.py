@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -28,7 +28,7 @@ from kascade_sglang.calibration.collect import (
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
 from kascade_sglang.plan.report import check_target, write_report
-from kascade_sglang.plan.schema import HEAD_MODES, Plan
+from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,22 @@ class CalibrationConfig:
         return self.source.seed
 
 
+class Measured(NamedTuple):
+    """What any plan of one model can be built from. model: the name to write."""
+
+    stats: LayerStats
+    model: str
+    shape: ModelShape
+    budget: Budget
+    provenance: dict[str, Any]
+
+    def plan(self, anchors: int | tuple[int, ...], heads: str) -> Plan:
+        """Build a plan; see ``CalibrationConfig``."""
+        return build_plan(
+            self.stats, anchors, self.model, self.shape, self.budget, heads, self.provenance
+        )
+
+
 def calibrate(config: CalibrationConfig) -> Plan:
     """Calibrate a model and write its plan to ``config.out``; progress goes to stderr.
 
@@ -67,6 +83,23 @@ def calibrate(config: CalibrationConfig) -> Plan:
     goes on where a stopped one ended, and gives the same plan.
     Raises CalibrationError, before the weights are loaded where that is possible.
     """
+    measured, checkpoint = measure(config)
+    plan = measured.plan(config.anchors, config.heads)
+    try:
+        plan.save(config.out)
+    except OSError as error:
+        raise CalibrationError(
+            f"--out {config.out}: cannot write ({error.strerror}); the measurements are kept in "
+            f"{checkpoint.folder}: free space and give the same command to go on"
+        ) from error
+    if config.report is not None:
+        write_report(plan, config.report)
+    checkpoint.remove()
+    return plan
+
+
+def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
+    """Measure a model, or what a stopped run has not; raises as ``calibrate`` does."""
     budget = _check(config)
     hf_config = hf_model.read_config(config.model)
     shape = hf_model.shape_of(hf_config)
@@ -79,22 +112,9 @@ def calibrate(config: CalibrationConfig) -> Plan:
     device = hf_model.pick_device(config.device)
     checkpoint = Checkpoint(config.out, _settings(config, hf_config, found, device))
     model = hf_model.load_model(config.model, config.dtype, device, config.device_map)
-
     stats = _measure(model, found.prompts, budget, config, checkpoint)
     provenance = _provenance(config, found, model)
-    name = _model_name(config.model)
-    plan = build_plan(stats, config.anchors, name, shape, budget, config.heads, provenance)
-    try:
-        plan.save(config.out)
-    except OSError as error:
-        raise CalibrationError(
-            f"--out {config.out}: cannot write ({error.strerror}); the measurements are kept in "
-            f"{checkpoint.folder}: free space and give the same command to go on"
-        ) from error
-    if config.report is not None:
-        write_report(plan, config.report)
-    checkpoint.remove()
-    return plan
+    return Measured(stats, _model_name(config.model), shape, budget, provenance), checkpoint
 
 
 def _check(config: CalibrationConfig) -> Budget:

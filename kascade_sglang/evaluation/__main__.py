@@ -63,9 +63,22 @@ def evaluate(
     method: Method, dense: str, documents: dict[int, list[Document]], folder: Path, bar: Any
 ) -> list[dict[str, Any]]:
     """Start the method's server, ask everything and return its rows."""
-    rows = []
     arguments, environment = server_arguments(method, dense, folder)
     log = folder / f"{method.label.replace(' ', '_')}.log"
+    rows = ask_server(arguments, environment, documents, log, bar)
+    named = {"method": method.name, "heads": method.heads or "", "ratio": method.ratio or ""}
+    return [{**named, **row} for row in rows]
+
+
+def ask_server(
+    arguments: list[str],
+    environment: dict[str, str],
+    documents: dict[int, list[Document]],
+    log: Path,
+    bar: Any,
+) -> list[dict[str, Any]]:
+    """Start a server, ask everything and return a row for each length and task."""
+    rows = []
     with Server(arguments, log, environment=environment) as server:
         for length, group in documents.items():
             before = server.key_reads()
@@ -77,9 +90,6 @@ def evaluate(
                 right = sum(answer.correct for answer in replies)
                 rows.append(
                     {
-                        "method": method.name,
-                        "heads": method.heads or "",
-                        "ratio": method.ratio or "",
                         "task": task,
                         "length": length,
                         "accuracy": round(right / len(replies), 4),

@@ -21,19 +21,15 @@ from kascade_sglang.demo.tasks import TASKS, compose, prompt
 LENGTHS = (2048, 4096, 6000, 8000)
 
 
-def main() -> None:
+def write_prompts(out: Path, count: int = 8) -> None:
     """Write one chat a line, in the form that ``kascade calibrate --prompts`` reads."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=8)
-    options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
 
     def count_tokens(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
-    with open(options.out, "w") as file:
-        for index in range(options.count):
+    with open(out, "w") as file:
+        for index in range(count):
             rng = random.Random(f"calibration-{index}")
             counts = dict.fromkeys(TASKS, 2)
             length = LENGTHS[index % len(LENGTHS)]
@@ -44,6 +40,15 @@ def main() -> None:
                 chat.append({"role": "user", "content": text if turn else prompt(document, text)})
                 chat.append({"role": "assistant", "content": item.reply})
             file.write(json.dumps({"messages": chat}) + "\n")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=8)
+    options = parser.parse_args()
+    write_prompts(options.out, options.count)
 
 
 if __name__ == "__main__":

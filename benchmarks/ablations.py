@@ -1,0 +1,133 @@
+"""Which anchors, and how many: the demo model's answers under plans that differ in nothing else.
+
+The model is measured once. Anchors are then chosen by the dynamic programme of ``kascade
+calibrate``, evenly spaced, or drawn at random, at several counts; ``searched`` are those of the
+shipped plan. Every row is one plan.
+"""
+
+import argparse
+import csv
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from kascade_sglang.backend.dense import default_dense_backend
+from kascade_sglang.calibration.run import CalibrationConfig, Measured, measure
+from kascade_sglang.calibration.sources import PromptSource
+from kascade_sglang.demo.recipe.prompts import write_prompts
+from kascade_sglang.demo.server import MODEL, demo_arguments
+from kascade_sglang.evaluation.__main__ import ask_server, make_documents
+from kascade_sglang.evaluation.intervals import wilson
+from kascade_sglang.plan.library import PLAN_NAME
+from kascade_sglang.plan.schema import Plan, load_plan
+from kascade_sglang.provenance import provenance
+
+RESULTS = Path(__file__).parent / "results/ablations_demo.csv"
+COLUMNS = """choice anchors count objective accuracy low high n attended
+    device dtype versions commit date""".split()
+COUNTS = (4, 6, 8)
+DRAWS = 3
+RATIO = 0.1
+
+
+class Candidate(NamedTuple):
+    """A plan and how its anchors were chosen."""
+
+    choice: str
+    plan: Plan
+
+
+def candidates(measured: Measured, counts: tuple[int, ...], draws: int) -> Iterator[Candidate]:
+    """Yield every plan to compare, the shipped one first."""
+    layers = measured.shape.layers
+    shipped = load_plan(MODEL / PLAN_NAME)
+    yield Candidate("searched", measured.plan(shipped.anchors, "per_head"))
+    for count in counts:
+        yield Candidate("programme", measured.plan(count, "per_head"))
+        even = tuple(layers * index // count for index in range(count))
+        yield Candidate("even", measured.plan(even, "per_head"))
+        for seed in range(draws):
+            others = random.Random(seed).sample(range(1, layers), count - 1)
+            yield Candidate("random", measured.plan((0, *sorted(others)), "per_head"))
+
+
+def evaluate(
+    candidate: Candidate, options: argparse.Namespace, documents: dict, folder: Path, bar: Any
+) -> dict[str, Any]:
+    """Serve one plan, ask everything and return its row."""
+    plan = candidate.plan
+    name = "_".join(map(str, plan.anchors))
+    plan.save(folder / f"{candidate.choice}_{name}.json")
+    arguments = demo_arguments("kascade", options.dense)
+    arguments += ["--kascade-plan", str(folder / f"{candidate.choice}_{name}.json")]
+    arguments += ["--kascade-topk-ratio", str(RATIO)]
+    rows = ask_server(arguments, {}, documents, folder / f"{candidate.choice}_{name}.log", bar)
+    asked = sum(row["n"] for row in rows)
+    right = sum(round(row["accuracy"] * row["n"]) for row in rows)
+    low, high = wilson(right, asked)
+    return {
+        "choice": candidate.choice,
+        "anchors": " ".join(map(str, plan.anchors)),
+        "count": len(plan.anchors),
+        "objective": plan.provenance["objective"],
+        "accuracy": round(right / asked, 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "n": asked,
+        "attended": round(sum(row["attended"] for row in rows) / len(rows), 4),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="ablations.py", description=__doc__)
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="of anchors")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--documents", type=int, default=4, help="documents per length")
+    parser.add_argument("--tiles", type=int, default=48, help="measured of each prompt")
+    parser.add_argument("--parallel", type=int, default=1, help="servers to run side by side")
+    parser.add_argument("--dense", default=default_dense_backend(), help="the dense backend")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="what to write as the commit, outside a repository")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure once, serve every plan, write rows as they come."""
+    options = parse_arguments()
+    folder = Path(tempfile.mkdtemp(prefix="kascade-ablations-"))
+    write_prompts(folder / "prompts.jsonl")
+    source = PromptSource(prompts=folder / "prompts.jsonl")
+    config = CalibrationConfig(
+        model=str(MODEL), out=folder / "plan.json", source=source, tiles=options.tiles
+    )
+    measured, _ = measure(config)
+    documents = {length: make_documents(length, options.documents, 5) for length in options.lengths}
+    plans = list(candidates(measured, tuple(options.counts), DRAWS))
+    stamp = provenance(options.commit)
+    questions = sum(len(d.questions) for group in documents.values() for d in group)
+    with (
+        open(options.out, "w", newline="") as file,
+        tqdm(total=len(plans) * questions, unit="question") as bar,
+        ThreadPoolExecutor(options.parallel) as pool,
+    ):
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+
+        def run(candidate: Candidate) -> dict[str, Any]:
+            return evaluate(candidate, options, documents, folder, bar)
+
+        for row in pool.map(run, plans):
+            writer.writerow({**row, **stamp})
+            file.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Which plans the ablation of anchors compares."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kascade_kernels.budget import Budget
+from kascade_sglang.calibration.collect import MASS_RATIOS, LayerStats
+from kascade_sglang.calibration.run import Measured
+from kascade_sglang.plan.schema import ModelShape
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+LAYERS, HEADS = 12, 2
+
+
+def measured() -> Measured:
+    draw = np.random.default_rng(0)
+    similarity = draw.random((LAYERS, LAYERS, HEADS, HEADS))
+    stats = LayerStats(
+        layers=tuple(range(LAYERS)),
+        similarity=similarity,
+        pooled=similarity.mean((2, 3)),
+        mass=draw.random((len(MASS_RATIOS), LAYERS, HEADS)),
+        importance=draw.random(LAYERS),
+        prompts=1,
+        tokens=100,
+        tiles=3,
+    )
+    return Measured(stats, "test", ModelShape(LAYERS, 8, HEADS, 64, 256), Budget(), {})
+
+
+def test_every_choice_is_made_at_every_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import ablations
+
+    found = list(ablations.candidates(measured(), (4, 6), draws=2))
+    assert [one.choice for one in found[:1]] == ["searched"]
+    kinds = [(one.choice, len(one.plan.anchors)) for one in found[1:]]
+    expected = ["programme", "even", "random", "random"]
+    assert kinds == [(choice, count) for count in (4, 6) for choice in expected]
+    assert found[2].plan.anchors == (0, 3, 6, 9)
+    assert len({one.plan.anchors for one in found}) == len(found)
+    best = {}
+    for one in found[1:]:
+        objective, count = one.plan.provenance["objective"], len(one.plan.anchors)
+        best.setdefault(count, objective)
+        assert objective <= best[count], "the programme's objective is the greatest"
