@@ -9,6 +9,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from harness import DEVICE, DTYPE, HEAD_DIM, Harness, expected_output
 from kascade_kernels.budget import Budget
 from kascade_kernels.reference import anchor_scores
+from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.errors import KascadeError
 from shapes import INTERPRETED
 
@@ -184,6 +185,19 @@ def test_reuse_before_its_anchor_is_refused() -> None:
     harness = Harness([40])
     with pytest.raises(KascadeError, match="before its anchor, layer 2"):
         harness.backend.paths.store.get(3)
+
+
+@pytest.mark.skipif(not KERNELS, reason="nothing is compiled")
+def test_warming_up_changes_no_result() -> None:
+    plain, warmed = Harness([161], exact=False), Harness([161], exact=False)
+    runner = SimpleNamespace(token_to_kv_pool=warmed.pool)
+    warm_up(warmed.backend.paths, runner, warmed.config)
+    with pytest.raises(KascadeError, match="before its anchor"):
+        warmed.backend.paths.store.get(1)
+    for harness in (plain, warmed):
+        harness.prefill(0, 160)
+        harness.step([(0, 160, 161)])
+    assert_same(plain, warmed, 0)
 
 
 @pytest.mark.skipif(KERNELS, reason="the kernels can be captured: test_graphs.py")

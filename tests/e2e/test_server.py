@@ -1,16 +1,19 @@
 """A real server with the shipped model and plan, as a user meets it."""
 
+import csv
 import json
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from openai import OpenAI
 
+from kascade_sglang.cli import main
 from kascade_sglang.config import load_config
 from kascade_sglang.demo.client import MODEL_NAME
 from kascade_sglang.demo.server import MODEL, Server, demo_arguments
@@ -103,6 +106,20 @@ def test_counters_equal_the_budget(server: Server) -> None:
         most = getattr(key_reads(config, np.arange(len(ids), len(ids) + 9)), kind)
         assert least <= grown["decode", kind] <= most
     assert prefill.attended < 0.5 * prefill.dense
+
+
+def test_eval_command_scores_and_counts_reads(server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "results.csv"
+    asked = ["--tasks", "facts_single_key,perplexity", "--lengths", "2048", "--samples", "3"]
+    assert main(["eval", "--url", server.url, *asked, "--out", str(out)]) == 0
+    with open(out, newline="") as file:
+        facts, perplexity = csv.DictReader(file)
+    assert (facts["task"], facts["n"]) == ("facts_single_key", "3")
+    assert float(facts["score"]) == 100
+    assert 0 < float(facts["prefill_attended"]) < 0.5
+    assert 0 < float(facts["decode_attended"]) < 0.5
+    assert float(perplexity["score"]) > 1
+    assert facts["label"] == "kascade"
 
 
 def test_chat_streams_the_right_answer(client: OpenAI) -> None:

@@ -79,6 +79,26 @@ def test_one_list_for_all_heads() -> None:
         torch.testing.assert_close(out[row].double(), exact, rtol=2e-3, atol=2e-3)
 
 
+def test_keys_of_infinite_logits_are_left_out() -> None:
+    """Also where they are all that one program reads."""
+    case = DecodeCase.make([200], kv_heads=1)
+    slots = case.slots_of(0)
+    case.k[slots[64:128]] = -torch.inf
+    case.q.abs_()
+    selection = Selection(
+        slots.to(torch.int32),
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        torch.full((1,), 200, dtype=torch.int32, device=DEVICE),
+        1,
+    )
+    spans, head_map = spans_of(selection), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    parts = Parts.allocate(spans, 4, 32)
+    out = decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
+    finite = torch.cat([slots[:64], slots[128:]])[None]
+    exact = attention(case.q[0].double(), case.k.double(), case.v.double(), finite, case.scale)
+    torch.testing.assert_close(out[0].double(), exact, rtol=2e-3, atol=2e-3)
+
+
 def test_wrong_head_map_type() -> None:
     case = DecodeCase.make([9])
     selection, _ = make_lists([9], 2, case.k.shape[0])

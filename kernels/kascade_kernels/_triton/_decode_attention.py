@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from kascade_kernels._triton._primitives import bounded
+
 
 @triton.jit
 def decode_attention_kernel(
@@ -54,7 +56,7 @@ def decode_attention_kernel(
         address = slot[:, None] * stride_slot + head * D + dim[None, :]
         keys = tl.load(k + address, mask=visible[:, None], other=0.0)
         s = tl.dot(queries, tl.trans(keys)) * scale_log2
-        s = tl.where(visible[None, :], s, float("-inf"))
+        s = tl.where(visible[None, :], bounded(s), float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         rescale = tl.exp2(m - m_new)
         p = tl.exp2(s - m_new[:, None])

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
+    bounded,
     encode_score,
     load_slots,
     own_tile_start,
@@ -11,9 +12,6 @@ from kascade_kernels._triton._primitives import (
     selected_count,
     store_counts,
 )
-
-LOGIT_BOUND = tl.constexpr(1e30)
-"""Keeps differences of logits finite where q.k overflows."""
 
 
 @triton.jit
@@ -92,8 +90,7 @@ def decode_scores_kernel(
             s = products * (q_scales * scale_log2)[:, None] * k_scale[None, :]
         else:
             s = tl.dot(queries, tl.trans(keys)) * scale_log2
-        s = tl.minimum(tl.maximum(s, -LOGIT_BOUND), LOGIT_BOUND)
-        s = tl.where(visible[None, :], s, float("-inf"))
+        s = tl.where(visible[None, :], bounded(s), float("-inf"))
         m_block = tl.max(s, 1)
         if not dense:
             # The block's maximum apart: half precision is then finest where scores are largest.

@@ -10,6 +10,8 @@ CODE_HALF = tl.constexpr(1 << 12)
 CODE_OFFSET = tl.constexpr(79 << 10)
 """Codes are the upper bits of float32: 10 bits of mantissa, exponents from 2^-48 to 2^16."""
 
+LOGIT_BOUND = tl.constexpr(1e30)
+
 VARY = [
     *("request_ptr", "end_ptr", "start_ptr", "count_ptr", "offset_ptr", "selected_ptr"),
     "head_map_ptr",
@@ -42,6 +44,12 @@ def selected_count(end, ratio_ppm, min_k):
     share = (own_start + TILE).to(tl.int64) * ratio_ppm // PPM
     wanted = tl.maximum(share, min_k) - TILE
     return tl.minimum(wanted, own_start).to(tl.int32)
+
+
+@triton.jit
+def bounded(logits):
+    """Logits whose differences are finite also where q.k overflows."""
+    return tl.minimum(tl.maximum(logits, -LOGIT_BOUND), LOGIT_BOUND)
 
 
 @triton.jit
