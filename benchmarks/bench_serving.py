@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.plot_serving import plot
 from benchmarks.serving_model import ANCHORS, make_shape
+from benchmarks.serving_profile import STEPS, write_profile
 from benchmarks.serving_workloads import TARGETS, WARM_UP, WORKLOADS, Workload, compare
 from kascade_sglang.counters import read_samples
 from kascade_sglang.demo.server import Server
@@ -29,6 +30,7 @@ from kascade_sglang.errors import KascadeError
 from kascade_sglang.provenance import gpu_provenance
 
 RESULTS = Path(__file__).parent / "results/serving_h100.csv"
+PROFILE = RESULTS.with_name("serving_profile_h100.csv")
 BACKENDS = ("fa3", "kascade", "flashinfer", "triton")
 COLUMNS = """workload backend model requests input_tokens output_tokens
     ttft_p50_ms ttft_p90_ms ttft_p99_ms itl_p50_ms itl_p90_ms itl_p99_ms
@@ -72,8 +74,18 @@ def counters(server: Server) -> dict[str, float]:
     return {"prompt": prompt, "cached": cached}
 
 
-def ask(server: Server, model: Path, workload: Workload, rate: float, folder: Path) -> dict:
-    """Run SGLang's client once; returns its results. Raises KascadeError where a reply is short."""
+def ask(
+    server: Server,
+    model: Path,
+    workload: Workload,
+    rate: float,
+    folder: Path,
+    traces: Path | None = None,
+) -> dict:
+    """Run SGLang's client once; returns its results. Raises KascadeError where a reply is short.
+
+    traces: where the server's profiler writes; None leaves it off.
+    """
     out = folder / "run.jsonl"
     out.unlink(missing_ok=True)
     run_client(
@@ -84,6 +96,7 @@ def ask(server: Server, model: Path, workload: Workload, rate: float, folder: Pa
             *("--warmup-requests", str(workload.warmups)),
             *("--disable-tqdm", "--output-file", str(out), "--output-details"),
             *workload.arguments(),
+            *(profile_arguments(traces) if traces else ()),
         ],
         folder,
     )
@@ -92,6 +105,12 @@ def ask(server: Server, model: Path, workload: Workload, rate: float, folder: Pa
     result = json.loads(out.read_text().splitlines()[-1])
     require_all(result, workload)
     return result
+
+
+def profile_arguments(traces: Path) -> list[str]:
+    """Options of SGLang's client that take one trace of prefill and one of decoding."""
+    arguments = ["--profile", "--profile-by-stage", "--profile-num-steps", str(STEPS)]
+    return [*arguments, "--profile-activities", "GPU", "--profile-output-dir", str(traces)]
 
 
 def run_client(arguments: list[str], folder: Path) -> None:
@@ -186,6 +205,12 @@ def run_backend(
             if workload.arrivals and not any(row["workload"] == limit for row in rows):
                 run(limit, workload, float("inf"))
             run(name, workload, arrival_rate(name, rows))
+            if options.profile:
+                # Apart from the run that is timed, because the profiler slows what it watches.
+                traces = folder / f"{backend}-{name}"
+                ask(server, model, workload, float("inf"), folder, traces)
+                named = {"workload": name, "backend": backend, "model": options.model}
+                write_profile(PROFILE, traces, named, gpu_provenance(options.commit))
             bar.update()
 
 
@@ -210,6 +235,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--workloads", nargs="+", default=TARGETS, choices=WORKLOADS)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--profile", action="store_true", help=f"and trace kernels: {PROFILE.name}")
     parser.add_argument("--commit", help="what to write as the commit, outside a repository")
     parser.add_argument(
         "server_flags", nargs="*", help="after --: more flags for every server (memory, pages)"

@@ -1,6 +1,9 @@
 """The serving benchmark on a small scale: a real server, SGLang's own client, exact lengths."""
 
+import csv
+import gzip
 import importlib
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -75,3 +78,42 @@ def test_arrivals_follow_what_fa3_reached(bench: ModuleType) -> None:
     rows = [{"workload": "rag-8-prefixes-limit", "requests_per_s": 10.0}]
     assert bench.arrival_rate("rag-8-prefixes", rows) == 8.0
     assert bench.arrival_rate("chat", rows) == float("inf")
+
+
+def test_curves_are_drawn_of_what_was_measured(bench: ModuleType, tmp_path: Path) -> None:
+    picture = tmp_path / "curves.png"
+    bench.plot(bench.RESULTS, picture, "llama-3.1-8b")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_shape_has_a_plan_that_fits(bench: ModuleType, tmp_path: Path) -> None:
+    from kascade_sglang.plan.library import PLAN_NAME
+    from kascade_sglang.plan.schema import load_plan
+
+    for name, anchors in bench.ANCHORS.items():
+        folder = bench.make_shape(name, tmp_path)
+        assert load_plan(folder / PLAN_NAME).anchors == anchors
+
+
+def test_a_profile_says_what_ran_and_what_did_not(bench: ModuleType, tmp_path: Path) -> None:
+    from benchmarks import serving_profile
+
+    kernels = [
+        ("nvjet_tst_128x8", 0, 4000),
+        ("decode_scores_kernel", 4000, 1000),
+        ("void flash::prepare_varlen", 6000, 500),
+        ("vectorized_add", 6000, 1000),
+    ]
+    names = ("name", "ts", "dur")
+    events = [{"cat": "kernel", **dict(zip(names, one, strict=True))} for one in kernels]
+    events.append({"cat": "cpu_op", "name": "aten::add", "ts": 0, "dur": 9e6})
+    with gzip.open(tmp_path / "1-TP-0-DECODE.trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    stamp = {"gpu": "none", "versions": "", "commit": "", "date": ""}
+    named = {"workload": "chat", "backend": "kascade", "model": "tiny"}
+    serving_profile.write_profile(tmp_path / "out.csv", tmp_path, named, stamp)
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = {row["kernel"]: float(row["ms_per_step"]) for row in csv.DictReader(file)}
+    expected = {"matrix products": 4, "kascade decode_scores": 1, "FlashAttention-3": 0.5}
+    expected |= {"other": 1, "idle": 1}
+    assert rows == {kind: ms / serving_profile.STEPS for kind, ms in expected.items()}

@@ -1,0 +1,76 @@
+"""Where a step's time goes on the GPU, from the traces that SGLang's profiler writes.
+
+``bench_serving --profile`` takes one of prefill and one of decoding for every run, of a few steps
+each. A row is a kind of kernel in one of them; ``idle`` is what no kernel covers.
+"""
+
+import csv
+import gzip
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+STEPS = 5
+"""Steps in a trace."""
+COLUMNS = (
+    """workload backend model stage kernel ms_per_step share gpu versions commit date""".split()
+)
+KINDS = {
+    "matrix products": r"gemm|nvjet|xmma|cutlass::Kernel|cublas|splitK",
+    "FlashAttention-3": r"flash::|FlashAttn|prepare_varlen",
+    "FlashInfer attention": r"BatchDecode|BatchPrefill|flashinfer.*ttention|MergeState",
+}
+OURS = re.compile(
+    r"^(copy_keys|decode_\w+|pool_scores|merge_\w+|count_\w+|find_\w+|emit_slots|tile_\w+)_kernel"
+)
+
+
+def kind_of(name: str) -> str:
+    """Return what a kernel is shown as: Kascade's by name, others by kind."""
+    ours = OURS.match(name)
+    if ours:
+        return f"kascade {ours[1]}"
+    return next((kind for kind, found in KINDS.items() if re.search(found, name)), "other")
+
+
+def summarise(trace: dict[str, Any], steps: int = STEPS) -> dict[str, float]:
+    """Milliseconds a step of every kind of kernel, greatest first, and idle time; from a trace."""
+    times: dict[str, float] = defaultdict(float)
+    busy_until, covered, begin = 0.0, 0.0, None
+    kernels = [event for event in trace["traceEvents"] if event.get("cat") == "kernel"]
+    for event in sorted(kernels, key=lambda one: one["ts"]):
+        start, end = float(event["ts"]), float(event["ts"]) + float(event["dur"])
+        begin = start if begin is None else begin
+        times[kind_of(event["name"])] += end - start
+        covered += max(0.0, end - max(start, busy_until))
+        busy_until = max(busy_until, end)
+    if begin is not None:
+        times["idle"] = busy_until - begin - covered
+    ranked = sorted(times.items(), key=lambda one: -one[1])
+    return {kind: microseconds / 1000 / steps for kind, microseconds in ranked}
+
+
+def read_traces(folder: Path) -> dict[str, dict[str, float]]:
+    """Summaries of a folder's traces: {stage: {kind: ms}}; the stage is in the file's name."""
+    found = {}
+    for path in sorted(folder.rglob("*.trace.json.gz")):
+        stage = next((s for s in ("EXTEND", "DECODE") if s in path.name.upper()), "all")
+        with gzip.open(path, "rt") as file:
+            found[stage.lower()] = summarise(json.load(file))
+    return found
+
+
+def write_profile(out: Path, folder: Path, named: dict[str, str], stamp: dict[str, str]) -> None:
+    """Append a run's summaries to a CSV. named: workload, backend and model."""
+    fresh = not out.exists()
+    with open(out, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        for stage, times in read_traces(folder).items():
+            whole = sum(times.values())
+            for kind, ms in times.items():
+                figures = {"ms_per_step": f"{ms:.4f}", "share": f"{ms / whole:.4f}"}
+                writer.writerow({**named, "stage": stage, "kernel": kind, **figures, **stamp})
