@@ -1,8 +1,8 @@
-"""Which anchors, and how many: the demo model's answers under plans that differ in nothing else.
+"""Which anchors, how many, and tiles of which size: the demo model's answers, all else equal.
 
 The model is measured once. Anchors are then chosen by the dynamic programme of ``kascade
 calibrate``, evenly spaced, or drawn at random, at several counts; ``searched`` are those of the
-shipped plan. Every row is one plan.
+shipped plan, which also runs with other tiles. Every row is one server.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from kascade_kernels.budget import TILE
 from kascade_sglang.backend.dense import default_dense_backend
 from kascade_sglang.calibration.run import CalibrationConfig, Measured, measure
 from kascade_sglang.calibration.sources import PromptSource
@@ -29,25 +30,35 @@ from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results/ablations_demo.csv"
-COLUMNS = """choice anchors count objective accuracy low high n attended
+COLUMNS = """choice anchors count tile objective accuracy low high n attended
     device dtype versions commit date""".split()
 COUNTS = (4, 6, 8)
 DRAWS = 3
+TILES = (8, 16, 64)
 RATIO = 0.1
 
 
 class Candidate(NamedTuple):
-    """A plan and how its anchors were chosen."""
+    """A plan, how its anchors were chosen, and the positions that share a selection."""
 
     choice: str
     plan: Plan
+    tile: int = TILE
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return "_".join([self.choice, *map(str, self.plan.anchors), f"tile{self.tile}"])
 
 
-def candidates(measured: Measured, counts: tuple[int, ...], draws: int) -> Iterator[Candidate]:
-    """Yield every plan to compare, the shipped one first."""
+def candidates(
+    measured: Measured, counts: tuple[int, ...], draws: int, tiles: tuple[int, ...] = TILES
+) -> Iterator[Candidate]:
+    """Yield all that is compared, the shipped plan's anchors first."""
     layers = measured.shape.layers
-    shipped = load_plan(MODEL / PLAN_NAME)
-    yield Candidate("searched", measured.plan(shipped.anchors, "per_head"))
+    searched = measured.plan(load_plan(MODEL / PLAN_NAME).anchors, "per_head")
+    for tile in (TILE, *tiles):
+        yield Candidate("searched", searched, tile)
     for count in counts:
         yield Candidate("programme", measured.plan(count, "per_head"))
         even = tuple(layers * index // count for index in range(count))
@@ -61,13 +72,12 @@ def evaluate(
     candidate: Candidate, options: argparse.Namespace, documents: dict, folder: Path, bar: Any
 ) -> dict[str, Any]:
     """Serve one plan, ask everything and return its row."""
-    plan = candidate.plan
-    name = "_".join(map(str, plan.anchors))
-    plan.save(folder / f"{candidate.choice}_{name}.json")
+    plan, path = candidate.plan, folder / f"{candidate.name}.json"
+    plan.save(path)
     arguments = demo_arguments("kascade", options.dense)
-    arguments += ["--kascade-plan", str(folder / f"{candidate.choice}_{name}.json")]
-    arguments += ["--kascade-topk-ratio", str(RATIO)]
-    rows = ask_server(arguments, {}, documents, folder / f"{candidate.choice}_{name}.log", bar)
+    arguments += ["--kascade-plan", str(path), "--kascade-topk-ratio", str(RATIO)]
+    environment = {"KASCADE_TILE": str(candidate.tile)}
+    rows = ask_server(arguments, environment, documents, path.with_suffix(".log"), bar)
     asked = sum(row["n"] for row in rows)
     right = sum(round(row["accuracy"] * row["n"]) for row in rows)
     low, high = wilson(right, asked)
@@ -75,6 +85,7 @@ def evaluate(
         "choice": candidate.choice,
         "anchors": " ".join(map(str, plan.anchors)),
         "count": len(plan.anchors),
+        "tile": candidate.tile,
         "objective": plan.provenance["objective"],
         "accuracy": round(right / asked, 4),
         "low": round(low, 4),
@@ -90,7 +101,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="of anchors")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--documents", type=int, default=4, help="documents per length")
-    parser.add_argument("--tiles", type=int, default=48, help="measured of each prompt")
+    parser.add_argument("--measured-tiles", type=int, default=48, help="of each prompt")
+    parser.add_argument("--tiles", type=int, nargs="*", default=list(TILES), help="sizes")
     parser.add_argument("--parallel", type=int, default=1, help="servers to run side by side")
     parser.add_argument("--dense", default=default_dense_backend(), help="the dense backend")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -105,11 +117,11 @@ def main() -> int:
     write_prompts(folder / "prompts.jsonl")
     source = PromptSource(prompts=folder / "prompts.jsonl")
     config = CalibrationConfig(
-        model=str(MODEL), out=folder / "plan.json", source=source, tiles=options.tiles
+        model=str(MODEL), out=folder / "plan.json", source=source, tiles=options.measured_tiles
     )
     measured, _ = measure(config)
     documents = {length: make_documents(length, options.documents, 5) for length in options.lengths}
-    plans = list(candidates(measured, tuple(options.counts), DRAWS))
+    plans = list(candidates(measured, tuple(options.counts), DRAWS, tuple(options.tiles)))
     stamp = provenance(options.commit)
     questions = sum(len(d.questions) for group in documents.values() for d in group)
     with (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import triton
 
 from kascade_kernels.arena import Arena
+from kascade_kernels.budget import TILE
 from kascade_kernels.decode_scores import ScoreScratch
 from kascade_sglang.backend.decode_path import DecodePath
 from kascade_sglang.backend.extend_path import ExtendPath
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SLACK = 16 * 256
+KERNEL_TILE = 32
 
 
 class Paths(NamedTuple):
@@ -57,6 +59,11 @@ def build_paths(runner: ModelRunner, config: KascadeConfig) -> Paths:
     if not kernels:
         reference = ReferencePath(runner, config, store)
         return Paths(reference, reference, store, copies, shape)
+    if TILE != KERNEL_TILE:
+        raise KascadeError(
+            f"KASCADE_TILE: expected {KERNEL_TILE}, the kernels' tile, got {TILE}; other sizes are "
+            "for the torch reference, on a CPU"
+        )
     one_row = ScoreScratch.bytes_per_row(shape.q_heads, shape.lists, shape.context)
     if config.score_memory < one_row:
         raise KascadeError(

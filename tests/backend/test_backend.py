@@ -9,6 +9,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from harness import DEVICE, DTYPE, HEAD_DIM, Harness, expected_output
 from kascade_kernels.budget import Budget
 from kascade_kernels.reference import anchor_scores
+from kascade_sglang.backend import paths
 from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.errors import KascadeError
 from shapes import INTERPRETED
@@ -185,6 +186,13 @@ def test_reuse_before_its_anchor_is_refused() -> None:
     harness = Harness([40])
     with pytest.raises(KascadeError, match="before its anchor, layer 2"):
         harness.backend.paths.store.get(3)
+
+
+@pytest.mark.skipif(not KERNELS, reason="the reference takes any tile")
+def test_kernels_refuse_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "TILE", 16)
+    with pytest.raises(KascadeError, match="KASCADE_TILE: expected 32, the kernels' tile, got 16"):
+        Harness([40])
 
 
 @pytest.mark.skipif(not KERNELS, reason="nothing is compiled")

@@ -34,8 +34,14 @@ def test_every_choice_is_made_at_every_count(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(str(FOLDER))
     import ablations
 
-    found = list(ablations.candidates(measured(), (4, 6), draws=2))
-    assert [one.choice for one in found[:1]] == ["searched"]
+    found = list(ablations.candidates(measured(), (4, 6), 2, tiles=(8, 64)))
+    assert [(one.choice, one.tile) for one in found[:3]] == [
+        ("searched", 32),
+        ("searched", 8),
+        ("searched", 64),
+    ]
+    assert len({one.name for one in found}) == len(found)
+    found = found[2:]
     kinds = [(one.choice, len(one.plan.anchors)) for one in found[1:]]
     expected = ["programme", "even", "random", "random"]
     assert kinds == [(choice, count) for count in (4, 6) for choice in expected]

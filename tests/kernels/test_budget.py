@@ -1,6 +1,9 @@
 """The budget of every tile: design formula, properties, refusals."""
 
 import math
+import os
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -88,3 +91,13 @@ def test_refuses_ratio(ratio: object) -> None:
 def test_refuses_min_k(min_k: object) -> None:
     with pytest.raises(ValueError, match="min_k: expected a whole number of at least 64"):
         Budget(0.1, min_k)  # type: ignore[arg-type]
+
+
+def test_an_ablation_may_change_the_tile() -> None:
+    command = "from kascade_kernels.budget import TILE, Budget, tile_of; "
+    command += "print(TILE, tile_of(100), Budget(0.1, 64).selected(100))"
+    environment = {**os.environ, "KASCADE_TILE": "16"}
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["16", "6", str(1616 // 10 - 16)]
