@@ -7,6 +7,7 @@ shipped plan, which also runs with other tiles. Every row is one server.
 
 import argparse
 import csv
+import json
 import random
 import sys
 import tempfile
@@ -33,7 +34,7 @@ RESULTS = Path(__file__).parent / "results/ablations_demo.csv"
 COLUMNS = """choice anchors count tile objective accuracy low high n attended
     device dtype versions commit date""".split()
 COUNTS = (4, 6, 8)
-DRAWS = 3
+DRAWS = 2
 TILES = (8, 16, 64)
 RATIO = 0.1
 
@@ -73,7 +74,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Serve one plan, ask everything and return its row."""
     plan, path = candidate.plan, folder / f"{candidate.name}.json"
-    plan.save(path)
+    # A plan names its tile, and a server refuses another one.
+    path.write_text(json.dumps({**plan.to_json(), "tile": candidate.tile}))
     arguments = demo_arguments("kascade", options.dense)
     arguments += ["--kascade-plan", str(path), "--kascade-topk-ratio", str(RATIO)]
     environment = {"KASCADE_TILE": str(candidate.tile)}
