@@ -72,7 +72,7 @@ class Load:
             prompt.alone = (await self._ask(prompt))["output_token_logprobs"]
 
     async def run(self, clients: int, seconds: float) -> None:
-        """Ask from ``clients`` tasks for ``seconds``, emptying the cache every minute."""
+        """Ask from ``clients`` tasks for ``seconds``; empty the cache now and then, and last."""
         end = time.monotonic() + seconds
         self._may_ask.set()
         tasks = [asyncio.create_task(self._keep_asking(seed, end)) for seed in range(clients)]
@@ -84,6 +84,7 @@ class Load:
         flusher.cancel()
         self._may_ask.set()
         await asyncio.gather(*tasks)
+        await self._flush()
         await self._client.aclose()
 
     async def _keep_asking(self, seed: int, end: float) -> None:
@@ -127,9 +128,13 @@ class Load:
             self._may_ask.clear()
             while self._running:
                 await asyncio.sleep(0.1)
-            reply = await self._client.post("/flush_cache", params={"timeout": 30})
-            self.counts["flushed"] += reply.status_code == 200
+            await self._flush()
             self._may_ask.set()
+
+    async def _flush(self) -> None:
+        """Empty the prefix cache; aborted requests may still be running for a moment."""
+        reply = await self._client.post("/flush_cache", params={"timeout": 30})
+        self.counts["flushed"] += reply.status_code == 200
 
 
 def retracted(server: Server) -> int:

@@ -18,7 +18,7 @@ def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import soak
 
     monkeypatch.setattr(soak, "FLUSH_SECONDS", 2)
-    monkeypatch.setattr(soak, "ABORT_SHARE", 0.3)
+    monkeypatch.setattr(soak, "ABORT_SHARE", 0.5)
     draw = random.Random(0)
     prompts = [soak.Prompt(draw, 300, 16) for _ in range(3)]
     options = Namespace(minutes=0.1, clients=3, deterministic=False)
