@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from kascade_sglang.counters import KeyReads, read_key_reads
 
 MODEL = Path(__file__).resolve().parent / "model"
 START_TIMEOUT = 600
+PORTS = range(20_000, 32_000)
 
 
 class ServerError(RuntimeError):
@@ -26,10 +28,16 @@ class ServerError(RuntimeError):
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port of the loopback interface that nobody listens on.
+
+    Below those that a system hands out: a server takes a minute to bind its port, and meanwhile
+    any connection could be given one of them.
+    """
+    while True:
+        port = PORTS[secrets.randbelow(len(PORTS))]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def demo_arguments(backend: str, dense: str | None = None) -> list[str]:
