@@ -6,7 +6,6 @@ only if every request got the tokens that it asked for.
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import sys
@@ -27,6 +26,7 @@ from benchmarks.serving_workloads import TARGETS, WARM_UP, WORKLOADS, Workload, 
 from kascade_sglang.counters import read_samples
 from kascade_sglang.demo.server import Server
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
 
 RESULTS = Path(__file__).parent / "results/serving_h100.csv"
@@ -186,9 +186,15 @@ def arrival_rate(name: str, rows: list[dict[str, Any]]) -> float:
 
 
 def run_backend(
-    backend: str, model: Path, options: argparse.Namespace, folder: Path, rows: list, write, bar
+    backend: str,
+    model: Path,
+    options: argparse.Namespace,
+    folder: Path,
+    rows: list[dict[str, Any]],
+    stamp: dict[str, str],
+    bar: Any,
 ) -> None:
-    """Start one server and run every workload on it."""
+    """Start one server and run every workload on it; rows grow, and the CSV with them."""
     arguments = server_arguments(model, backend, options)
     with Server(arguments, folder / f"{backend}.log") as server:
 
@@ -196,7 +202,7 @@ def run_backend(
             row = {"workload": label, "backend": backend, "model": options.model}
             row |= measure(server, model, workload, rate, folder)
             rows.append(row | {"flags": " ".join(arguments[4:])})
-            write(rows[-1])
+            append_csv(options.out, COLUMNS, [rows[-1] | stamp])
 
         ask(server, model, WARM_UP, float("inf"), folder)
         for name in options.workloads:
@@ -210,7 +216,7 @@ def run_backend(
                 traces = folder / f"{backend}-{name}"
                 ask(server, model, workload, float("inf"), folder, traces)
                 named = {"workload": name, "backend": backend, "model": options.model}
-                write_profile(PROFILE, traces, named, gpu_provenance(options.commit))
+                write_profile(PROFILE, traces, named, stamp)
             bar.update()
 
 
@@ -252,20 +258,10 @@ def main() -> int:
     model = options.model_path or make_shape(options.model, folder)
     stamp = gpu_provenance(options.commit)
     rows: list[dict[str, Any]] = []
-    fresh = not options.out.exists()
-    with open(options.out, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-
-        def write(row: dict[str, Any]) -> None:
-            writer.writerow({**row, **stamp})
-            file.flush()
-
-        total = len(options.backends) * len(options.workloads)
-        with tqdm(total=total, unit="run") as bar:
-            for backend in options.backends:
-                run_backend(backend, model, options, folder, rows, write, bar)
+    total = len(options.backends) * len(options.workloads)
+    with tqdm(total=total, unit="run") as bar:
+        for backend in options.backends:
+            run_backend(backend, model, options, folder, rows, stamp, bar)
     print_ratios(rows)
     plot(options.out, options.out.with_suffix(".png"), options.model)
     return 0

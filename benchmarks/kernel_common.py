@@ -5,7 +5,6 @@ composite is a sum over the plan's layers.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ from kascade_kernels.budget import TILE, Budget
 from kascade_kernels.key_copy import copy_keys
 from kascade_sglang.backend.paths import Paths, build_paths
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.files import append_csv
 from kascade_sglang.plan.schema import ModelShape, Plan
 from kascade_sglang.provenance import gpu_provenance
 
@@ -222,12 +222,7 @@ def composites(kinds: dict[str, Row], step: float = 0.0) -> Iterator[Row]:
 def append_rows(path: Path, rows: list[Row], stamp: dict[str, str]) -> None:
     """Add rows to a CSV, newest last."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows({**row.cells(), **stamp} for row in rows)
+    append_csv(path, COLUMNS, ({**row.cells(), **stamp} for row in rows))
 
 
 def print_rows(rows: list[Row]) -> None:

@@ -169,11 +169,10 @@ def decode_pieces_table() -> str:
     rows = [row for row in newest(RESULTS / "decode_h100.csv") if not row["plan"]]
     found = {(r["kind"], r["method"], r["case"]): r for r in rows if r["inputs"] == "random"}
     cases = [case for kind, _, case in found if kind == "score"]
-    pieces = dict.fromkeys(key[:2] for key in found if (key[0], "kascade", cases[0]) in found)
+    pieces = dict.fromkeys(key[:2] for key in found if key[0] in ("score", "select", "attend"))
     lines = [
         [kind, method, *(f"{float(found[kind, method, case]['share']):.3f}" for case in cases)]
         for kind, method in pieces
-        if kind in ("score", "select", "attend")
     ]
     return markdown(["piece", "library", *cases], lines)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from kascade_sglang.calibration.hf_model import shape_of
 from kascade_sglang.plan.library import PLAN_NAME
-from kascade_sglang.plan.presets import identity_similarity, preset
-from kascade_sglang.plan.schema import ModelShape, Plan
+from kascade_sglang.plan.presets import identity_plan, preset
+from kascade_sglang.plan.schema import Plan
 
 SHAPES = Path(__file__).parent / "models"
 ANCHORS = {
@@ -27,16 +28,9 @@ ANCHORS = {
 def make_shape(name: str, folder: Path) -> Path:
     """Write the folder for a shape of ``benchmarks/models``; heads are mapped to themselves."""
     config = json.loads((SHAPES / f"{name}.json").read_text())
-    shape = ModelShape(
-        layers=config["num_hidden_layers"],
-        q_heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        hidden=config["hidden_size"],
-    )
-    reuse = [layer for layer in range(shape.layers) if layer not in ANCHORS[name]]
-    similarity = dict.fromkeys(reuse, identity_similarity(shape.kv_heads))
-    return make_model(config, Plan(name, shape, ANCHORS[name], similarity), folder / name)
+    shape = shape_of(AutoConfig.for_model(**config))
+    plan = identity_plan(name, shape, ANCHORS[name], "benchmark")
+    return make_model(config, plan, folder / name)
 
 
 def make_model(config: dict[str, Any], plan: Plan, path: Path) -> Path:

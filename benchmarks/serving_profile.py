@@ -4,13 +4,14 @@
 each. A row is a kind of kernel in one of them; ``idle`` is what no kernel covers.
 """
 
-import csv
 import gzip
 import json
 import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from kascade_sglang.files import append_csv
 
 STEPS = 5
 """Steps in a trace."""
@@ -64,13 +65,10 @@ def read_traces(folder: Path) -> dict[str, dict[str, float]]:
 
 def write_profile(out: Path, folder: Path, named: dict[str, str], stamp: dict[str, str]) -> None:
     """Append a run's summaries to a CSV. named: workload, backend and model."""
-    fresh = not out.exists()
-    with open(out, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        for stage, times in read_traces(folder).items():
-            whole = sum(times.values())
-            for kind, ms in times.items():
-                figures = {"ms_per_step": f"{ms:.4f}", "share": f"{ms / whole:.4f}"}
-                writer.writerow({**named, "stage": stage, "kernel": kind, **figures, **stamp})
+    for stage, times in read_traces(folder).items():
+        whole = sum(times.values())
+        rows = [
+            {"kernel": kind, "ms_per_step": f"{ms:.4f}", "share": f"{ms / whole:.4f}"}
+            for kind, ms in times.items()
+        ]
+        append_csv(out, COLUMNS, [{**named, "stage": stage, **row, **stamp} for row in rows])

@@ -9,7 +9,6 @@ whose tiles of queries share a selection.
 
 import argparse
 import asyncio
-import csv
 import math
 import random
 import sys
@@ -28,6 +27,7 @@ from benchmarks.bench_serving import PeakMemory
 from benchmarks.serving_model import ANCHORS, make_shape
 from kascade_sglang.counters import read_samples
 from kascade_sglang.demo.server import Server
+from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
 
 RESULTS = Path(__file__).parent / "results/soak_h100.csv"
@@ -50,10 +50,10 @@ class Prompt:
         self.outputs = log_uniform(8, outputs)
         self.alone: list[Any] = []
 
-    def body(self, **more: Any) -> dict[str, Any]:
+    def body(self) -> dict[str, Any]:
         """Return the request for /generate."""
         sampling = {"max_new_tokens": self.outputs, "temperature": 0, "ignore_eos": True}
-        return {"input_ids": self.ids, "sampling_params": sampling, **more}
+        return {"input_ids": self.ids, "sampling_params": sampling, "return_logprob": True}
 
 
 class Load:
@@ -105,7 +105,7 @@ class Load:
                 self._running -= 1
 
     async def _ask(self, prompt: Prompt) -> dict[str, Any]:
-        reply = await self._client.post("/generate", json=prompt.body(return_logprob=True))
+        reply = await self._client.post("/generate", json=prompt.body())
         reply.raise_for_status()
         return reply.json()["meta_info"]
 
@@ -144,7 +144,7 @@ def retracted(server: Server) -> int:
 
 
 async def soak(server: Server, prompts: list[Prompt], options: argparse.Namespace) -> dict:
-    """Run the load; returns the row's figures. The first minute's peak is memory's baseline."""
+    """Run the load; returns the row's figures. Memory while prompts are alone is the baseline."""
     load = Load(server.url, prompts, options.deterministic)
     with PeakMemory() as first:
         await load.ask_alone()
@@ -204,12 +204,7 @@ def main() -> int:
         healthy = server.is_healthy()
     row = {"model": options.model, **figures, "flags": " ".join(flags)}
     row |= gpu_provenance(options.commit)
-    fresh = not options.out.exists()
-    with open(options.out, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    append_csv(options.out, COLUMNS, [row])
     print(*(f"{name}: {row[name]}" for name in COLUMNS[:12]), sep="\n")
     wrong = sum(figures[name] for name in ("wrong_length", "different", "failed"))
     return 0 if healthy and not wrong else 1

@@ -10,6 +10,7 @@ import triton
 from kascade_kernels.arena import Arena
 from kascade_kernels.budget import TILE
 from kascade_kernels.decode_scores import ScoreScratch
+from kascade_kernels.launch import KERNEL_TILE
 from kascade_sglang.backend.decode_path import DecodePath
 from kascade_sglang.backend.extend_path import ExtendPath
 from kascade_sglang.backend.index_store import IndexStore
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SLACK = 16 * 256
-KERNEL_TILE = 32
 
 
 class Paths(NamedTuple):

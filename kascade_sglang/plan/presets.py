@@ -37,16 +37,20 @@ def preset(name: str) -> Plan:
     wanted = _key(name)
     for known, (shape, anchors) in _PRESETS.items():
         if _key(known) == wanted:
-            identity = identity_similarity(shape.kv_heads)
-            reuse = [layer for layer in range(shape.layers) if layer not in anchors]
-            return Plan(
-                model=known,
-                shape=shape,
-                anchors=anchors,
-                similarity=dict.fromkeys(reuse, identity),
-                provenance={"source": _SOURCE, "similarity": IDENTITY},
-            )
+            return identity_plan(known, shape, anchors, _SOURCE)
     raise PlanError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
+
+
+def identity_plan(model: str, shape: ModelShape, anchors: tuple[int, ...], source: str) -> Plan:
+    """Return a plan whose heads borrow from the anchor heads of their own number."""
+    reuse = [layer for layer in range(shape.layers) if layer not in anchors]
+    return Plan(
+        model=model,
+        shape=shape,
+        anchors=anchors,
+        similarity=dict.fromkeys(reuse, identity_similarity(shape.kv_heads)),
+        provenance={"source": source, "similarity": IDENTITY},
+    )
 
 
 def identity_similarity(kv_heads: int) -> tuple[tuple[float, ...], ...]:

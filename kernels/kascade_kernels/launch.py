@@ -4,8 +4,12 @@ import math
 
 import triton
 
+from kascade_kernels._triton._primitives import TILE
+
 LOG2_E = math.log2(math.e)
 """Kernels take logits in base 2."""
+KERNEL_TILE = TILE.value
+"""Positions that share a selection, as the kernels are written."""
 
 
 def padded_group(group: int) -> int:
