@@ -55,12 +55,8 @@ class PeakMemory:
             self._thread.join()
 
     def _watch(self) -> None:
-        import pynvml
-
-        pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
         while not self._stop.is_set():
-            self.mib = max(self.mib, pynvml.nvmlDeviceGetMemoryInfo(gpu).used >> 20)
+            self.mib = max(self.mib, torch.cuda.device_memory_used() >> 20)
             time.sleep(POLL_SECONDS)
 
 

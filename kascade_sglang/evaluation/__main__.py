@@ -112,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dense", default=default_dense_backend(), help="the dense backend")
     parser.add_argument("--parallel", type=int, default=1, help="servers to run side by side")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality_demo.csv")
+    parser.add_argument("--commit", help="what to write as the commit, outside a repository")
     return parser.parse_args()
 
 
@@ -130,7 +131,7 @@ def main() -> int:
     total = len(methods) * sum(len(d.questions) for group in documents.values() for d in group)
     folder = Path(tempfile.mkdtemp(prefix="kascade-eval-"))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    stamp = provenance()
+    stamp = provenance(options.commit)
     fresh = not options.only or not options.out.exists()
     with open(options.out, "w" if fresh else "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
