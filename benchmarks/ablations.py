@@ -23,7 +23,7 @@ from kascade_sglang.backend.dense import default_dense_backend
 from kascade_sglang.calibration.run import CalibrationConfig, Measured, measure
 from kascade_sglang.calibration.sources import PromptSource
 from kascade_sglang.demo.recipe.prompts import write_prompts
-from kascade_sglang.demo.server import MODEL, demo_arguments
+from kascade_sglang.demo.server import MODEL, demo_arguments, stop_servers_on_sigterm
 from kascade_sglang.evaluation.__main__ import ask_server, make_documents
 from kascade_sglang.evaluation.intervals import wilson
 from kascade_sglang.plan.library import PLAN_NAME
@@ -115,6 +115,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure once, serve every plan, write rows as they come."""
     options = parse_arguments()
+    stop_servers_on_sigterm()
     folder = Path(tempfile.mkdtemp(prefix="kascade-ablations-"))
     write_prompts(folder / "prompts.jsonl")
     source = PromptSource(prompts=folder / "prompts.jsonl")

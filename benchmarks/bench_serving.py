@@ -24,7 +24,7 @@ from benchmarks.serving_model import ANCHORS, make_shape
 from benchmarks.serving_profile import STEPS, write_profile
 from benchmarks.serving_workloads import TARGETS, WARM_UP, WORKLOADS, Workload, compare
 from kascade_sglang.counters import read_samples
-from kascade_sglang.demo.server import Server
+from kascade_sglang.demo.server import Server, stop_servers_on_sigterm
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
@@ -94,6 +94,8 @@ def ask(
             *workload.arguments(),
             *(profile_arguments(traces) if traces else ()),
         ],
+        model,
+        workload,
         folder,
     )
     if not out.exists():
@@ -109,7 +111,7 @@ def profile_arguments(traces: Path) -> list[str]:
     return [*arguments, "--profile-activities", "GPU", "--profile-output-dir", str(traces)]
 
 
-def run_client(arguments: list[str], folder: Path) -> None:
+def run_client(arguments: list[str], model: Path, workload: Workload, folder: Path) -> None:
     """Run SGLang's client as its command does, in this process: starting it takes a minute."""
     from sglang.benchmark import serving
 
@@ -123,6 +125,8 @@ def run_client(arguments: list[str], folder: Path) -> None:
         contextlib.redirect_stderr(file),
     ):
         try:
+            if workload.groups:
+                workload.write_prompts(model)
             serving.cli_main()
         except SystemExit as end:
             raise KascadeError(f"SGLang's client ended: {log.read_text()[-500:]}") from end
@@ -250,6 +254,7 @@ def main() -> int:
     options = parse_arguments()
     if not torch.cuda.is_available():
         sys.exit("bench-serving: expected a CUDA GPU, got none; run it on a machine that has one")
+    stop_servers_on_sigterm()
     folder = Path(tempfile.mkdtemp(prefix="kascade-serving-"))
     model = options.model_path or make_shape(options.model, folder)
     stamp = gpu_provenance(options.commit)

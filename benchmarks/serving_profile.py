@@ -1,7 +1,7 @@
 """Where a step's time goes on the GPU, from the traces that SGLang's profiler writes.
 
-``bench_serving --profile`` takes one of prefill and one of decoding for every run, of a few steps
-each. A row is a kind of kernel in one of them; ``idle`` is what no kernel covers.
+``bench_serving --profile`` takes one of prefill and one of decoding for every run, of up to a few
+steps each. A row is a kind of kernel in one of them; ``idle`` is what no kernel covers.
 """
 
 import gzip
@@ -14,9 +14,9 @@ from typing import Any
 from kascade_sglang.files import append_csv
 
 STEPS = 5
-"""Steps in a trace."""
+"""Most steps in a trace: prefill may be over before."""
 COLUMNS = (
-    """workload backend model stage kernel ms_per_step share gpu versions commit date""".split()
+    """workload backend model stage kernel ms share gpu versions commit date""".split()
 )
 KINDS = {
     "matrix products": r"gemm|nvjet|xmma|cutlass::Kernel|cublas|splitK",
@@ -36,8 +36,8 @@ def kind_of(name: str) -> str:
     return next((kind for kind, found in KINDS.items() if re.search(found, name)), "other")
 
 
-def summarise(trace: dict[str, Any], steps: int = STEPS) -> dict[str, float]:
-    """Milliseconds a step of every kind of kernel, greatest first, and idle time; from a trace."""
+def summarise(trace: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of every kind of kernel, greatest first, and idle time; from a trace."""
     times: dict[str, float] = defaultdict(float)
     busy_until, covered, begin = 0.0, 0.0, None
     kernels = [event for event in trace["traceEvents"] if event.get("cat") == "kernel"]
@@ -50,7 +50,7 @@ def summarise(trace: dict[str, Any], steps: int = STEPS) -> dict[str, float]:
     if begin is not None:
         times["idle"] = busy_until - begin - covered
     ranked = sorted(times.items(), key=lambda one: -one[1])
-    return {kind: microseconds / 1000 / steps for kind, microseconds in ranked}
+    return {kind: microseconds / 1000 for kind, microseconds in ranked}
 
 
 def read_traces(folder: Path) -> dict[str, dict[str, float]]:
@@ -68,7 +68,7 @@ def write_profile(out: Path, folder: Path, named: dict[str, str], stamp: dict[st
     for stage, times in read_traces(folder).items():
         whole = sum(times.values())
         rows = [
-            {"kernel": kind, "ms_per_step": f"{ms:.4f}", "share": f"{ms / whole:.4f}"}
+            {"kernel": kind, "ms": f"{ms:.4f}", "share": f"{ms / whole:.4f}"}
             for kind, ms in times.items()
         ]
         append_csv(out, COLUMNS, [{**named, "stage": stage, **row, **stamp} for row in rows])

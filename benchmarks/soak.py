@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks.bench_serving import PeakMemory
 from benchmarks.serving_model import ANCHORS, make_shape
 from kascade_sglang.counters import read_samples
-from kascade_sglang.demo.server import Server
+from kascade_sglang.demo.server import Server, stop_servers_on_sigterm
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
 
@@ -192,6 +192,8 @@ def main() -> int:
     options = parse_arguments()
     if not torch.cuda.is_available():
         sys.exit("soak: expected a CUDA GPU, got none; run it on a machine that has one")
+    stop_servers_on_sigterm()
+    stop_servers_on_sigterm()
     folder = Path(tempfile.mkdtemp(prefix="kascade-soak-"))
     flags = ["--page-size", "32", *options.server_flags]
     flags += ["--enable-deterministic-inference"] if options.deterministic else []

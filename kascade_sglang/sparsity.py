@@ -32,6 +32,13 @@ def key_reads(
 
     layers: those of one pipeline stage; None means all.
     """
+    return KeyReads(*map(int, reads_by_query(config, positions, layers).sum(axis=1)))
+
+
+def reads_by_query(
+    config: KascadeConfig, positions: np.ndarray, layers: range | None = None
+) -> np.ndarray:
+    """Count likewise, query by query: int64 [3, queries], in the order of ``KeyReads``."""
     plan, budget = config.plan, config.budget
     roles = [plan.role(layer) for layer in layers or range(plan.shape.layers)]
     dense = roles.count(LayerRole.DENSE)
@@ -39,12 +46,14 @@ def key_reads(
     tiles = positions // TILE
     selected = budget.selected_counts(tiles)
     sparse = selected < TILE * tiles
-    visible = int((positions + 1).sum())
-    attended = int((selected + positions - TILE * tiles + 1).sum())
-    return KeyReads(
-        attended=(len(roles) - dense) * attended + dense * visible,
-        scored=selecting * int(_scored(config.selection, positions[sparse]).sum()),
-        dense=len(roles) * visible,
+    visible = positions + 1
+    attended = selected + positions - TILE * tiles + 1
+    return np.stack(
+        [
+            (len(roles) - dense) * attended + dense * visible,
+            selecting * np.where(sparse, _scored(config.selection, positions), 0),
+            len(roles) * visible,
+        ]
     )
 
 

@@ -41,8 +41,8 @@ class KascadeAttnBackend(AttentionBackend):
         self.path = self.paths.extend
         # What decodes without the host needs no lengths there; the delegate may, for prefill.
         self.needs_cpu_seq_lens = self.paths.decode.delegates_dense or self.dense.needs_cpu_seq_lens
-        metrics = runner.server_args.enable_metrics
-        self.counter = KeyCounter(config, self.paths.shape.layers) if metrics else None
+        shape, metrics = self.paths.shape, runner.server_args.enable_metrics
+        self.counter = KeyCounter(config, shape.layers, shape.context) if metrics else None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""

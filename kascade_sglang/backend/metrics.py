@@ -12,7 +12,7 @@ from prometheus_client import Counter
 
 from kascade_sglang.backend.metadata import new_spans
 from kascade_sglang.config import KascadeConfig
-from kascade_sglang.sparsity import key_reads
+from kascade_sglang.sparsity import reads_by_query
 
 if TYPE_CHECKING:
     from kascade_sglang.compat import ForwardBatch
@@ -25,20 +25,35 @@ KEY_READS = Counter(
 )
 
 
-class KeyCounter:
-    """Counts a step's query-key pairs from its lengths, by phase (prefill or decode)."""
+KINDS = ("attended", "scored", "dense")
 
-    def __init__(self, config: KascadeConfig, layers: range) -> None:
-        self._config, self._layers = config, layers
+
+class KeyCounter:
+    """Counts a step's query-key pairs from its lengths, by phase (prefill or decode).
+
+    context: positions that a request may have. Sums over all positions before each are looked up:
+    a decode step has tens of microseconds for this, as the host must stay ahead of the GPU.
+    """
+
+    def __init__(self, config: KascadeConfig, layers: range, context: int) -> None:
+        before = reads_by_query(config, np.arange(context), layers).cumsum(axis=1)
+        self._reads_before = np.pad(before, ((0, 0), (1, 0)))  # int64 [3, context + 1]
+        self._counters = {
+            phase: [KEY_READS.labels(phase, kind) for kind in KINDS]
+            for phase in ("prefill", "decode")
+        }
 
     def add(self, batch: ForwardBatch) -> None:
         """Count one step; requests that pad a batch to a graph's size are left out."""
-        spans = new_spans(batch)
-        spans = spans[: len(spans) - getattr(batch, "num_padding", 0)]
-        if not spans:
-            return
-        positions = np.concatenate([np.arange(begin, end) for begin, end in spans])
-        reads = key_reads(self._config, positions, self._layers)
-        phase = "decode" if batch.forward_mode.is_decode() else "prefill"
-        for kind in ("attended", "scored", "dense"):
-            KEY_READS.labels(phase, kind).inc(getattr(reads, kind))
+        decode = batch.forward_mode.is_decode()
+        if decode:
+            ends = batch.seq_lens_cpu.numpy()
+            begins = ends - 1
+        else:
+            begins, ends = np.array(new_spans(batch), dtype=np.int64).reshape(-1, 2).T
+        real = len(ends) - getattr(batch, "num_padding", 0)
+        before = self._reads_before
+        reads = (before[:, ends[:real]] - before[:, begins[:real]]).sum(axis=1)
+        counters = self._counters["decode" if decode else "prefill"]
+        for counter, count in zip(counters, reads.tolist(), strict=True):
+            counter.inc(count)

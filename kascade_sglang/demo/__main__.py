@@ -23,7 +23,13 @@ from transformers import AutoTokenizer
 from kascade_sglang.backend.dense import default_dense_backend
 from kascade_sglang.config import KascadeConfig, load_config
 from kascade_sglang.demo.client import Answer, ask, ask_all
-from kascade_sglang.demo.server import MODEL, Server, ServerError, demo_arguments
+from kascade_sglang.demo.server import (
+    MODEL,
+    Server,
+    ServerError,
+    demo_arguments,
+    stop_servers_on_sigterm,
+)
 from kascade_sglang.demo.tasks import Document, make_document
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import load_plan
@@ -194,6 +200,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, metavar="FOLDER", help="write demo.csv and demo.svg")
     parser.add_argument("--dense", default=default_dense_backend(), help="backend to compare with")
     options = parser.parse_args()
+    stop_servers_on_sigterm()
     plan = load_plan(MODEL / PLAN_NAME)
     config = load_config(str(MODEL), plan.shape)
     logs = Path(tempfile.mkdtemp(prefix="kascade-demo-"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from kascade_sglang.demo.client import MODEL_NAME
-from kascade_sglang.demo.server import MODEL, Server, demo_arguments
+from kascade_sglang.demo.server import MODEL, Server, demo_arguments, stop_servers_on_sigterm
 from kascade_sglang.demo.tasks import make_document, messages
 
 
@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--backend", default="kascade")
     options, extra = parser.parse_known_args()
+    stop_servers_on_sigterm()
     folder = Path(tempfile.mkdtemp(prefix="kascade-serve-"))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     document = make_document(1, 4000, lambda text: len(tokenizer.encode(text)), 1)

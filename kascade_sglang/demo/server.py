@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,9 @@ START_TIMEOUT = 600
 PORTS = range(20_000, 32_000)
 
 
+_running: set["Server"] = set()
+
+
 class ServerError(RuntimeError):
     """The server ended, or did not start in time; the message quotes its log."""
 
@@ -38,6 +42,17 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def stop_servers_on_sigterm() -> None:
+    """Let SIGTERM end this process and its servers, which would outlive it and keep the GPU."""
+
+    def stop(*_: object) -> None:
+        for server in list(_running):
+            server.stop()
+        os._exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def demo_arguments(backend: str, dense: str | None = None) -> list[str]:
@@ -98,6 +113,7 @@ class Server:
                 env=environment,
                 start_new_session=True,
             )
+        _running.add(self)
         try:
             self._wait_until_ready()
         except BaseException:
@@ -155,3 +171,4 @@ class Server:
                 members[-1].kill()
         psutil.wait_procs(members, timeout=10)
         self._process.wait(10)
+        _running.discard(self)

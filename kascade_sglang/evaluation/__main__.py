@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from kascade_sglang.backend.dense import default_dense_backend
 from kascade_sglang.counters import share_attended
 from kascade_sglang.demo.client import Answer, ask_all
-from kascade_sglang.demo.server import MODEL, Server
+from kascade_sglang.demo.server import MODEL, Server, stop_servers_on_sigterm
 from kascade_sglang.demo.tasks import TASKS, Document, make_document
 from kascade_sglang.evaluation.methods import Method, all_methods, server_arguments
 from kascade_sglang.evaluation.report import plot, summary
@@ -119,6 +119,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the grid; returns the exit status."""
     options = parse_arguments()
+    stop_servers_on_sigterm()
     methods = [
         method
         for method in all_methods(options.ratios)
