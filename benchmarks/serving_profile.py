@@ -15,9 +15,7 @@ from kascade_sglang.files import append_csv
 
 STEPS = 5
 """Most steps in a trace: prefill may be over before."""
-COLUMNS = (
-    """workload backend model stage kernel ms share gpu versions commit date""".split()
-)
+COLUMNS = """workload backend model stage kernel ms share gpu versions commit date""".split()
 KINDS = {
     "matrix products": r"gemm|nvjet|xmma|cutlass::Kernel|cublas|splitK",
     "FlashAttention-3": r"flash::|FlashAttn|prepare_varlen",
