@@ -18,6 +18,8 @@ from kascade_sglang.plan.library import find_plan
 from kascade_sglang.plan.schema import ModelShape, Plan
 
 MB = 2**20
+SCORE_MEMORY = 768 * MB
+"""Room for 64 requests that decode with a context of 128K in the shape of Llama-3.1-8B."""
 FLAGS_VARIABLE = "KASCADE_FLAGS"
 """Carries the parsed flags, as JSON, to the processes that SGLang starts."""
 
@@ -59,7 +61,7 @@ class KascadeConfig:
     dense_backend: str | None = None
     selection: str = "topk"
     exact: bool = False
-    score_memory: int = 512 * MB
+    score_memory: int = SCORE_MEMORY
     batch_invariant: bool = False
 
     @property
@@ -137,7 +139,8 @@ def load_config(
         raise KascadeError(str(error)) from error
     memory = settings.score_memory_mb
     if memory is not None and memory < 1:
-        raise KascadeError(f"score_memory_mb: expected at least 1, got {memory}; default 512")
+        default = SCORE_MEMORY // MB
+        raise KascadeError(f"score_memory_mb: expected at least 1, got {memory}; default {default}")
     selection = settings.selection or "topk"
     return KascadeConfig(
         # Quest hands nothing from layer to layer.
@@ -147,5 +150,5 @@ def load_config(
         dense_backend=settings.dense_backend,
         selection=selection,
         exact=bool(settings.exact),
-        score_memory=512 * MB if memory is None else memory * MB,
+        score_memory=SCORE_MEMORY if memory is None else memory * MB,
     )

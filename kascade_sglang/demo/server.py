@@ -98,7 +98,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._environment = environment or {}
         self._on_wait = on_wait
-        self._command = [*command, "--port", str(self.port), *arguments]
+        ports = ("--port", str(self.port), "--nccl-port", str(free_port()))
+        self._command = [*command, *ports, *arguments]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Server":

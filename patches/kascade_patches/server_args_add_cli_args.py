@@ -54,5 +54,5 @@ def hook(result: Any, parser: argparse.ArgumentParser) -> None:
         "--kascade-score-memory-mb",
         type=int,
         metavar="N",
-        help="GPU memory for one launch's scores; longer batches are scored in parts; default 512",
+        help="GPU memory for one launch's scores; longer batches are scored in parts; default 768",
     )

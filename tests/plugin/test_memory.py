@@ -37,9 +37,9 @@ def server_args(
 def test_scores_and_lists_are_counted(server_args: Callable[..., ServerArgs]) -> None:
     reserved = checks.reserved_memory(server_args(chunk=256))
     decode_and_prefill_rows = 8 + 256 // 32
-    assert reserved.scratch == 512 * MB + 4 * decode_and_prefill_rows * LISTS * ROOM
+    assert reserved.scratch == 768 * MB + 4 * decode_and_prefill_rows * LISTS * ROOM
     pooled = checks.reserved_memory(server_args(pooled=True))
-    assert pooled.scratch - 512 * MB == (reserved.scratch - 512 * MB) / LISTS
+    assert pooled.scratch - 768 * MB == (reserved.scratch - 768 * MB) / LISTS
 
 
 def test_copies_are_counted_by_the_token(server_args: Callable[..., ServerArgs]) -> None:
