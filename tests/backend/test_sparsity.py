@@ -49,7 +49,9 @@ def counted(counter: KeyCounter, phase: str, batch: SimpleNamespace) -> list[flo
 
 
 def test_counters_grow_by_the_reads_of_a_step() -> None:
-    config = KascadeConfig(make_plan(layers=4, anchors=(0, 2)), Budget(0.1, 64), "per_head")
+    config = KascadeConfig(
+        make_plan(layers=4, kv_heads=2, group=4, anchors=(0, 2)), Budget(0.1, 64), "per_head"
+    )
     counter = KeyCounter(config, range(4), context=1024)
 
     def expected(positions: list[int]) -> list[int]:
