@@ -177,6 +177,22 @@ def decode_pieces_table() -> str:
     return markdown(["piece", "library", *cases], lines)
 
 
+def ablations_table() -> str:
+    """``ablations.py``: right answers by how anchors were chosen, and by the size of a tile."""
+    with open(RESULTS / "ablations_demo.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows.sort(key=lambda row: int(row["count"]))  # Stable: as measured, within a count.
+    lines = []
+    for row in rows:
+        right = (
+            f"{float(row['accuracy']):.1%} ({float(row['low']):.1%} to {float(row['high']):.1%})"
+        )
+        cells = (row["count"], row["anchors"], row["tile"], f"{float(row['objective']):.3f}", right)
+        lines.append([row["choice"], *cells])
+    header = ["anchors chosen by", "count", "layers", "tile", "objective", "right (95 %)"]
+    return markdown(header, lines)
+
+
 INPUTS = ("random", "heavy_tailed")
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
@@ -186,7 +202,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "decode": decode_table,
         "serving": serving_table,
     },
-    "benchmarks/README.md": {"decode-pieces": decode_pieces_table},
+    "benchmarks/README.md": {"decode-pieces": decode_pieces_table, "ablations": ablations_table},
     "benchmarks/results/faster_selection.md": {"mass": mass_table, "pieces": pieces_table},
 }
 
