@@ -193,7 +193,6 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.exit("soak: expected a CUDA GPU, got none; run it on a machine that has one")
     stop_servers_on_sigterm()
-    stop_servers_on_sigterm()
     folder = Path(tempfile.mkdtemp(prefix="kascade-soak-"))
     flags = ["--page-size", "32", *options.server_flags]
     flags += ["--enable-deterministic-inference"] if options.deterministic else []
