@@ -53,7 +53,7 @@ class Workload(NamedTuple):
     def write_prompts(self, model: Path) -> None:
         """Tokenise the prompts that share a prefix, before anything is timed.
 
-        A server turns one text after the other into tokens, 80 ms for 33K, so 32 at once would
+        A server turns one text after the other into tokens, so that many long ones at once would
         wait longer for that than for the GPU. SGLang's client finds the prompts where it keeps
         those that it has made, below HOME.
         """
