@@ -184,10 +184,9 @@ def ablations_table() -> str:
     rows.sort(key=lambda row: int(row["count"]))  # Stable: as measured, within a count.
     lines = []
     for row in rows:
-        right = (
-            f"{float(row['accuracy']):.1%} ({float(row['low']):.1%} to {float(row['high']):.1%})"
-        )
-        cells = (row["count"], row["anchors"], row["tile"], f"{float(row['objective']):.3f}", right)
+        right, low, high = (f"{float(row[name]):.1%}" for name in ("accuracy", "low", "high"))
+        objective = f"{float(row['objective']):.3f}"
+        cells = (row["count"], row["anchors"], row["tile"], objective, f"{right} ({low} to {high})")
         lines.append([row["choice"], *cells])
     header = ["anchors chosen by", "count", "layers", "tile", "objective", "right (95 %)"]
     return markdown(header, lines)

@@ -5,6 +5,7 @@ Published through prometheus_client, so SGLang's ``/metrics`` (``--enable-metric
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from prometheus_client import Counter
 
 from kascade_sglang.backend.metadata import new_spans
 from kascade_sglang.config import KascadeConfig
-from kascade_sglang.sparsity import reads_by_query
+from kascade_sglang.sparsity import KeyReads, reads_by_query
 
 if TYPE_CHECKING:
     from kascade_sglang.compat import ForwardBatch
@@ -25,7 +26,7 @@ KEY_READS = Counter(
 )
 
 
-KINDS = ("attended", "scored", "dense")
+KINDS = tuple(field.name for field in fields(KeyReads))
 
 
 class KeyCounter:

@@ -8,6 +8,8 @@ Remove when: SGLang offers plugins a way to declare arguments.
 import argparse
 from typing import Any
 
+from kascade_sglang.config import MB, SCORE_MEMORY
+
 TARGET = "sglang.srt.server_args.ServerArgs.add_cli_args"
 KIND = "AFTER"
 
@@ -54,5 +56,6 @@ def hook(result: Any, parser: argparse.ArgumentParser) -> None:
         "--kascade-score-memory-mb",
         type=int,
         metavar="N",
-        help="GPU memory for one launch's scores; longer batches are scored in parts; default 768",
+        help="GPU memory for one launch's scores; longer batches are scored in parts; default "
+        f"{SCORE_MEMORY // MB}",
     )
