@@ -30,7 +30,7 @@ from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
 
 RESULTS = Path(__file__).parent / "results/serving_h100.csv"
-PROFILE = RESULTS.with_name("serving_profile_h100.csv")
+PROFILE = "serving_profile_h100.csv"
 BACKENDS = ("fa3", "kascade", "flashinfer", "triton")
 COLUMNS = """workload backend model requests input_tokens output_tokens
     ttft_p50_ms ttft_p90_ms ttft_p99_ms itl_p50_ms itl_p90_ms itl_p99_ms
@@ -211,12 +211,12 @@ def run_backend(
             if workload.arrivals and not any(row["workload"] == limit for row in rows):
                 run(limit, workload, float("inf"))
             run(name, workload, arrival_rate(name, rows))
-            if options.profile:
+            if name in options.profile:
                 # Apart from the run that is timed, because the profiler slows what it watches.
                 traces = folder / f"{backend}-{name}"
                 ask(server, model, workload, float("inf"), folder, traces)
                 named = {"workload": name, "backend": backend, "model": options.model}
-                write_profile(PROFILE, traces, named, stamp)
+                write_profile(options.out.with_name(PROFILE), traces, named, stamp)
             bar.update()
 
 
@@ -241,7 +241,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--workloads", nargs="+", default=TARGETS, choices=WORKLOADS)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--profile", action="store_true", help=f"and trace kernels: {PROFILE.name}")
+    parser.add_argument(
+        "--profile",
+        nargs="+",
+        default=[],
+        choices=WORKLOADS,
+        help=f"trace kernels of these as well: {PROFILE} beside --out",
+    )
     parser.add_argument("--commit", help="what to write as the commit, outside a repository")
     parser.add_argument(
         "server_flags", nargs="*", help="after --: more flags for every server (memory, pages)"
