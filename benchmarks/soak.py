@@ -42,7 +42,7 @@ FLUSH_SECONDS = 60
 class Prompt:
     """Random token ids, how many to generate, and the reply when nothing else runs."""
 
-    def __init__(self, draw: random.Random, longest: int, outputs: int = 256) -> None:
+    def __init__(self, draw: random.Random, longest: int, outputs: int) -> None:
         def log_uniform(low: int, high: int) -> int:
             return round(math.exp(draw.uniform(math.log(low), math.log(high))))
 
@@ -170,6 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--longest", type=int, default=65536, help="tokens of a prompt")
+    parser.add_argument("--outputs", type=int, default=1024, help="most tokens of a reply")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to write as the commit, outside a repository")
     parser.add_argument(
@@ -181,8 +182,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "server_flags",
         nargs="*",
-        default=["--mem-fraction-static", "0.42"],
-        help="after --: flags for the server; by default too little memory for all requests",
+        default=["--mem-fraction-static", "0.42", "--schedule-conservativeness", "0.05"],
+        help="after --: flags for the server; by default it has too little memory for all "
+        "requests, and starts more of them than it can finish",
     )
     return parser.parse_args()
 
@@ -199,7 +201,7 @@ def main() -> int:
     arguments = ["--model-path", str(make_shape(options.model, folder)), "--load-format", "dummy"]
     arguments += ["--attention-backend", "kascade", "--enable-metrics", "--log-level", "warning"]
     draw = random.Random(0)
-    prompts = [Prompt(draw, options.longest) for _ in range(options.prompts)]
+    prompts = [Prompt(draw, options.longest, options.outputs) for _ in range(options.prompts)]
     with Server([*arguments, *flags], folder / "log") as server:
         figures = asyncio.run(soak(server, prompts, options))
         healthy = server.is_healthy()

@@ -25,6 +25,8 @@ CHUNK_PROGRAMS = 2048
 """Programs of all lists together that share the chunks: a few waves on any GPU."""
 PART = 16
 """Chunks whose counts one program holds at a time."""
+FEW = 256
+"""Codes of a chunk that are cheaper to count one at a time."""
 LAUNCH = {"num_warps": 4}
 
 
@@ -111,7 +113,9 @@ def select_slots(
     grid = (programs_per_list(lists * count, chunks), lists, count)
     codes, high, low, thresholds, before = buffer
     find_high_kernel[(lists, count)](rows.ends, high, low, thresholds, *numbers, PART=PART, **sizes)
-    count_low_kernel[grid](codes, rows.ends, thresholds, low, *numbers, codes.stride(1), **sizes)
+    count_low_kernel[grid](
+        codes, rows.ends, thresholds, low, *numbers, codes.stride(1), FEW=FEW, **sizes
+    )
     find_low_kernel[(lists, count)](
         rows.ends, high, low, thresholds, before, *numbers, PART=PART, **sizes
     )

@@ -1,4 +1,4 @@
-"""The soak on a small scale: a real server under load, aborts, a flush, every length checked."""
+"""The soak on a small scale: load, aborts, flushes, retractions, every length checked."""
 
 import asyncio
 import random
@@ -17,6 +17,7 @@ def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import soak
 
+    monkeypatch.setenv("SGLANG_TEST_RETRACT", "true")
     monkeypatch.setattr(soak, "FLUSH_SECONDS", 2)
     monkeypatch.setattr(soak, "ABORT_SHARE", 0.5)
     draw = random.Random(0)
@@ -26,7 +27,7 @@ def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         row = asyncio.run(soak.soak(server, prompts, options))
         assert server.is_healthy()
     assert set(soak.COLUMNS) >= set(row)
-    assert row["requests"] > 0 and row["aborted"] > 0 and row["flushed"] > 0
+    assert min(row[name] for name in ("requests", "aborted", "flushed", "retracted")) > 0
     assert row["wrong_length"] == row["failed"] == row["different"] == 0
 
 
@@ -34,7 +35,7 @@ def test_replies_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import soak
 
-    prompt = soak.Prompt(random.Random(0), 64)
+    prompt = soak.Prompt(random.Random(0), 64, 16)
     prompt.alone = [[-1.0, 7, None]]
     meta = {"completion_tokens": prompt.outputs, "output_token_logprobs": [[-1.0, 7, None]]}
     load = soak.Load("http://127.0.0.1:1", [prompt], compare=True)

@@ -111,6 +111,7 @@ def count_low_kernel(
     stride_codes,
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    FEW: tl.constexpr,  # codes that are cheaper to add one at a time than to sum first
 ):
     program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(ends + row).to(tl.int32)
@@ -125,13 +126,14 @@ def count_low_kernel(
         code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
         code = code.to(tl.int32)
         counted = visible & ((code >> 8) == threshold)
-        # Few codes are counted, so that adding one at a time is cheaper than a histogram. Zeros
-        # may be many, where attention is peaked: those are summed first.
         counts = low_counts + (list_index * room + chunk) * 256
-        tl.atomic_add(counts + (code & 255), 1, mask=counted & (code != 0), sem="relaxed")
-        if threshold == 0:
-            zeros = tl.sum((counted & (code == 0)).to(tl.int32), 0)
-            tl.atomic_add(counts, zeros, sem="relaxed")
+        # Most often few codes share the threshold's high byte; near-uniform or very peaked
+        # attention puts most of them there.
+        if tl.sum(counted.to(tl.int32), 0) > FEW:
+            byte = tl.arange(0, 256)
+            tl.store(counts + byte, tl.histogram(code & 255, 256, mask=counted))
+        else:
+            tl.atomic_add(counts + (code & 255), 1, mask=counted, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=VARY)
