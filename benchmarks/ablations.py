@@ -1,12 +1,12 @@
 """Which anchors, how many, and tiles of which size: the demo model's answers, all else equal.
 
 The model is measured once. Anchors are then chosen by the dynamic programme of ``kascade
-calibrate``, evenly spaced, or drawn at random, at several counts; ``searched`` are those of the
-shipped plan, which also runs with other tiles. Every row is one server.
+calibrate`` with either criterion (``error``, ``mass``), evenly spaced, or drawn at random, at
+several counts; ``searched`` are those of the shipped plan, which also runs with other tiles. Every
+row is one server, and is added to the results.
 """
 
 import argparse
-import csv
 import json
 import random
 import sys
@@ -20,18 +20,21 @@ from tqdm import tqdm
 
 from kascade_kernels.budget import TILE
 from kascade_sglang.backend.dense import default_dense_backend
+from kascade_sglang.calibration.build import CRITERIA
 from kascade_sglang.calibration.run import CalibrationConfig, Measured, measure
 from kascade_sglang.calibration.sources import PromptSource
 from kascade_sglang.demo.recipe.prompts import write_prompts
 from kascade_sglang.demo.server import MODEL, demo_arguments, stop_servers_on_sigterm
 from kascade_sglang.evaluation.__main__ import ask_server, make_documents
 from kascade_sglang.evaluation.intervals import wilson
+from kascade_sglang.files import append_csv
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results/ablations_demo.csv"
-COLUMNS = """choice anchors count tile objective accuracy low high n attended
+CHOICES = ("searched", *CRITERIA, "even", "random")
+COLUMNS = """choice anchors count tile mass error accuracy low high n attended
     device dtype versions commit date""".split()
 COUNTS = (4, 6, 8)
 DRAWS = 2
@@ -61,7 +64,8 @@ def candidates(
     for tile in (TILE, *tiles):
         yield Candidate("searched", searched, tile)
     for count in counts:
-        yield Candidate("programme", measured.plan(count, "per_head"))
+        for criterion in CRITERIA:
+            yield Candidate(criterion, measured.plan(count, "per_head", criterion))
         even = tuple(layers * index // count for index in range(count))
         yield Candidate("even", measured.plan(even, "per_head"))
         for seed in range(draws):
@@ -69,10 +73,16 @@ def candidates(
             yield Candidate("random", measured.plan((0, *sorted(others)), "per_head"))
 
 
+def objectives(measured: Measured, anchors: tuple[int, ...]) -> dict[str, float]:
+    """What either criterion maximises, for given anchors."""
+    plans = {name: measured.plan(anchors, "per_head", name) for name in CRITERIA}
+    return {name: plan.provenance["objective"] for name, plan in plans.items()}
+
+
 def evaluate(
     candidate: Candidate, options: argparse.Namespace, documents: dict, folder: Path, bar: Any
 ) -> dict[str, Any]:
-    """Serve one plan, ask everything and return its row."""
+    """Serve one plan, ask everything and return its row but the objectives."""
     plan, path = candidate.plan, folder / f"{candidate.name}.json"
     # A plan names its tile, and a server refuses another one.
     path.write_text(json.dumps({**plan.to_json(), "tile": candidate.tile}))
@@ -88,7 +98,6 @@ def evaluate(
         "anchors": " ".join(map(str, plan.anchors)),
         "count": len(plan.anchors),
         "tile": candidate.tile,
-        "objective": plan.provenance["objective"],
         "accuracy": round(right / asked, 4),
         "low": round(low, 4),
         "high": round(high, 4),
@@ -100,6 +109,7 @@ def evaluate(
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="ablations.py", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=CHOICES, default=CHOICES, help="run these")
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="of anchors")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--documents", type=int, default=4, help="documents per length")
@@ -124,23 +134,21 @@ def main() -> int:
     )
     measured, _ = measure(config)
     documents = {length: make_documents(length, options.documents, 5) for length in options.lengths}
-    plans = list(candidates(measured, tuple(options.counts), DRAWS, tuple(options.tiles)))
+    every = candidates(measured, tuple(options.counts), DRAWS, tuple(options.tiles))
+    plans = [one for one in every if one.choice in options.only]
     stamp = provenance(options.commit)
     questions = sum(len(d.questions) for group in documents.values() for d in group)
     with (
-        open(options.out, "w", newline="") as file,
         tqdm(total=len(plans) * questions, unit="question") as bar,
         ThreadPoolExecutor(options.parallel) as pool,
     ):
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
 
         def run(candidate: Candidate) -> dict[str, Any]:
             return evaluate(candidate, options, documents, folder, bar)
 
-        for row in pool.map(run, plans):
-            writer.writerow({**row, **stamp})
-            file.flush()
+        for candidate, row in zip(plans, pool.map(run, plans), strict=True):
+            row |= objectives(measured, candidate.plan.anchors)
+            append_csv(options.out, COLUMNS, [row | stamp])
     return 0
 
 

@@ -81,6 +81,12 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
     add("--device-map", metavar="auto", help="spread the model over all GPUs, with accelerate")
     add("--dtype", default="auto", help="auto (the default), float32, bfloat16 or float16")
     add("--tiles", type=int, default=64, help="query tiles to measure in each prompt (64)")
+    add(
+        "--criterion",
+        default="error",
+        help="what to choose anchors by: error (the default), of the last hidden state when a "
+        "layer borrows keys, or mass, attention recovered times importance, the paper's, faster",
+    )
     _add_source(parser)
     _add_budget(parser)
     parser.set_defaults(run=_calibrate)

@@ -12,6 +12,9 @@ from kascade_sglang.calibration.collect import MASS_RATIOS, LayerStats
 from kascade_sglang.calibration.similarity import anchor_gain, layer_similarity
 from kascade_sglang.plan.schema import ModelShape, Plan
 
+CRITERIA = ("error", "mass")
+"""``error``: what borrowed keys do to the model's last hidden state. ``mass``: the paper's (section
+3.3), recovered attention mass times importance."""
 COUNTS = range(3, 9)
 """Counts of anchors whose best choice every plan names (section 3.3 tries these)."""
 
@@ -23,16 +26,18 @@ def build_plan(
     shape: ModelShape,
     budget: Budget,
     heads: str,
+    criterion: str,
     provenance: dict[str, Any],
 ) -> Plan:
     """Build the plan of measured statistics.
 
     anchors: how many to pick, or the layers themselves, of ``stats.layers``.
-    model: the name to write. provenance: what the statistics were made from; objective, scores,
-    importance, mass and the best choice of every count are added here.
+    model: the name to write. criterion: one of CRITERIA, of what was measured; the objective
+    grows with the plan's worth. provenance: what the statistics were made from; objective, scores,
+    importance, mass, error and the best choice of every count are added here.
     """
     score = stats.pooled if heads == "pooled" else layer_similarity(stats.similarity)
-    gain = anchor_gain(score, stats.importance)
+    gain = anchor_gain(score, stats.importance) if criterion == "mass" else -stats.error
     if isinstance(anchors, int):
         choice = pick_anchors(gain, anchors)
     else:
@@ -56,16 +61,24 @@ def build_plan(
             "tokens": stats.tokens,
             "tiles": stats.tiles,
             "anchors_by": "dynamic programme" if isinstance(anchors, int) else "the user",
+            "criterion": criterion,
             "objective": round(choice.objective, 6),
             "choices": _choices(stats, gain),
             "importance": by_layer,
             "layer_score": [row[i + 1 :].round(4).tolist() for i, row in enumerate(score)],
+            "error": None if stats.error is None else _rounded(stats.error),
+            "error_rows": stats.rows,
             "mass": {
                 f"{ratio:g}": table.round(4).tolist()
                 for ratio, table in zip(MASS_RATIOS, stats.mass, strict=True)
             },
         },
     )
+
+
+def _rounded(error: np.ndarray) -> list[list[float]]:
+    """Row i, from its diagonal on, to four digits: errors of different layers are far apart."""
+    return [[float(f"{value:.4g}") for value in row[i:]] for i, row in enumerate(error)]
 
 
 def _layers_at(stats: LayerStats, places: Sequence[int]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from kascade_sglang.files import write_atomically
 
 _SETTINGS = "settings.json"
 _ARRAYS = ("similarity", "pooled", "mass", "importance")
-_COUNTS = ("tokens", "tiles")
+_COUNTS = ("tokens", "tiles", "rows")
 
 
 class Checkpoint:
@@ -44,6 +44,7 @@ class Checkpoint:
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in _ARRAYS}
+                arrays["error"] = file.get("error")
                 counts = {name: int(file[name]) for name in _COUNTS}
         except FileNotFoundError:
             return None
@@ -57,7 +58,8 @@ class Checkpoint:
     def store(self, index: int, stats: PromptStats) -> None:
         """Write a prompt's measurements in one step; raises CalibrationError on a full disk."""
         content = io.BytesIO()
-        np.savez(content, **asdict(stats))
+        found = asdict(stats).items()
+        np.savez(content, **{name: value for name, value in found if value is not None})
         try:
             self.folder.mkdir(exist_ok=True)
             write_atomically(self.folder / _SETTINGS, json.dumps(self._settings, indent=1).encode())

@@ -1,4 +1,4 @@
-"""Run a model densely over prompts and measure similarity, recovered mass and importance.
+"""Run a model densely over prompts: similarity, recovered mass, importance, errors of borrowing.
 
 While the statistics are taken every layer attends *densely*; the authors' code runs each layer on
 its own oracle Top-k instead. Per prompt the keys of all layers and the queries of the sampled
@@ -23,6 +23,13 @@ from kascade_sglang.calibration.limited_attention import (
     capped_scores,
     limited_attention,
 )
+from kascade_sglang.calibration.prompts import Prompt
+from kascade_sglang.calibration.replay import (
+    Suffix,
+    answering_rows,
+    borrowing_errors,
+    record_inputs,
+)
 from kascade_sglang.calibration.similarity import own_mass, tile_similarity
 
 ATTENTION = "dense"
@@ -42,14 +49,18 @@ class PromptStats:
         Top-k recovers, the mean over tiles.
     importance: float64 [M], 1 - cos(x, x + attention(x)), the mean over tokens, x being the
         residual stream before the layer.
+    error: float64 [M, M], see ``replay.borrowing_errors``; None where it is not measured.
+    rows: how many positions it is the mean of.
     """
 
     similarity: np.ndarray
     pooled: np.ndarray
     mass: np.ndarray
     importance: np.ndarray
+    error: np.ndarray | None
     tokens: int
     tiles: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -64,9 +75,11 @@ class LayerStats:
     pooled: np.ndarray
     mass: np.ndarray
     importance: np.ndarray
+    error: np.ndarray | None
     prompts: int
     tokens: int
     tiles: int
+    rows: int
 
 
 def sample_tiles(length: int, budget: Budget, count: int, seed: int) -> list[int]:
@@ -82,21 +95,25 @@ def sample_tiles(length: int, budget: Budget, count: int, seed: int) -> list[int
 
 
 class _Recorder:
-    """Dense attention that keeps the measured layers' keys and the sampled tiles' queries."""
+    """Dense attention that keeps the measured layers' keys and the sampled tiles' queries.
 
-    def __init__(self, tiles: Sequence[int], layers: Sequence[int]) -> None:
-        self._tiles = tiles
-        self._layers = layers
+    rows: positions whose queries are kept as well, and for whose sake all layers' keys and values
+    are.
+    """
+
+    def __init__(self, tiles: Sequence[int], layers: Sequence[int], rows: Sequence[int]) -> None:
+        self._tiles, self._layers, self._rows = tiles, layers, list(rows)
         self._queries: dict[int, list[torch.Tensor]] = {}  # layer -> per tile [32, Hq, D]
-        self._keys: dict[int, torch.Tensor] = {}  # layer -> [L, H, D]
-        self._scale: dict[int, float] = {}
-        self._softcap: dict[int, float] = {}
+        self.row_queries: dict[int, torch.Tensor] = {}  # layer -> [R, Hq, D]
+        self.keys: dict[int, torch.Tensor] = {}  # layer -> [L, H, D]
+        self.values: dict[int, torch.Tensor] = {}
+        self.scales: dict[int, float] = {}
+        self.softcaps: dict[int, float] = {}
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        if layer in self._layers:
-            self._keep(layer, q, k, scale)
+        self._keep(layer, q, k, v, scale)
         return dense_attention(q, k, v, scale)
 
     def limited(
@@ -113,25 +130,32 @@ class _Recorder:
             limits = replace(limits, window=None)  # it hides nothing
         if limits == Limits():
             return self(layer, q, k, v, scale)
-        if layer in self._layers:
-            if limits.window is not None:
-                raise CalibrationError(
-                    f"model: layer {layer} has a sliding window of {limits.window} tokens, which "
-                    "its configuration does not say; not supported"
-                )
-            self._keep(layer, q, k, scale)
-            self._softcap[layer] = limits.softcap
+        if layer in self._layers and limits.window is not None:
+            raise CalibrationError(
+                f"model: layer {layer} has a sliding window of {limits.window} tokens, which "
+                "its configuration does not say; not supported"
+            )
+        self._keep(layer, q, k, v, scale)
+        if limits.softcap is not None:
+            self.softcaps[layer] = limits.softcap
         return limited_attention(q, k, v, scale, limits)
 
-    def _keep(self, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
-        # Copies, so that the queries of the other tiles are freed.
-        self._queries[layer] = [q[TILE * tile : TILE * (tile + 1)].clone() for tile in self._tiles]
-        self._keys[layer] = k
-        self._scale[layer] = scale
+    def _keep(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> None:
+        if self._rows:
+            self.values[layer] = v
+        if self._rows or layer in self._layers:
+            self.keys[layer], self.scales[layer] = k, scale
+        if layer in self._layers:
+            # Copies, so that the queries of the other tiles are freed.
+            tiles = [slice(TILE * tile, TILE * (tile + 1)) for tile in self._tiles]
+            self._queries[layer] = [q[tile].clone() for tile in tiles]
+            self.row_queries[layer] = q[self._rows]
 
     def check_complete(self) -> None:
         """Refuse a model some of whose layers attended without calling us."""
-        missing = sorted(set(self._layers) - set(self._keys))
+        missing = sorted(set(self._layers) - set(self.keys))
         if missing:
             raise CalibrationError(
                 f"model: layers {missing} gave no access to their attention; expected decoders "
@@ -143,16 +167,16 @@ class _Recorder:
         """Scores [M, H, C] and own-tile mass [M, H] of the index-th sampled tile."""
         end = TILE * (self._tiles[index] + 1)
         # A sharded model's layers lie on several devices; the scores meet on the first one's.
-        home = self._keys[self._layers[0]].device
+        home = self.keys[self._layers[0]].device
         scores = torch.stack([self._scores(layer, index, end).to(home) for layer in self._layers])
         group = self._queries[self._layers[0]][index].shape[1] // scores.shape[1]
         own = group * TILE - scores.sum(dim=-1)  # each query's mass is 1
         return scores, own.clamp_(min=0.0)
 
     def _scores(self, layer: int, index: int, end: int) -> torch.Tensor:
-        q, k, scale = self._queries[layer][index], self._keys[layer][:end], self._scale[layer]
-        if layer in self._softcap:
-            return capped_scores(q, k, scale, self._softcap[layer])
+        q, k, scale = self._queries[layer][index], self.keys[layer][:end], self.scales[layer]
+        if layer in self.softcaps:
+            return capped_scores(q, k, scale, self.softcaps[layer])
         return anchor_scores(q, k, scale)
 
 
@@ -177,40 +201,74 @@ def _measure_tiles(
     return per_head, pooled[:, :, 0, 0], mass / len(tiles)
 
 
+def _best_heads(similarity: torch.Tensor) -> torch.Tensor:
+    """[M, M, H, H] -> [M, M, H]: whose keys each head would borrow; a layer's own for itself."""
+    best = similarity.argmax(-1).cpu()
+    layers = torch.arange(len(best))
+    best[layers, layers] = torch.arange(best.shape[-1])
+    return best
+
+
+def steps_of(tiles: int, layers: int, criterion: str) -> int:
+    """How often ``measure_prompt`` says that it has got on."""
+    return tiles + (layers * (layers + 1) // 2 if criterion == "error" else 0)
+
+
 @torch.inference_mode()
 def measure_prompt(
     model: PreTrainedModel,
-    prompt: Sequence[int],
+    prompt: Prompt,
     tiles: Sequence[int],
     budget: Budget,
     layers: Sequence[int],
-    on_tile: Callable[[], object] = lambda: None,
+    criterion: str = "error",
+    on_step: Callable[[], object] = lambda: None,
 ) -> PromptStats:
-    """Measure one prompt with one dense forward pass.
+    """Measure one prompt with one dense forward pass, and its end once more for pairs of layers.
 
-    tiles: the full tiles to measure. layers: those with full attention.
-    on_tile: called after every tile, for a progress bar.
+    tiles: the full tiles to measure. layers: those with full attention. criterion: ``error``, or
+    ``mass``, which measures no errors. on_step: called after every tile and every pair of layers.
     Raises CalibrationError where there is no tile and for unsupported models.
     """
-    recorder = _Recorder(tiles, layers)
+    rows = answering_rows(len(prompt.ids), prompt.replies) if criterion == "error" else []
+    first = min(rows, default=len(prompt.ids))
+    recorder, modules = _Recorder(tiles, layers, rows), decoder_layers(model)
     device = model.get_input_embeddings().weight.device
     # Weights that accelerate keeps elsewhere stand on "meta"; its hooks move the ids.
-    input_ids = torch.tensor([list(prompt)], device="cpu" if device.type == "meta" else device)
-    with our_attention(model), importance_hooks(decoder_layers(model)) as importance:
-        model.get_decoder()(input_ids=input_ids, use_cache=False, kascade=recorder)
-    recorder.check_complete()
-    per_head, pooled, mass = _measure_tiles(recorder, tiles, budget, on_tile)
+    input_ids = torch.tensor([prompt.ids], device="cpu" if device.type == "meta" else device)
+    error = None
+    with our_attention(model):
+        with importance_hooks(modules) as importance, record_inputs(modules, first) as inputs:
+            decoder = model.get_decoder()
+            end = decoder(input_ids=input_ids, use_cache=False, kascade=recorder).last_hidden_state
+        recorder.check_complete()
+        per_head, pooled, mass = _measure_tiles(recorder, tiles, budget, on_step)
+        if rows:
+            error = borrowing_errors(
+                Suffix(model, recorder, first, inputs),
+                recorder.row_queries,
+                rows,
+                layers,
+                _best_heads(per_head),
+                budget,
+                end[0],
+                on_step,
+            ).numpy()
     turns = np.array([importance[layer] for layer in layers])
-    if not (per_head.isfinite().all() and mass.isfinite().all() and np.isfinite(turns).all()):
-        raise CalibrationError("model: its attention is not finite; try --dtype float32")
-    return PromptStats(
+    stats = PromptStats(
         similarity=per_head.cpu().numpy(),
         pooled=pooled.cpu().numpy(),
         mass=mass.cpu().numpy(),
         importance=turns,
-        tokens=len(prompt),
+        error=error,
+        tokens=len(prompt.ids),
         tiles=len(tiles),
+        rows=len(rows),
     )
+    measured = (stats.similarity, stats.mass, turns, 0 if error is None else error)
+    if not all(np.isfinite(numbers).all() for numbers in measured):
+        raise CalibrationError("model: its attention is not finite; try --dtype float32")
+    return stats
 
 
 def average(layers: Sequence[int], measured: Sequence[PromptStats]) -> LayerStats:
@@ -228,9 +286,11 @@ def average(layers: Sequence[int], measured: Sequence[PromptStats]) -> LayerStat
         pooled=mean("pooled"),
         mass=mean("mass"),
         importance=mean("importance"),
+        error=None if measured[0].error is None else mean("error"),
         prompts=len(measured),
         tokens=sum(stats.tokens for stats in measured),
         tiles=sum(stats.tiles for stats in measured),
+        rows=sum(stats.rows for stats in measured),
     )
 
 
@@ -246,23 +306,25 @@ def collect(
     budget: Budget,
     tiles_per_prompt: int = 64,
     seed: int = 0,
-    on_tile: Callable[[], object] = lambda: None,
+    criterion: str = "error",
+    on_step: Callable[[], object] = lambda: None,
 ) -> LayerStats:
-    """Measure a model over prompts, one dense forward pass each.
+    """Measure a model over prompts; see ``measure_prompt``.
 
-    prompts: token ids; each long enough for a tile that is not dense.
+    prompts: token ids without replies; each long enough for a tile that is not dense.
     Raises CalibrationError for a prompt that is too short and for unsupported models.
     """
     layers = full_layers(model, max(map(len, prompts)))
     measured = [
         measure_prompt(
             model,
-            prompt,
-            sample_tiles(len(prompt), budget, tiles_per_prompt, seed + number),
+            Prompt(list(ids)),
+            sample_tiles(len(ids), budget, tiles_per_prompt, seed + number),
             budget,
             layers,
-            on_tile,
+            criterion,
+            on_step,
         )
-        for number, prompt in enumerate(prompts)
+        for number, ids in enumerate(prompts)
     ]
     return average(layers, measured)

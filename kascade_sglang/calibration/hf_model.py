@@ -195,3 +195,14 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
             "`layers[i].self_attn`; Llama, Qwen, Mistral, Phi-3 and Gemma style decoders do"
         )
     return list(layers)
+
+
+def last_norm(model: PreTrainedModel) -> nn.Module:
+    """Return the norm after the decoder's last layer."""
+    norm = getattr(model.get_decoder(), "norm", None)
+    if norm is None:
+        raise CalibrationError(
+            f"model: {type(model).__name__} does not keep its last norm in `norm`, as Llama, Qwen, "
+            "Mistral, Phi-3 and Gemma style decoders do; --criterion mass does without"
+        )
+    return norm

@@ -28,14 +28,16 @@ def limited_attention(
 ) -> torch.Tensor:
     """Attend causally within the limits, a block of queries at a time, in float32.
 
-    q: [L, Hq, D]; k, v: [L, H, D], the whole prompt. Returns [L, Hq, D] in q's dtype.
+    q: [n, Hq, D] at the last n of the L positions of k, v [L, H, D]. Returns [n, Hq, D] in q's
+    dtype.
     """
-    length, q_heads, dim = q.shape
+    q_heads, length = q.shape[1], len(k)
+    before = length - len(q)
     outputs = []
-    for start in range(0, length, _QUERIES_AT_ONCE):
+    for start in range(before, length, _QUERIES_AT_ONCE):
         end = min(length, start + _QUERIES_AT_ONCE)
         first = 0 if limits.window is None else max(0, start - limits.window + 1)
-        logits = _logits(q[start:end], k[first:end], scale, limits.softcap)
+        logits = _logits(q[start - before : end - before], k[first:end], scale, limits.softcap)
         distance = torch.arange(start, end, device=q.device).unsqueeze(1) - torch.arange(
             first, end, device=q.device
         )
@@ -59,6 +61,29 @@ def capped_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float
     later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
     logits[..., length - n :].masked_fill_(later, float("-inf"))
     return torch.softmax(logits, dim=-1)[..., : length - n].sum(dim=(1, 2))
+
+
+def capped_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    selected: torch.Tensor,
+    own: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Like ``kascade_kernels.reference.sparse_attention`` for one query, with capped logits.
+
+    q: [1, Hq, D]. k, v: [L, H, D]. selected: [H, count]. own: [m]. Returns [1, Hq, D].
+    """
+    outputs = []
+    group = q.shape[1] // k.shape[1]
+    for head, keys in enumerate(selected):
+        keys, one = torch.cat([keys, own]), slice(head, head + 1)
+        rows = q[:, head * group : (head + 1) * group]
+        weights = _logits(rows, k[keys, one], scale, softcap).softmax(-1)  # [1, group, 1, keys]
+        outputs.append(weights[0, :, 0] @ v[keys, head].to(weights.dtype))
+    return torch.cat(outputs).unsqueeze(0).to(q.dtype)
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

@@ -7,8 +7,9 @@ with the tokenizer's template). Any other file: plain text, cut into prompts of 
 import hashlib
 import json
 import random
+from bisect import bisect_left
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from kascade_sglang.calibration.errors import CalibrationError
 
@@ -19,6 +20,23 @@ TEXT_PROMPT_TOKENS = 8192
 """Length of the prompts that plain text is cut into, where neither user nor model says less."""
 
 
+Item = TypeVar("Item")
+
+
+class Prompt(NamedTuple):
+    """Token ids, and spans [begin, end) of them that are replies of the assistant."""
+
+    ids: list[int]
+    replies: tuple[tuple[int, int], ...] = ()
+
+    def cut(self, length: int | None) -> "Prompt":
+        """Return the first ``length`` tokens; None takes them all."""
+        if length is None or length >= len(self.ids):
+            return self
+        spans = tuple((begin, min(end, length)) for begin, end in self.replies if begin < length)
+        return Prompt(self.ids[:length], spans)
+
+
 def read_prompts(
     path: Path,
     tokenizer: "PreTrainedTokenizerBase",
@@ -26,8 +44,8 @@ def read_prompts(
     max_tokens: int | None = None,
     limit: int | None = None,
     seed: int = 0,
-) -> list[list[int]]:
-    """Return the file's prompts as token ids, in file order.
+) -> list[Prompt]:
+    """Return the file's prompts, in file order.
 
     context: the model's context length. max_tokens: cut prompts to this many tokens.
     limit: draw this many prompts with the seed.
@@ -57,7 +75,7 @@ def check_limits(context: int | None, max_tokens: int | None, limit: int | None)
         raise CalibrationError(f"--limit: expected 1 or more, got {limit}")
 
 
-def draw(prompts: list[list[int]], limit: int | None, seed: int) -> list[list[int]]:
+def draw(prompts: list[Item], limit: int | None, seed: int) -> list[Item]:
     """Draw ``limit`` prompts with the seed, in their order; None takes them all."""
     if limit is None or limit >= len(prompts):
         return prompts
@@ -88,7 +106,7 @@ def _from_lines(
     tokenizer: "PreTrainedTokenizerBase",
     context: int | None,
     max_tokens: int | None,
-) -> list[list[int]]:
+) -> list[Prompt]:
     prompts = []
     # Not splitlines: JSON strings may hold U+2028 and its kin unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -108,22 +126,22 @@ def to_prompt(
     tokenizer: "PreTrainedTokenizerBase",
     context: int | None,
     max_tokens: int | None,
-) -> list[int]:
-    """Return the token ids of an object with ``text``, ``prompt`` or ``messages``.
+) -> Prompt:
+    """Return the prompt of an object with ``text``, ``prompt`` or ``messages``.
 
     where: what to call it in a refusal. Raises CalibrationError for another object, and for a
     prompt longer than the context unless ``max_tokens`` cuts it.
     """
     try:
-        ids = _tokens_of(record, tokenizer)
+        prompt = _prompt_of(record, tokenizer)
     except CalibrationError as error:
         raise CalibrationError(f"{where}: {error}") from error
-    if max_tokens is None and context is not None and len(ids) > context:
+    if max_tokens is None and context is not None and len(prompt.ids) > context:
         raise CalibrationError(
-            f"{where}: a prompt of {len(ids)} tokens, more than the model's context "
+            f"{where}: a prompt of {len(prompt.ids)} tokens, more than the model's context "
             f"of {context}; --max-tokens {context} cuts it"
         )
-    return ids[:max_tokens]
+    return prompt.cut(max_tokens)
 
 
 def _encode(
@@ -137,39 +155,71 @@ def _encode(
     return list(ids)
 
 
-def _tokens_of(record: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _prompt_of(record: Any, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
     if isinstance(record, dict):
         for key in ("text", "prompt"):
             if isinstance(record.get(key), str):
-                return _encode(record[key], tokenizer)
+                return Prompt(_encode(record[key], tokenizer))
         if isinstance(record.get("messages"), list):
-            return _tokens_of_chat(record["messages"], tokenizer)
+            return _prompt_of_chat(record["messages"], tokenizer)
     raise CalibrationError('expected an object with "text", "prompt" or "messages"')
 
 
-def _tokens_of_chat(messages: list[Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _prompt_of_chat(messages: list[Any], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError('"messages" need a chat template, and the tokenizer has none')
     if not messages or not all(isinstance(turn, dict) and "role" in turn for turn in messages):
         raise CalibrationError('"messages": expected objects with "role" and "content"')
     # Templates are programs of their own: their errors are of any type.
     try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user"
-        )
+        text = _render(messages, messages[-1]["role"] == "user", tokenizer)
     except Exception as error:
         raise CalibrationError(f"the chat template refuses the messages ({error})") from error
     # The template has written the special tokens already.
-    return _encode(rendered, tokenizer, add_special_tokens=False)
+    ids = _encode(text, tokenizer, add_special_tokens=False)
+    if not tokenizer.is_fast:
+        return Prompt(ids)
+    spans = _reply_spans(messages, text, tokenizer)
+    places = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    ).offset_mapping
+    starts = [start for start, _ in places]
+    return Prompt(ids, tuple((bisect_left(starts, a), bisect_left(starts, b)) for a, b in spans))
+
+
+def _render(messages: list[Any], prompting: bool, tokenizer: "PreTrainedTokenizerBase") -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
+
+
+def _reply_spans(
+    messages: list[Any], text: str, tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[int, int]]:
+    """Characters of the rendered chat that the assistant has written, end of turn included.
+
+    A template that renders earlier turns otherwise once more follow hides them: those are left
+    out.
+    """
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        try:
+            before = _render(messages[:turn], True, tokenizer)
+            after = _render(messages[: turn + 1], False, tokenizer).rstrip()
+        except Exception:  # as above; some refuse a chat that an assistant begins
+            continue
+        if text.startswith(before) and text.startswith(after):
+            spans.append((len(before), len(after)))
+    return spans
 
 
 def cut_text(
     text: str, tokenizer: "PreTrainedTokenizerBase", context: int | None, max_tokens: int | None
-) -> list[list[int]]:
+) -> list[Prompt]:
     """Cut one text into prompts of ``max_tokens``, each led as the tokenizer leads a text."""
     length = max_tokens or min(TEXT_PROMPT_TOKENS, context or TEXT_PROMPT_TOKENS)
     ids = _encode(text, tokenizer, add_special_tokens=False)
     lead = tokenizer("a").input_ids[:1]
     lead = lead if lead and lead[0] == tokenizer.bos_token_id else []
     step = max(1, length - len(lead))
-    return [lead + ids[start : start + step] for start in range(0, len(ids), step)]
+    return [Prompt(lead + ids[start : start + step]) for start in range(0, len(ids), step)]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import kascade_sglang
 from kascade_kernels.budget import Budget
 from kascade_sglang.calibration import hf_model
-from kascade_sglang.calibration.build import build_plan
+from kascade_sglang.calibration.build import CRITERIA, build_plan
 from kascade_sglang.calibration.checkpoint import Checkpoint
 from kascade_sglang.calibration.collect import (
     ATTENTION,
@@ -24,8 +24,11 @@ from kascade_sglang.calibration.collect import (
     full_layers,
     measure_prompt,
     sample_tiles,
+    steps_of,
 )
 from kascade_sglang.calibration.errors import CalibrationError
+from kascade_sglang.calibration.prompts import Prompt
+from kascade_sglang.calibration.replay import MOST_ROWS
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
 from kascade_sglang.plan.report import check_target, write_report
 from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan
@@ -39,6 +42,7 @@ class CalibrationConfig:
 
     anchors: how many to pick, or the layers themselves, whose head maps are then measured.
     report: a page about the plan, .png, .svg or .html. tiles: query tiles of each prompt.
+    criterion: what anchors are chosen by, one of CRITERIA.
     """
 
     model: str
@@ -53,6 +57,7 @@ class CalibrationConfig:
     min_k: int = 128
     heads: str = "per_head"
     tiles: int = 64
+    criterion: str = "error"
 
     @property
     def seed(self) -> int:
@@ -69,11 +74,10 @@ class Measured(NamedTuple):
     budget: Budget
     provenance: dict[str, Any]
 
-    def plan(self, anchors: int | tuple[int, ...], heads: str) -> Plan:
+    def plan(self, anchors: int | tuple[int, ...], heads: str, criterion: str = "error") -> Plan:
         """Build a plan; see ``CalibrationConfig``."""
-        return build_plan(
-            self.stats, anchors, self.model, self.shape, self.budget, heads, self.provenance
-        )
+        named = (self.model, self.shape, self.budget, heads, criterion, self.provenance)
+        return build_plan(self.stats, anchors, *named)
 
 
 def calibrate(config: CalibrationConfig) -> Plan:
@@ -84,7 +88,7 @@ def calibrate(config: CalibrationConfig) -> Plan:
     Raises CalibrationError, before the weights are loaded where that is possible.
     """
     measured, checkpoint = measure(config)
-    plan = measured.plan(config.anchors, config.heads)
+    plan = measured.plan(config.anchors, config.heads, config.criterion)
     try:
         plan.save(config.out)
     except OSError as error:
@@ -106,8 +110,10 @@ def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     tokenizer = hf_model.load_tokenizer(config.model)
     found = config.source.read(tokenizer, hf_model.context_length(hf_config))
     found = found._replace(prompts=_long_enough(found.prompts, budget, config.source.name))
-    windowed = hf_model.windowed_layers(hf_config, max(map(len, found.prompts)))
+    windowed = hf_model.windowed_layers(hf_config, _longest(found.prompts))
     _check_anchors(config.anchors, [n for n in range(shape.layers) if n not in windowed])
+    if config.criterion == "error":
+        _say_where_errors_are(found.prompts, config.source.name)
     _check_vocabulary(found.prompts, hf_config.get_text_config().vocab_size, config.model)
     device = hf_model.pick_device(config.device)
     checkpoint = Checkpoint(config.out, _settings(config, hf_config, found, device))
@@ -121,6 +127,8 @@ def _check(config: CalibrationConfig) -> Budget:
     """Refuse wrong options before anything large is read."""
     if config.heads not in HEAD_MODES:
         raise CalibrationError(f"--heads: expected one of {HEAD_MODES}, got {config.heads!r}")
+    if config.criterion not in CRITERIA:
+        raise CalibrationError(f"--criterion: expected one of {CRITERIA}, got {config.criterion!r}")
     if config.tiles < 1:
         raise CalibrationError(f"--tiles: expected 1 or more, got {config.tiles}")
     folder = config.out.parent
@@ -162,13 +170,30 @@ def _check_anchors(anchors: int | tuple[int, ...], layers: list[int]) -> None:
         )
 
 
-def _long_enough(prompts: list[list[int]], budget: Budget, name: str) -> list[list[int]]:
+def _longest(prompts: list[Prompt]) -> int:
+    return max(len(prompt.ids) for prompt in prompts)
+
+
+def _say_where_errors_are(prompts: list[Prompt], name: str) -> None:
+    silent = sum(not prompt.replies for prompt in prompts)
+    if silent:
+        logger.warning(
+            "%s: %d of %d prompts hold no reply of an assistant that can be told; what borrowed "
+            "keys change is measured on their last %d tokens instead",
+            name,
+            silent,
+            len(prompts),
+            MOST_ROWS,
+        )
+
+
+def _long_enough(prompts: list[Prompt], budget: Budget, name: str) -> list[Prompt]:
     """Drop prompts in which every tile's budget is dense, and say so."""
-    kept = [ids for ids in prompts if sample_tiles(len(ids), budget, count=1, seed=0)]
+    kept = [one for one in prompts if sample_tiles(len(one.ids), budget, count=1, seed=0)]
     if not kept:
         raise CalibrationError(
             f"{name}: every prompt is too short to measure (the longest has "
-            f"{max(map(len, prompts))} tokens): with this budget every tile attends to all keys"
+            f"{_longest(prompts)} tokens): with this budget every tile attends to all keys"
         )
     if len(kept) < len(prompts):
         logger.warning(
@@ -180,8 +205,8 @@ def _long_enough(prompts: list[list[int]], budget: Budget, name: str) -> list[li
     return kept
 
 
-def _check_vocabulary(prompts: list[list[int]], size: int, model: str) -> None:
-    largest = max(max(ids) for ids in prompts)
+def _check_vocabulary(prompts: list[Prompt], size: int, model: str) -> None:
+    largest = max(max(prompt.ids) for prompt in prompts)
     if largest >= size:
         raise CalibrationError(
             f"model {model}: its tokenizer yields token {largest}, but its vocabulary has {size}"
@@ -190,34 +215,37 @@ def _check_vocabulary(prompts: list[list[int]], size: int, model: str) -> None:
 
 def _measure(
     model: transformers.PreTrainedModel,
-    prompts: list[list[int]],
+    prompts: list[Prompt],
     budget: Budget,
     config: CalibrationConfig,
     checkpoint: Checkpoint,
 ) -> LayerStats:
-    """Measure what the checkpoint lacks, under a progress bar of tiles."""
-    layers = full_layers(model, max(map(len, prompts)))
+    """Measure what the checkpoint lacks, under a progress bar of tiles and pairs of layers."""
+    layers = full_layers(model, _longest(prompts))
     tiles = [
-        sample_tiles(len(ids), budget, config.tiles, config.seed + number)
-        for number, ids in enumerate(prompts)
+        sample_tiles(len(prompt.ids), budget, config.tiles, config.seed + number)
+        for number, prompt in enumerate(prompts)
     ]
+    steps = [steps_of(len(one), len(layers), config.criterion) for one in tiles]
     measured = [checkpoint.load(number) for number in range(len(prompts))]
-    ready = sum(len(tiles[number]) for number, stats in enumerate(measured) if stats is not None)
+    ready = sum(steps[number] for number, stats in enumerate(measured) if stats is not None)
     if ready:
         kept = sum(stats is not None for stats in measured)
         logger.warning("resuming: %d of %d prompts are measured already", kept, len(prompts))
-    # smoothing=0: the time left counts the pauses of the forward passes between prompts' tiles.
-    total = sum(map(len, tiles))
-    with tqdm(total=total, initial=ready, desc="calibrating", unit="tile", smoothing=0) as bar:
+    # smoothing=0: the time left counts the pauses of the forward passes between prompts' steps.
+    total = sum(steps)
+    with tqdm(total=total, initial=ready, desc="calibrating", unit="step", smoothing=0) as bar:
         try:
-            for number, ids in enumerate(prompts):
+            for number, prompt in enumerate(prompts):
                 if measured[number] is None:
-                    stats = measure_prompt(model, ids, tiles[number], budget, layers, bar.update)
+                    stats = measure_prompt(
+                        model, prompt, tiles[number], budget, layers, config.criterion, bar.update
+                    )
                     checkpoint.store(number, stats)
                     measured[number] = stats
         except torch.OutOfMemoryError as error:
             raise CalibrationError(
-                f"{model.device}: out of memory on a prompt of up to {max(map(len, prompts))} "
+                f"{model.device}: out of memory on a prompt of up to {_longest(prompts)} "
                 "tokens; lower --max-tokens, or spread the model with --device-map auto"
             ) from error
         except KeyboardInterrupt:
@@ -256,6 +284,7 @@ def _settings(
         "topk_ratio": config.topk_ratio,
         "min_k": config.min_k,
         "tiles": config.tiles,
+        "criterion": config.criterion,
         "seed": config.seed,
         "dtype": config.dtype,
         "device": config.device_map or device.type,

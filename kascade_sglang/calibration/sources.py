@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.prompts import (
+    Prompt,
     check_limits,
     cut_text,
     draw,
@@ -28,11 +29,11 @@ DEFAULT_LIMIT = 16
 
 
 class PromptSet(NamedTuple):
-    """Prompts as token ids, and what to call them. digest: SHA-256 of file or tokens."""
+    """Prompts, and what to call them. digest: SHA-256 of file or tokens."""
 
     name: str
     digest: str
-    prompts: list[list[int]]
+    prompts: list[Prompt]
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,15 @@ class PromptSource:
 
     def _from_dataset(
         self, tokenizer: "PreTrainedTokenizerBase", context: int | None
-    ) -> list[list[int]]:
+    ) -> list[Prompt]:
         rows = self._rows()
         if self.field is not None and self.field not in rows.column_names:
             raise CalibrationError(
                 f"--field {self.field}: data set {self.dataset} has the columns "
                 f"{', '.join(rows.column_names)}"
             )
-        numbers = [[index] for index in range(len(rows))]
-        chosen = draw(numbers, self.limit or DEFAULT_LIMIT, self.seed)
         prompts = []
-        for (index,) in chosen:
+        for index in draw(list(range(len(rows))), self.limit or DEFAULT_LIMIT, self.seed):
             record = rows[index]
             if self.field is not None:
                 record = {"text": record[self.field]}
@@ -127,6 +126,6 @@ class PromptSource:
             ) from error
 
 
-def digest_of(prompts: list[list[int]]) -> str:
-    """Return the SHA-256 of token ids, in hexadecimal."""
+def digest_of(prompts: list[Prompt]) -> str:
+    """Return the SHA-256 of prompts, in hexadecimal."""
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

@@ -8,7 +8,7 @@ from kascade_sglang.plan.presets import warning_of
 from kascade_sglang.plan.ranks import rank_losses
 from kascade_sglang.plan.schema import IDENTITY, ONE_HOT, LayerRole, Plan
 
-_MATRICES = ("importance", "layer_score", "mass", "choices")
+_MATRICES = ("importance", "layer_score", "mass", "error", "choices")
 """Provenance that is shown as columns of the table, or not at all, for its size."""
 
 

@@ -133,7 +133,8 @@ def main() -> None:
     device = pick_device("auto")
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval().to(device)
     shape = shape_of(model.config)
-    stats = collect(model, [ids for ids, _ in make_chats(tokenizer, 8, "statistics")], Budget())
+    measured = [ids for ids, _ in make_chats(tokenizer, 8, "statistics")]
+    stats = collect(model, measured, Budget(), criterion="mass")
     tag, count = ("validate", 12) if options.sets else ("search", 6)
     chats = make_chats(tokenizer, count, tag)
 
