@@ -232,43 +232,39 @@ def measure_prompt(
     """
     rows = answering_rows(len(prompt.ids), prompt.replies) if criterion == "error" else []
     first = min(rows, default=len(prompt.ids))
-    recorder, modules = _Recorder(tiles, layers, rows), decoder_layers(model)
+    recorder = _Recorder(tiles, layers, rows)
     device = model.get_input_embeddings().weight.device
     # Weights that accelerate keeps elsewhere stand on "meta"; its hooks move the ids.
     input_ids = torch.tensor([prompt.ids], device="cpu" if device.type == "meta" else device)
     error = None
     with our_attention(model):
+        modules, decoder = decoder_layers(model), model.get_decoder()
         with importance_hooks(modules) as importance, record_inputs(modules, first) as inputs:
-            decoder = model.get_decoder()
             end = decoder(input_ids=input_ids, use_cache=False, kascade=recorder).last_hidden_state
         recorder.check_complete()
         per_head, pooled, mass = _measure_tiles(recorder, tiles, budget, on_step)
+        turns = np.array([importance[layer] for layer in layers])
+        _require_finite(per_head.cpu().numpy(), mass.cpu().numpy(), turns)
         if rows:
-            error = borrowing_errors(
-                Suffix(model, recorder, first, inputs),
-                recorder.row_queries,
-                rows,
-                layers,
-                _best_heads(per_head),
-                budget,
-                end[0],
-                on_step,
-            ).numpy()
-    turns = np.array([importance[layer] for layer in layers])
-    stats = PromptStats(
+            suffix, queries = Suffix(model, recorder, first, inputs), recorder.row_queries
+            heads = _best_heads(per_head)
+            error = borrowing_errors(suffix, queries, rows, layers, heads, budget, end[0], on_step)
+            _require_finite(error.numpy())
+    return PromptStats(
         similarity=per_head.cpu().numpy(),
         pooled=pooled.cpu().numpy(),
         mass=mass.cpu().numpy(),
         importance=turns,
-        error=error,
+        error=None if error is None else error.numpy(),
         tokens=len(prompt.ids),
         tiles=len(tiles),
         rows=len(rows),
     )
-    measured = (stats.similarity, stats.mass, turns, 0 if error is None else error)
+
+
+def _require_finite(*measured: np.ndarray) -> None:
     if not all(np.isfinite(numbers).all() for numbers in measured):
         raise CalibrationError("model: its attention is not finite; try --dtype float32")
-    return stats
 
 
 def average(layers: Sequence[int], measured: Sequence[PromptStats]) -> LayerStats:

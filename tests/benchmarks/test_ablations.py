@@ -23,9 +23,11 @@ def measured() -> Measured:
         pooled=similarity.mean((2, 3)),
         mass=draw.random((len(MASS_RATIOS), LAYERS, HEADS)),
         importance=draw.random(LAYERS),
+        error=draw.random((LAYERS, LAYERS)),
         prompts=1,
         tokens=100,
         tiles=3,
+        rows=5,
     )
     return Measured(stats, "test", ModelShape(LAYERS, 8, HEADS, 64, 256), Budget(), {})
 
@@ -43,12 +45,13 @@ def test_every_choice_is_made_at_every_count(monkeypatch: pytest.MonkeyPatch) ->
     assert len({one.name for one in found}) == len(found)
     found = found[2:]
     kinds = [(one.choice, len(one.plan.anchors)) for one in found[1:]]
-    expected = ["programme", "even", "random", "random"]
+    expected = ["error", "mass", "even", "random", "random"]
     assert kinds == [(choice, count) for count in (4, 6) for choice in expected]
-    assert found[2].plan.anchors == (0, 3, 6, 9)
+    assert found[3].plan.anchors == (0, 3, 6, 9)
     assert len({one.plan.anchors for one in found}) == len(found)
-    best = {}
-    for one in found[1:]:
-        objective, count = one.plan.provenance["objective"], len(one.plan.anchors)
-        best.setdefault(count, objective)
-        assert objective <= best[count], "the programme's objective is the greatest"
+    for criterion in ablations.CRITERIA:
+        best = {}
+        for one in sorted(found[1:], key=lambda one: one.choice != criterion):
+            objective = ablations.objectives(measured(), one.plan.anchors)[criterion]
+            best.setdefault(len(one.plan.anchors), objective)
+            assert objective <= best[len(one.plan.anchors)], "a programme's objective is greatest"

@@ -9,7 +9,7 @@ from brute import least_similarity, mean_mass
 from transformers import LlamaForCausalLM
 
 from kascade_kernels.budget import TILE, Budget
-from kascade_sglang.calibration.collect import MASS_RATIOS, collect, sample_tiles
+from kascade_sglang.calibration.collect import MASS_RATIOS, collect, sample_tiles, steps_of
 from kascade_sglang.calibration.errors import CalibrationError
 
 BUDGET = Budget(0.1, 64)
@@ -111,12 +111,21 @@ def test_refuses_attention_that_is_not_finite(llama: LlamaForCausalLM, part: str
         collect(model, prompts(1, 4 * TILE), BUDGET)
 
 
-def test_counts_tiles_for_the_progress_bar(llama: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("criterion, steps", [("mass", 3), ("error", 3 + 10)])
+def test_counts_steps_for_the_progress_bar(
+    llama: LlamaForCausalLM, criterion: str, steps: int
+) -> None:
     ticks = []
-    collect(
-        llama, prompts(2, 6 * TILE), BUDGET, tiles_per_prompt=3, on_tile=lambda: ticks.append(1)
+    measured = collect(
+        llama,
+        prompts(2, 6 * TILE),
+        BUDGET,
+        tiles_per_prompt=3,
+        criterion=criterion,
+        on_step=lambda: ticks.append(1),
     )
-    assert len(ticks) == 6
+    assert len(ticks) == 2 * steps == 2 * steps_of(3, 4, criterion)
+    assert (measured.error is None) == (criterion == "mass")
 
 
 @pytest.mark.parametrize("seed", range(5))

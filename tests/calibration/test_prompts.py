@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kascade_sglang.calibration.errors import CalibrationError
-from kascade_sglang.calibration.prompts import file_digest, read_prompts
+from kascade_sglang.calibration.prompts import Prompt, file_digest, read_prompts
 
 
 def write(folder: Path, name: str, *lines: object) -> Path:
@@ -18,7 +18,7 @@ def write(folder: Path, name: str, *lines: object) -> Path:
 
 def test_jsonl_text_and_prompt(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = write(tmp_path, "p.jsonl", {"text": "w0 w1"}, {"prompt": "w2"})
-    assert read_prompts(path, tokenizer, context=8) == [[0, 4, 5], [0, 6]]
+    assert read_prompts(path, tokenizer, context=8) == [Prompt([0, 4, 5]), Prompt([0, 6])]
 
 
 def test_line_separators_inside_json_strings(
@@ -26,7 +26,7 @@ def test_line_separators_inside_json_strings(
 ) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"text": "w0\u2028w1"}\n\n{"text": "w2"}')
-    assert read_prompts(path, tokenizer, context=8) == [[0, 4, 5], [0, 6]]
+    assert read_prompts(path, tokenizer, context=8) == [Prompt([0, 4, 5]), Prompt([0, 6])]
 
 
 def test_chat_is_rendered_with_the_template(
@@ -41,8 +41,44 @@ def test_chat_is_rendered_with_the_template(
     answer = {"role": "assistant", "content": "w2"}
     path = write(tmp_path, "p.jsonl", {"messages": [question]}, {"messages": [question, answer]})
     asked, answered = read_prompts(path, tokenizer, context=16)
-    assert asked == [0, 13, 5, 12]
-    assert answered == [0, 13, 5, 13, 6]
+    assert asked == Prompt([0, 13, 5, 12])
+    assert answered.ids == [0, 13, 5, 13, 6]
+
+
+TURNS = (
+    "<s>{% for m in messages %} {{ 'w9' if m.role == 'user' else 'w8' }} {{ m.content }} </s>"
+    "{% endfor %}{% if add_generation_prompt %} w8{% endif %}"
+)
+FORGETFUL = TURNS.replace("m.content", "m.content if loop.last or m.role == 'user' else 'w7'")
+
+
+@pytest.mark.parametrize(
+    "template, max_tokens, replies",
+    [
+        (TURNS, None, ((5, 8), (12, 14))),
+        (TURNS, 13, ((5, 8), (12, 13))),
+        (TURNS, 12, ((5, 8),)),
+        (FORGETFUL, None, ((11, 13),)),
+    ],
+    ids=["whole", "cut", "cut before", "rendered otherwise later"],
+)
+def test_replies_of_a_chat_are_told(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    max_tokens: int | None,
+    replies: tuple[tuple[int, int], ...],
+) -> None:
+    """Of each the words and the end of turn, not what the template writes before them."""
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    turns = [("user", "w1"), ("assistant", "w2 w3"), ("user", "w4"), ("assistant", "w5")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    path = write(tmp_path, "p.jsonl", {"messages": messages})
+    (prompt,) = read_prompts(path, tokenizer, context=16, max_tokens=max_tokens)
+    assert prompt.replies == replies
+    last_begin, last_end = replies[-1]
+    assert prompt.ids[last_begin:last_end] == [9, 1][: last_end - last_begin] or max_tokens == 12
 
 
 @pytest.mark.parametrize(
@@ -60,14 +96,14 @@ def test_text_is_cut_into_led_pieces(
     path = tmp_path / "book.txt"
     path.write_text("w0 w1 w2 w3 w4\nw5 w6 w7 w8 w9")
     prompts = read_prompts(path, tokenizer, context, max_tokens)
-    assert [len(prompt) for prompt in prompts] == lengths
-    assert all(prompt[0] == 0 for prompt in prompts)
-    assert [token for prompt in prompts for token in prompt[1:]] == list(range(4, 14))
+    assert [len(prompt.ids) for prompt in prompts] == lengths
+    assert all(prompt.ids[0] == 0 for prompt in prompts)
+    assert [token for prompt in prompts for token in prompt.ids[1:]] == list(range(4, 14))
 
 
 def test_max_tokens_cuts_lines(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = write(tmp_path, "p.jsonl", {"text": "w0 w1 w2"})
-    assert read_prompts(path, tokenizer, context=3, max_tokens=3) == [[0, 4, 5]]
+    assert read_prompts(path, tokenizer, context=3, max_tokens=3) == [Prompt([0, 4, 5])]
 
 
 def test_limit_draws_by_seed_in_file_order(

@@ -45,17 +45,26 @@ def calibrate(model: Path, prompts: Path, out: Path, *more: str) -> int:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("heads", ["per_head", "pooled"])
+@pytest.mark.parametrize(
+    "heads, criterion", [("per_head", "mass"), ("pooled", "mass"), ("per_head", "error")]
+)
 def test_end_to_end(
-    model_folder: Path, llama: LlamaForCausalLM, prompts: Path, tmp_path: Path, heads: str
+    model_folder: Path,
+    llama: LlamaForCausalLM,
+    prompts: Path,
+    tmp_path: Path,
+    heads: str,
+    criterion: str,
 ) -> None:
     out = tmp_path / "plan.json"
-    assert calibrate(model_folder, prompts, out, "--heads", heads) == 0
+    chosen = ("--heads", heads, "--criterion", criterion)
+    assert calibrate(model_folder, prompts, out, *chosen) == 0
     plan = load_plan(out)
 
     stats = collect(llama, tokens_of(prompts)[:2], Budget(0.1, 64))
     score = stats.pooled if heads == "pooled" else layer_similarity(stats.similarity)
-    choice = pick_anchors(anchor_gain(score, stats.importance), 2)
+    gain = -stats.error if criterion == "error" else anchor_gain(score, stats.importance)
+    choice = pick_anchors(gain, 2)
     assert plan.anchors == choice.anchors and len(plan.anchors) == 2
     assert plan.budget == Budget(0.1, 64) and plan.heads == heads
     for layer, rows in plan.similarity.items():
@@ -71,7 +80,8 @@ def test_end_to_end(
     assert provenance["objective"] == pytest.approx(choice.objective, abs=1e-4)
     assert [len(row) for row in provenance["layer_score"]] == [3, 2, 1, 0]
     np.testing.assert_allclose([provenance["mass"][key] for key in MASS], stats.mass, atol=1e-4)
-    gain = anchor_gain(score, stats.importance)
+    assert provenance["criterion"] == criterion
+    assert (provenance["error"] is None) == (criterion == "mass")
     for tried, count in zip(provenance["choices"], (3, 4), strict=True):
         best = pick_anchors(gain, count)
         assert tuple(tried["anchors"]) == best.anchors

@@ -36,18 +36,18 @@ def test_rows_are_drawn_with_the_seed(tokenizer: PreTrainedTokenizerFast, datase
     assert one == PromptSource(dataset=dataset).read(tokenizer, 8)
     assert one.digest != PromptSource(dataset=dataset, seed=1).read(tokenizer, 8).digest
     whole = PromptSource(dataset=dataset, limit=99).read(tokenizer, 8).prompts
-    assert whole == [[0, index + 4] for index in range(40)]
+    assert [prompt.ids for prompt in whole] == [[0, index + 4] for index in range(40)]
 
 
 def test_a_column_by_name(tokenizer: PreTrainedTokenizerFast, dataset: str) -> None:
     found = PromptSource(dataset=dataset, field="body", limit=40).read(tokenizer, 8)
-    assert found.prompts[3] == [0, 7, 13]
+    assert found.prompts[3].ids == [0, 7, 13]
 
 
 def test_bundled_text_is_cut_to_length() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     found = PromptSource(max_tokens=512, limit=3).read(tokenizer, 8192)
-    assert found.name == BUNDLED and [len(ids) for ids in found.prompts] == [512] * 3
+    assert found.name == BUNDLED and [len(prompt.ids) for prompt in found.prompts] == [512] * 3
     assert found == PromptSource(max_tokens=512, limit=3).read(tokenizer, 8192)
 
 
