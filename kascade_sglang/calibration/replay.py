@@ -9,7 +9,7 @@ become of the last hidden state.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -113,20 +113,32 @@ class Suffix:
     def finish(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         """Run the layers from ``layer`` on and the last norm: float32 [S, hidden]."""
         for number in range(layer, len(self.inputs)):
-            hidden = self.run(hidden, number, DenseSuffix(self.recorded, self.first))
+            hidden = self.run(hidden, number, SuffixAttention(self.recorded, self.first))
         return last_norm(self.model)(hidden).float()
 
 
-class DenseSuffix:
-    """Dense attention of the suffix: keys and values before it are the recorded ones."""
+class Borrowed(NamedTuple):
+    """Positions, ascending, and what they attend to: keys int64 [H_i, count] that a layer selected
+    for each, of which head h takes those of head ``head_map[h]``."""
 
-    def __init__(self, recorded: Recorded, first: int) -> None:
-        self._recorded, self._first = recorded, first
+    rows: Sequence[int]
+    selected: Sequence[torch.Tensor]
+    head_map: torch.Tensor
+
+
+class SuffixAttention:
+    """Attention of the suffix, dense but for the rows that borrow keys.
+
+    Keys and values before the suffix are the recorded ones.
+    """
+
+    def __init__(self, recorded: Recorded, first: int, borrowed: Borrowed | None = None) -> None:
+        self._recorded, self._first, self._borrowed = recorded, first, borrowed
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        return dense_attention(q, *self.whole(layer, k, v), scale)
+        return self.limited(layer, q, k, v, scale, Limits())
 
     def limited(
         self,
@@ -138,69 +150,33 @@ class DenseSuffix:
         limits: Limits,
     ) -> torch.Tensor:
         """Attend in a layer with a window or soft-capped logits."""
-        return limited_attention(q, *self.whole(layer, k, v), scale, limits)
-
-    def whole(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the whole prompt: [L, H, D] each."""
-        before = slice(self._first)
-        keys = torch.cat([self._recorded.keys[layer][before], k])
-        return keys, torch.cat([self._recorded.values[layer][before], v])
-
-
-class BorrowingSuffix(DenseSuffix):
-    """As DenseSuffix, but answering rows attend to the keys that were selected for them."""
-
-    def __init__(
-        self,
-        recorded: Recorded,
-        first: int,
-        rows: Sequence[int],
-        selected: Sequence[torch.Tensor],
-        head_map: torch.Tensor,
-    ) -> None:
-        super().__init__(recorded, first)
-        self._rows, self._selected, self._head_map = rows, selected, head_map
-
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        return self._borrow(super().__call__(layer, q, k, v, scale), layer, q, k, v, scale)
-
-    def limited(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        limits: Limits,
-    ) -> torch.Tensor:
-        """Attend in a layer with soft-capped logits."""
-        dense = super().limited(layer, q, k, v, scale, limits)
-        return self._borrow(dense, layer, q, k, v, scale, limits.softcap)
+        k = torch.cat([self._recorded.keys[layer][: self._first], k])
+        v = torch.cat([self._recorded.values[layer][: self._first], v])
+        if limits == Limits():
+            out = dense_attention(q, k, v, scale)
+        else:
+            out = limited_attention(q, k, v, scale, limits)
+        return out if self._borrowed is None else self._borrow(out, q, k, v, scale, limits.softcap)
 
     def _borrow(
         self,
         out: torch.Tensor,
-        layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         scale: float,
-        softcap: float | None = None,
+        softcap: float | None,
     ) -> torch.Tensor:
         out = out.clone()
-        k, v = self.whole(layer, k, v)
-        for row, keys in zip(self._rows, self._selected, strict=True):
+        rows, selected, head_map = self._borrowed
+        for row, keys in zip(rows, selected, strict=True):
             own = torch.arange(TILE * tile_of(row), row + 1, device=q.device)
-            at = row - self._first
-            arguments = (q[at : at + 1], k, v, keys[self._head_map].to(q.device), own, scale)
+            query = slice(row - self._first, row - self._first + 1)
+            arguments = (q[query], k, v, keys[head_map].to(q.device), own, scale)
             if softcap is None:
-                out[at : at + 1] = sparse_attention(*arguments)
+                out[query] = sparse_attention(*arguments)
             else:
-                out[at : at + 1] = capped_sparse_attention(*arguments, softcap)
+                out[query] = capped_sparse_attention(*arguments, softcap)
         return out
 
 
@@ -256,8 +232,8 @@ def borrowing_errors(
         selected = select_for_rows(suffix.recorded, anchor, queries[anchor], rows, budget)
         for j in range(i, len(layers)):
             if j > 0:
-                layer, head_map = layers[j], head_maps[i, j]
-                attention = BorrowingSuffix(suffix.recorded, suffix.first, rows, selected, head_map)
+                layer, borrowed = layers[j], Borrowed(rows, selected, head_maps[i, j])
+                attention = SuffixAttention(suffix.recorded, suffix.first, borrowed)
                 changed = suffix.run(suffix.inputs[layer][0], layer, attention)
                 found = suffix.finish(changed, layer + 1)[places]
                 errors[i, j] = relative_error(found, expected)
