@@ -179,10 +179,12 @@ def server_arguments(model: Path, backend: str, options: argparse.Namespace) -> 
 
 
 def arrival_rate(name: str, rows: list[dict[str, Any]]) -> float:
-    """Requests a second: a share of what fa3 reached with all sent at once, or no limit."""
+    """Requests a second: a share of what the first backend, fa3, reached; or no limit."""
     share = WORKLOADS[name].arrivals
-    limit = next((row["requests_per_s"] for row in rows if row["workload"] == f"{name}-limit"), 0)
-    return share * limit if share and limit else float("inf")
+    if share is None:
+        return float("inf")
+    limits = (row["requests_per_s"] for row in rows if row["workload"] == f"{name}-limit")
+    return share * next(limits)
 
 
 def run_backend(
@@ -197,25 +199,18 @@ def run_backend(
     """Start one server and run every workload on it; rows grow, and the CSV with them."""
     arguments = server_arguments(model, backend, options)
     with Server(arguments, folder / f"{backend}.log") as server:
-
-        def run(label: str, workload: Workload, rate: float) -> None:
-            row = {"workload": label, "backend": backend, "model": options.model}
-            row |= measure(server, model, workload, rate, folder)
-            rows.append(row | {"flags": " ".join(arguments[4:])})
-            append_csv(options.out, COLUMNS, [rows[-1] | stamp])
-
         ask(server, model, WARM_UP, float("inf"), folder)
         for name in options.workloads:
             bar.set_description(f"{backend}, {name}")
-            workload, limit = WORKLOADS[name], f"{name}-limit"
-            if workload.arrivals and not any(row["workload"] == limit for row in rows):
-                run(limit, workload, float("inf"))
-            run(name, workload, arrival_rate(name, rows))
+            workload = WORKLOADS[name]
+            named = {"workload": name, "backend": backend, "model": options.model}
+            figures = measure(server, model, workload, arrival_rate(name, rows), folder)
+            rows.append({**named, **figures, "flags": " ".join(arguments[4:])})
+            append_csv(options.out, COLUMNS, [rows[-1] | stamp])
             if name in options.profile:
                 # Apart from the run that is timed, because the profiler slows what it watches.
                 traces = folder / f"{backend}-{name}"
                 ask(server, model, workload, float("inf"), folder, traces)
-                named = {"workload": name, "backend": backend, "model": options.model}
                 write_profile(options.out.with_name(PROFILE), traces, named, stamp)
             bar.update()
 
@@ -233,8 +228,8 @@ def print_ratios(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, or ``arguments``."""
     parser = argparse.ArgumentParser(prog="make bench-serving", description=__doc__)
     parser.add_argument("--model", choices=ANCHORS, default="llama-3.1-8b", help="shape to serve")
     parser.add_argument("--model-path", type=Path, help="a real checkpoint instead")
@@ -252,7 +247,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "server_flags", nargs="*", help="after --: more flags for every server (memory, pages)"
     )
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    for place, name in enumerate(options.workloads):
+        if WORKLOADS[name].arrivals and f"{name}-limit" not in options.workloads[:place]:
+            parser.error(f"--workloads {name}: expected {name}-limit before it, got none")
+    return options
 
 
 def main() -> int:

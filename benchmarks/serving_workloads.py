@@ -17,7 +17,8 @@ class Workload(NamedTuple):
     inputs, outputs: tokens of each request; a RAG request's inputs are ``prefix`` shared by the
     requests of its group and its own. figure: column of the results; must: least ratio to the
     best of SGLang's own backends, 0 where the row only makes a curve. arrivals: share of fa3's
-    request throughput at which requests arrive, as a Poisson process; None sends all at once.
+    throughput with all sent at once, the workload ``NAME-limit``, at which requests arrive, as a
+    Poisson process; None sends all at once.
     warmups: requests before those timed.
     """
 
@@ -88,6 +89,7 @@ WORKLOADS = {
     "prefill-128K": Workload(1, 128 * K, 8, "ttft_p50_ms", 1.5, warmups=1),
     "prefill-32K": Workload(1, 32 * K, 8, "ttft_p50_ms", 1.15, warmups=1),
     "rag-one-prefix": Workload(32, 32 * K + 512, 256, "output_tokens_per_s", 2.5, 32 * K, 1),
+    "rag-8-prefixes-limit": Workload(64, 16 * K + 512, 256, "output_tokens_per_s", 1.2, 16 * K, 8),
     "rag-8-prefixes": Workload(64, 16 * K + 512, 256, "ttft_p99_ms", 1.2, 16 * K, 8, 0.8),
     "chat": Workload(64, K, 256, "output_tokens_per_s", 0.97),
     "reasoning": Workload(16, 2 * K, 8 * K, "output_tokens_per_s", 1.05),

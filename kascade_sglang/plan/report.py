@@ -78,8 +78,12 @@ def _draw(plan: Plan, measured: Measurements) -> "Figure":
         f"prompts, {provenance.get('tokens')} tokens of {provenance.get('prompts_file')}"
     )
     upper, lower = figure.subfigures(2, 1)
-    left, right = upper.subplots(1, 2)
-    _similarity(left, plan, measured)
+    left, *middle, right = upper.subplots(1, 2 if measured.error is None else 3)
+    _pairs(left, plan, measured.similarity, "similarity of layers", (0.0, 1.0))
+    for axis in middle:
+        # Errors of a few pairs are far above the rest.
+        errors = np.log10(np.maximum(measured.error, 1e-6))
+        _pairs(axis, plan, errors, "error of the last hidden state, log10", (None, None))
     _importance(right, plan, measured)
     axes = lower.subplots(1, len(measured.mass) + 1, width_ratios=[1] * len(measured.mass) + [1.4])
     for axis, (ratio, table) in zip(axes, sorted(measured.mass.items()), strict=False):
@@ -88,12 +92,15 @@ def _draw(plan: Plan, measured: Measurements) -> "Figure":
     return figure
 
 
-def _similarity(axis: "Axes", plan: Plan, measured: Measurements) -> None:
-    image = axis.imshow(measured.similarity, vmin=0, vmax=1, cmap="viridis")
+def _pairs(
+    axis: "Axes", plan: Plan, table: np.ndarray, title: str, ends: tuple[float | None, float | None]
+) -> None:
+    image = axis.imshow(table, vmin=ends[0], vmax=ends[1], cmap="viridis")
     axis.figure.colorbar(image, ax=axis)
     for anchor in plan.anchors:
         axis.axhline(plan.full_layers.index(anchor), color="white", linewidth=0.5)
-    axis.set(title="similarity of layers", xlabel="serves layer", ylabel="keys of layer")
+    axis.set_title(title, fontsize=9)
+    axis.set(xlabel="serves layer", ylabel="keys of layer")
     _layer_ticks(plan, axis.set_xticks)
     _layer_ticks(plan, axis.set_yticks)
 
@@ -101,7 +108,8 @@ def _similarity(axis: "Axes", plan: Plan, measured: Measurements) -> None:
 def _importance(axis: "Axes", plan: Plan, measured: Measurements) -> None:
     colors = ["tab:red" if layer in plan.anchors else "tab:blue" for layer in plan.full_layers]
     axis.bar(range(len(colors)), measured.importance, color=colors)
-    axis.set(title="importance, 1 - cos(x, x + attention); anchors red", xlabel="layer")
+    axis.set_title("importance, 1 - cos(x, x + update); anchors red", fontsize=9)
+    axis.set(xlabel="layer")
     axis.set_yscale("log")
     _layer_ticks(plan, axis.set_xticks)
 

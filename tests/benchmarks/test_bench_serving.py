@@ -77,7 +77,18 @@ def test_ratios_are_to_the_best_of_the_others(
 def test_arrivals_follow_what_fa3_reached(bench: ModuleType) -> None:
     rows = [{"workload": "rag-8-prefixes-limit", "requests_per_s": 10.0}]
     assert bench.arrival_rate("rag-8-prefixes", rows) == 8.0
+    assert bench.arrival_rate("rag-8-prefixes", [*rows, {**rows[0], "requests_per_s": 1.0}]) == 8.0
     assert bench.arrival_rate("chat", rows) == float("inf")
+
+
+def test_refuses_arrivals_without_their_limit(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["rag-8-prefixes-limit", "rag-8-prefixes"]
+    assert bench.parse_arguments(["--workloads", *names]).workloads == names
+    with pytest.raises(SystemExit):
+        bench.parse_arguments(["--workloads", *reversed(names)])
+    assert "expected rag-8-prefixes-limit before it, got none" in capsys.readouterr().err
 
 
 def test_curves_are_drawn_of_what_was_measured(bench: ModuleType, tmp_path: Path) -> None:
