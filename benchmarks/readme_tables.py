@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from plot_kernels import newest
+from serving_profile import STEPS
 from serving_workloads import WORKLOADS, compare
 
 from kascade_sglang.evaluation.report import mean_accuracy, read_rows
@@ -76,7 +77,7 @@ FIGURES = {
 
 
 def serving_table() -> str:
-    """``make bench-serving``: the figure of every workload, Kascade against the best other."""
+    """``make bench-serving``: the figure of workloads with a target, Kascade against the best."""
     with open(RESULTS / "serving_h100.csv", newline="") as file:
         names = ("model", "workload", "backend")
         rows = {tuple(row[name] for name in names): row for row in csv.DictReader(file)}
@@ -89,17 +90,39 @@ def serving_table() -> str:
             for (*of, backend), row in rows.items()
             if of == [model, name]
         }
-        if "kascade" not in found or len(found) < 2:
+        if "kascade" not in found or len(found) < 2 or not workload.must:
             continue
         best, ratio = compare(found, workload)
-        target = f"{workload.must}x" if workload.must else ""
         ours, theirs = (
             f"{found[key]:,.{0 if found[key] >= 100 else 1}f}" for key in ("kascade", best)
         )
-        cells = (ours, f"{theirs} ({best})", f"{ratio:.2f}x", target)
+        cells = (ours, f"{theirs} ({best})", f"{ratio:.2f}x", f"{workload.must}x")
         lines.append([f"{model}, {name}", FIGURES[workload.figure], *cells])
     header = ["server and workload", "figure", "kascade", "best of SGLang's", "better by", "target"]
     return markdown(header, lines)
+
+
+def profile_table() -> str:
+    """``bench_serving --profile``: where one decode step and one prefill go, in ms."""
+    with open(RESULTS / "serving_profile_h100.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["workload"] == "rag-one-prefix"]
+    steps = {"decode": STEPS, "extend": 1}
+    found = {
+        (r["stage"], r["backend"], r["kernel"]): float(r["ms"]) / steps[r["stage"]] for r in rows
+    }
+    backends = dict.fromkeys(row["backend"] for row in rows)
+    kinds = dict.fromkeys(row["kernel"] for row in rows)
+    shares = {kind: max(float(r["share"]) for r in rows if r["kernel"] == kind) for kind in kinds}
+    columns = list(itertools.product(steps, backends))
+    lines = []
+    for kind in sorted(kinds, key=lambda kind: -shares[kind]):
+        values = [found.get((*column, kind)) for column in columns]
+        if shares[kind] >= LEAST_SHARE:
+            lines.append([kind, *("" if ms is None else f"{ms:.2f}" for ms in values)])
+    sums = [sum(ms for (*of, _), ms in found.items() if tuple(of) == one) for one in columns]
+    lines.append(["all", *(f"{ms:.2f}" for ms in sums)])
+    names = {"decode": "a decode step", "extend": "prefill"}
+    return markdown(["", *(f"{names[stage]}, {backend}" for stage, backend in columns)], lines)
 
 
 def kernel_table(name: str) -> str:
@@ -185,13 +208,16 @@ def ablations_table() -> str:
     lines = []
     for row in rows:
         right, low, high = (f"{float(row[name]):.1%}" for name in ("accuracy", "low", "high"))
-        objective = f"{float(row['objective']):.3f}"
-        cells = (row["count"], row["anchors"], row["tile"], objective, f"{right} ({low} to {high})")
+        objectives = [f"{float(row[name]):.3f}" for name in ("mass", "error")]
+        answers = f"{right} ({low} to {high})"
+        cells = (row["count"], row["anchors"], row["tile"], *objectives, answers)
         lines.append([row["choice"], *cells])
-    header = ["anchors chosen by", "count", "layers", "tile", "objective", "right (95 %)"]
+    header = ["anchors chosen by", "count", "layers", "tile", "mass", "-error", "right (95 %)"]
     return markdown(header, lines)
 
 
+LEAST_SHARE = 0.01
+"""Of a profile: kernels below it in every column are only in the sum."""
 INPUTS = ("random", "heavy_tailed")
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
@@ -201,7 +227,11 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "decode": decode_table,
         "serving": serving_table,
     },
-    "benchmarks/README.md": {"decode-pieces": decode_pieces_table, "ablations": ablations_table},
+    "benchmarks/README.md": {
+        "decode-pieces": decode_pieces_table,
+        "profile": profile_table,
+        "ablations": ablations_table,
+    },
     "benchmarks/results/faster_selection.md": {"mass": mass_table, "pieces": pieces_table},
 }
 
