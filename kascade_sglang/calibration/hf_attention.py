@@ -29,6 +29,7 @@ _UNSUPPORTED = {
     "s_aux": "attention sinks",
 }
 _LIMITS = ("sliding_window", "softcap")
+_MASKED_QUERIES_AT_ONCE = 128
 
 
 class LayerAttention(Protocol):
@@ -125,6 +126,11 @@ def dense_attention(
     n, length = q.shape[0], k.shape[0]
     mask = None
     if 1 < n < length:
+        # On a GPU, SDPA with a mask and grouped heads may hold a number for every query and key.
+        if n > _MASKED_QUERIES_AT_ONCE:
+            first = (n - 1) // _MASKED_QUERIES_AT_ONCE * _MASKED_QUERIES_AT_ONCE
+            before = dense_attention(q[:first], k[: first - n], v[: first - n], scale)
+            return torch.cat([before, dense_attention(q[first:], k, v, scale)])
         mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril_(length - n)
     q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in (q, k, v))
     out = functional.scaled_dot_product_attention(
