@@ -34,7 +34,8 @@ def build_plan(
     anchors: how many to pick, or the layers themselves, of ``stats.layers``.
     model: the name to write. criterion: one of CRITERIA, of what was measured; the objective
     grows with the plan's worth. provenance: what the statistics were made from; objective, scores,
-    importance, mass, error and the best choice of every count are added here.
+    importance, mass, error and the best choice of every count are added here. Errors are of
+    selections per head, whatever ``heads`` says.
     """
     score = stats.pooled if heads == "pooled" else layer_similarity(stats.similarity)
     gain = anchor_gain(score, stats.importance) if criterion == "mass" else -stats.error

@@ -35,14 +35,18 @@ _REPLAY_TOLERANCE = 0.01
 """Squared relative distance of a replay that changes nothing from the model, in low precision."""
 
 
-def answering_rows(length: int, replies: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions whose output is a token of a reply; of any token where no reply is known.
+def reply_rows(length: int, replies: Sequence[tuple[int, int]]) -> list[int]:
+    """Positions near a prompt's end whose output is a token of a reply, ascending.
 
-    replies: token spans [begin, end) of the prompt. The last ones, ascending.
+    replies: token spans [begin, end) of the prompt.
     """
     rows = [at - 1 for begin, end in replies for at in range(max(begin, 1), end)]
-    near = [row for row in rows if row >= length - REACH]
-    return (near or list(range(length)))[-MOST_ROWS:]
+    return [row for row in rows if row >= length - REACH][-MOST_ROWS:]
+
+
+def answering_rows(length: int, replies: Sequence[tuple[int, int]]) -> list[int]:
+    """Positions at which errors are measured: of replies, or a prompt's last ones without any."""
+    return reply_rows(length, replies) or list(range(length))[-MOST_ROWS:]
 
 
 class Recorded(Protocol):

@@ -28,7 +28,7 @@ from kascade_sglang.calibration.collect import (
 )
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.prompts import Prompt
-from kascade_sglang.calibration.replay import MOST_ROWS
+from kascade_sglang.calibration.replay import MOST_ROWS, REACH, reply_rows
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
 from kascade_sglang.plan.report import check_target, write_report
 from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan
@@ -175,14 +175,15 @@ def _longest(prompts: list[Prompt]) -> int:
 
 
 def _say_where_errors_are(prompts: list[Prompt], name: str) -> None:
-    silent = sum(not prompt.replies for prompt in prompts)
+    silent = sum(not reply_rows(len(prompt.ids), prompt.replies) for prompt in prompts)
     if silent:
         logger.warning(
-            "%s: %d of %d prompts hold no reply of an assistant that can be told; what borrowed "
-            "keys change is measured on their last %d tokens instead",
+            "%s: %d of %d prompts hold no reply of an assistant, or none in their last %d tokens; "
+            "what borrowed keys change is measured on their last %d tokens instead",
             name,
             silent,
             len(prompts),
+            REACH,
             MOST_ROWS,
         )
 

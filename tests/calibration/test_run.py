@@ -119,6 +119,10 @@ def test_says_which_prompts_it_skips(
 ) -> None:
     assert calibrate(model_folder, prompts, tmp_path / "p.json") == 0
     assert "skipped 1 of 3 prompts, too short" in caplog.text
+    assert "2 of 2 prompts hold no reply of an assistant" in caplog.text
+    caplog.clear()
+    assert calibrate(model_folder, prompts, tmp_path / "p.json", "--criterion", "mass") == 0
+    assert "reply" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -132,6 +136,7 @@ def test_says_which_prompts_it_skips(
         (["--topk-ratio", "1.5"], "topk_ratio: expected a number in (0, 1]"),
         (["--topk-ratio", "1"], "every prompt is too short to measure"),
         (["--min-k", "8"], "min_k: expected"),
+        (["--criterion", "loss"], "--criterion: expected one of ('error', 'mass'), got 'loss'"),
         (["--tiles", "0"], "--tiles: expected 1 or more"),
         (["--max-tokens", "4096"], "more than the model's context of 1024"),
         (["--max-tokens", "50"], "every prompt is too short to measure"),
