@@ -251,6 +251,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for place, name in enumerate(options.workloads):
         if WORKLOADS[name].arrivals and f"{name}-limit" not in options.workloads[:place]:
             parser.error(f"--workloads {name}: expected {name}-limit before it, got none")
+    for name in options.profile:
+        if name not in options.workloads:
+            parser.error(f"--profile {name}: expected one of --workloads, got another")
     return options
 
 

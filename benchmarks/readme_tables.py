@@ -203,7 +203,9 @@ def decode_pieces_table() -> str:
 def ablations_table() -> str:
     """``ablations.py``: right answers by how anchors were chosen, and by the size of a tile."""
     with open(RESULTS / "ablations_demo.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+        names = ("choice", "anchors", "tile")
+        latest = {tuple(row[name] for name in names): row for row in csv.DictReader(file)}
+    rows = list(latest.values())
     rows.sort(key=lambda row: int(row["count"]))  # Stable: as measured, within a count.
     lines = []
     for row in rows:

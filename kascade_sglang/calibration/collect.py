@@ -144,7 +144,9 @@ class _Recorder:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> None:
         if self._rows:
-            self.values[layer] = v
+            # Phi-3's are a part of a product that holds queries and keys as well.
+            alone = v.untyped_storage().nbytes() == v.nbytes
+            self.values[layer] = v if alone else v.clone()
         if self._rows or layer in self._layers:
             self.keys[layer], self.scales[layer] = k, scale
         if layer in self._layers:
@@ -230,7 +232,7 @@ def measure_prompt(
     ``mass``, which measures no errors. on_step: called after every tile and every pair of layers.
     Raises CalibrationError where there is no tile and for unsupported models.
     """
-    rows = answering_rows(len(prompt.ids), prompt.replies) if criterion == "error" else []
+    rows = answering_rows(prompt, budget) if criterion == "error" else []
     first = min(rows, default=len(prompt.ids))
     recorder = _Recorder(tiles, layers, rows)
     device = model.get_input_embeddings().weight.device

@@ -6,8 +6,9 @@ with the tokenizer's template). Any other file: plain text, cut into prompts of 
 
 import hashlib
 import json
+import os
 import random
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -183,8 +184,8 @@ def _prompt_of_chat(messages: list[Any], tokenizer: "PreTrainedTokenizerBase") -
     places = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     ).offset_mapping
-    starts = [start for start, _ in places]
-    return Prompt(ids, tuple((bisect_left(starts, a), bisect_left(starts, b)) for a, b in spans))
+    starts, ends = zip(*places, strict=True)
+    return Prompt(ids, tuple((bisect_right(ends, a), bisect_left(starts, b)) for a, b in spans))
 
 
 def _render(messages: list[Any], prompting: bool, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -197,19 +198,22 @@ def _reply_spans(
     """Characters of the rendered chat that the assistant has written, end of turn included.
 
     A template that renders earlier turns otherwise once more follow hides them: those are left
-    out.
+    out. Where it asks for a reply in other words than it leads one in (with a thought, which the
+    rendered reply lacks), a reply starts where the two part.
     """
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         try:
-            before = _render(messages[:turn], True, tokenizer)
+            before = _render(messages[:turn], False, tokenizer)
+            asking = _render(messages[:turn], True, tokenizer)
             after = _render(messages[: turn + 1], False, tokenizer).rstrip()
         except Exception:  # as above; some refuse a chat that an assistant begins
             continue
         if text.startswith(before) and text.startswith(after):
-            spans.append((len(before), len(after)))
+            begin = max(len(before), len(os.path.commonprefix([asking, text])))
+            spans.append((begin, len(after)))
     return spans
 
 

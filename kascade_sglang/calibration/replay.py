@@ -26,27 +26,33 @@ from kascade_sglang.calibration.limited_attention import (
     capped_sparse_attention,
     limited_attention,
 )
+from kascade_sglang.calibration.prompts import Prompt
 
 MOST_ROWS = 128
 """Positions of a prompt at which errors are measured, the last ones."""
 REACH = 1024
-"""Tokens before a prompt's end among which they lie: all of them are run once more."""
+"""Tokens before a prompt's end among which they lie; from the first of them on all run again."""
 _REPLAY_TOLERANCE = 0.01
 """Squared relative distance of a replay that changes nothing from the model, in low precision."""
 
 
-def reply_rows(length: int, replies: Sequence[tuple[int, int]]) -> list[int]:
+def reply_rows(prompt: Prompt, budget: Budget) -> list[int]:
     """Positions near a prompt's end whose output is a token of a reply, ascending.
 
-    replies: token spans [begin, end) of the prompt.
+    Those whose budget covers every key lose nothing, whoever selects, and are left out.
     """
-    rows = [at - 1 for begin, end in replies for at in range(max(begin, 1), end)]
-    return [row for row in rows if row >= length - REACH][-MOST_ROWS:]
+    rows = [at - 1 for begin, end in prompt.replies for at in range(max(begin, 1), end)]
+    return _sparse(rows, len(prompt.ids), budget)
 
 
-def answering_rows(length: int, replies: Sequence[tuple[int, int]]) -> list[int]:
+def answering_rows(prompt: Prompt, budget: Budget) -> list[int]:
     """Positions at which errors are measured: of replies, or a prompt's last ones without any."""
-    return reply_rows(length, replies) or list(range(length))[-MOST_ROWS:]
+    return reply_rows(prompt, budget) or _sparse(range(len(prompt.ids)), len(prompt.ids), budget)
+
+
+def _sparse(rows: Sequence[int], length: int, budget: Budget) -> list[int]:
+    near = [row for row in rows if row >= length - REACH and not budget.is_dense(tile_of(row))]
+    return near[-MOST_ROWS:]
 
 
 class Recorded(Protocol):
@@ -62,14 +68,21 @@ class Recorded(Protocol):
 def record_inputs(layers: Sequence[nn.Module], first: int) -> Iterator[list[tuple]]:
     """Within the block, a forward pass keeps each layer's input from position ``first`` on.
 
-    Yields a list that fills with (hidden states [S, hidden], the other arguments, cut likewise).
+    Yields a list that fills with (hidden states [S, hidden], other positional arguments, named
+    ones), cut likewise. Raises CalibrationError for hidden states that are not [1, L, hidden].
     """
     found: list[tuple] = []
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.ndim != 3 or hidden.shape[0] != 1:
+            raise CalibrationError(
+                f"model: expected layers that pass [1, tokens, hidden] on, got "
+                f"{list(hidden.shape)}; --criterion mass does not run them one by one"
+            )
         others = {name: value for name, value in kwargs.items() if name not in _NOT_KEPT}
-        found.append((hidden[0, first:].clone(), _cut(others, hidden.shape[1], first)))
+        rest = (args[1:], others)
+        found.append((hidden[0, first:].clone(), *_cut(rest, hidden.shape[1], first)))
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     try:
@@ -111,7 +124,8 @@ class Suffix:
     def run(self, hidden: torch.Tensor, layer: int, attention: LayerAttention) -> torch.Tensor:
         """Run one layer on hidden states [S, hidden]."""
         module = decoder_layers(self.model)[layer]
-        out = module(hidden[None], **self.inputs[layer][1], kascade=attention)
+        _, others, named = self.inputs[layer]
+        out = module(hidden[None], *others, **named, kascade=attention)
         return (out[0] if isinstance(out, tuple) else out)[0]
 
     def finish(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
@@ -223,7 +237,15 @@ def borrowing_errors(
     """
     places = [row - suffix.first for row in rows]
     # Errors are against a replay too: in low precision it differs a little from the model.
-    expected = suffix.finish(suffix.inputs[0][0], 0)[places]
+    try:
+        expected = suffix.finish(suffix.inputs[0][0], 0)[places]
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise CalibrationError(
+            f"model: {type(suffix.model).__name__}'s layers cannot be run one by one ({error}); "
+            "--criterion mass does not run them"
+        ) from error
     distance = relative_error(end[list(rows)].float().to(expected.device), expected)
     if not distance < _REPLAY_TOLERANCE:
         raise CalibrationError(

@@ -113,7 +113,7 @@ def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     windowed = hf_model.windowed_layers(hf_config, _longest(found.prompts))
     _check_anchors(config.anchors, [n for n in range(shape.layers) if n not in windowed])
     if config.criterion == "error":
-        _say_where_errors_are(found.prompts, config.source.name)
+        _say_what_errors_are_of(found.prompts, budget, config)
     _check_vocabulary(found.prompts, hf_config.get_text_config().vocab_size, config.model)
     device = hf_model.pick_device(config.device)
     checkpoint = Checkpoint(config.out, _settings(config, hf_config, found, device))
@@ -174,17 +174,25 @@ def _longest(prompts: list[Prompt]) -> int:
     return max(len(prompt.ids) for prompt in prompts)
 
 
-def _say_where_errors_are(prompts: list[Prompt], name: str) -> None:
-    silent = sum(not reply_rows(len(prompt.ids), prompt.replies) for prompt in prompts)
+def _say_what_errors_are_of(
+    prompts: list[Prompt], budget: Budget, config: CalibrationConfig
+) -> None:
+    silent = sum(not reply_rows(prompt, budget) for prompt in prompts)
     if silent:
         logger.warning(
-            "%s: %d of %d prompts hold no reply of an assistant, or none in their last %d tokens; "
-            "what borrowed keys change is measured on their last %d tokens instead",
-            name,
+            "%s: in %d of %d prompts no reply of an assistant can be told, among their last %d "
+            "tokens and where keys are left out; what borrowed keys change is measured on their "
+            "last %d tokens instead",
+            config.source.name,
             silent,
             len(prompts),
             REACH,
             MOST_ROWS,
+        )
+    if config.heads == "pooled":
+        logger.warning(
+            "--heads pooled: errors are those of selections per head; --criterion mass chooses "
+            "anchors by pooled ones"
         )
 
 
@@ -247,7 +255,8 @@ def _measure(
         except torch.OutOfMemoryError as error:
             raise CalibrationError(
                 f"{model.device}: out of memory on a prompt of up to {_longest(prompts)} "
-                "tokens; lower --max-tokens, or spread the model with --device-map auto"
+                "tokens; lower --max-tokens, spread the model with --device-map auto, or measure "
+                "no errors (--criterion mass)"
             ) from error
         except KeyboardInterrupt:
             bar.close()
@@ -277,6 +286,7 @@ def _settings(
     """Everything that the measurements' bits depend on; anchors and heads are picked later."""
     described = json.dumps(hf_config.to_diff_dict(), sort_keys=True, default=str)
     return {
+        "format": 2,  # of the files of measurements
         "model": _model_name(config.model),
         "model_config": hashlib.sha256(described.encode()).hexdigest(),
         "weights": hf_model.weights_version(config.model, hf_config),

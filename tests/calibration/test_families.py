@@ -141,7 +141,7 @@ def test_a_model_spread_by_accelerate(tmp_path: Path) -> None:
         tmp_path, device_map=places, offload_folder=tmp_path / "offload"
     )
     one, other = (collect(model.eval(), [prompt], BUDGET) for model in (whole, spread))
-    for field in ("similarity", "pooled", "mass", "importance"):
+    for field in ("similarity", "pooled", "mass", "importance", "error"):
         np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
 
 

@@ -49,6 +49,7 @@ TURNS = (
     "<s>{% for m in messages %} {{ 'w9' if m.role == 'user' else 'w8' }} {{ m.content }} </s>"
     "{% endfor %}{% if add_generation_prompt %} w8{% endif %}"
 )
+THINKING = TURNS.replace(" w8{% endif %}", " w8 w6{% endif %}")
 FORGETFUL = TURNS.replace("m.content", "m.content if loop.last or m.role == 'user' else 'w7'")
 
 
@@ -58,9 +59,10 @@ FORGETFUL = TURNS.replace("m.content", "m.content if loop.last or m.role == 'use
         (TURNS, None, ((5, 8), (12, 14))),
         (TURNS, 13, ((5, 8), (12, 13))),
         (TURNS, 12, ((5, 8),)),
+        (THINKING, None, ((5, 8), (12, 14))),
         (FORGETFUL, None, ((11, 13),)),
     ],
-    ids=["whole", "cut", "cut before", "rendered otherwise later"],
+    ids=["whole", "cut", "cut before", "a thought that is left out", "otherwise later"],
 )
 def test_replies_of_a_chat_are_told(
     tokenizer: PreTrainedTokenizerFast,

@@ -119,7 +119,7 @@ def test_says_which_prompts_it_skips(
 ) -> None:
     assert calibrate(model_folder, prompts, tmp_path / "p.json") == 0
     assert "skipped 1 of 3 prompts, too short" in caplog.text
-    assert "2 of 2 prompts hold no reply of an assistant" in caplog.text
+    assert "in 2 of 2 prompts no reply of an assistant can be told" in caplog.text
     caplog.clear()
     assert calibrate(model_folder, prompts, tmp_path / "p.json", "--criterion", "mass") == 0
     assert "reply" not in caplog.text
