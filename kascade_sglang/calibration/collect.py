@@ -13,14 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from kascade_kernels.budget import TILE, Budget
-from kascade_kernels.reference import anchor_scores
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import dense_attention, our_attention
 from kascade_sglang.calibration.hf_model import decoder_layers, shape_of, windowed_layers
 from kascade_sglang.calibration.importance import importance_hooks
 from kascade_sglang.calibration.limited_attention import (
     Limits,
-    capped_scores,
+    layer_scores,
     limited_attention,
 )
 from kascade_sglang.calibration.prompts import Prompt
@@ -177,9 +176,7 @@ class _Recorder:
 
     def _scores(self, layer: int, index: int, end: int) -> torch.Tensor:
         q, k, scale = self._queries[layer][index], self.keys[layer][:end], self.scales[layer]
-        if layer in self.softcaps:
-            return capped_scores(q, k, scale, self.softcaps[layer])
-        return anchor_scores(q, k, scale)
+        return layer_scores(q, k, scale, self.softcaps.get(layer))
 
 
 def _measure_tiles(
@@ -246,16 +243,17 @@ def measure_prompt(
         recorder.check_complete()
         per_head, pooled, mass = _measure_tiles(recorder, tiles, budget, on_step)
         turns = np.array([importance[layer] for layer in layers])
-        _require_finite(per_head.cpu().numpy(), mass.cpu().numpy(), turns)
+        similarity, own = per_head.cpu().numpy(), mass.cpu().numpy()
+        _require_finite(similarity, own, turns)
         if rows:
             suffix, queries = Suffix(model, recorder, first, inputs), recorder.row_queries
             heads = _best_heads(per_head)
             error = borrowing_errors(suffix, queries, rows, layers, heads, budget, end[0], on_step)
             _require_finite(error.numpy())
     return PromptStats(
-        similarity=per_head.cpu().numpy(),
+        similarity=similarity,
         pooled=pooled.cpu().numpy(),
-        mass=mass.cpu().numpy(),
+        mass=own,
         importance=turns,
         error=None if error is None else error.numpy(),
         tokens=len(prompt.ids),

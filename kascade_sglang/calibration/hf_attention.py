@@ -7,6 +7,7 @@ our name, so transformers passes None and each callable masks by position.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -128,9 +129,10 @@ def dense_attention(
     if 1 < n < length:
         # On a GPU, SDPA with a mask and grouped heads may hold a number for every query and key.
         if n > _MASKED_QUERIES_AT_ONCE:
-            first = (n - 1) // _MASKED_QUERIES_AT_ONCE * _MASKED_QUERIES_AT_ONCE
-            before = dense_attention(q[:first], k[: first - n], v[: first - n], scale)
-            return torch.cat([before, dense_attention(q[first:], k, v, scale)])
+            blocks = q.split(_MASKED_QUERIES_AT_ONCE)
+            ends = [length - n + end for end in accumulate(map(len, blocks))]
+            pairs = zip(blocks, ends, strict=True)
+            return torch.cat([dense_attention(one, k[:end], v[:end], scale) for one, end in pairs])
         mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril_(length - n)
     q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in (q, k, v))
     out = functional.scaled_dot_product_attention(

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kascade_kernels.budget import TILE, tile_of
+from kascade_kernels.reference import anchor_scores
+
 _QUERIES_AT_ONCE = 128
 
 
@@ -54,13 +57,24 @@ def limited_attention(
 def capped_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
     """Like ``kascade_kernels.reference.anchor_scores``, with capped logits.
 
-    q: [n, Hq, D], a full tile's queries. k: [L, H, D] up to the last one. Returns [H, L - n].
+    q: [n, Hq, D], queries of one tile. k: [L, H, D] up to the last one. Returns [H, C], C the
+    number of keys before the tile.
     """
     n, length = len(q), len(k)
     logits = _logits(q, k, scale, softcap)
     later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
     logits[..., length - n :].masked_fill_(later, float("-inf"))
-    return torch.softmax(logits, dim=-1)[..., : length - n].sum(dim=(1, 2))
+    before = TILE * tile_of(length - 1)
+    return torch.softmax(logits, dim=-1)[..., :before].sum(dim=(1, 2))
+
+
+def layer_scores(
+    q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Scores of the keys before a tile, [H, C], in a layer with or without capped logits."""
+    if softcap is None:
+        return anchor_scores(q, k, scale)
+    return capped_scores(q, k, scale, softcap)
 
 
 def capped_sparse_attention(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from kascade_sglang.calibration.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 TEXT_PROMPT_TOKENS = 8192
 """Length of the prompts that plain text is cut into, where neither user nor model says less."""
@@ -145,22 +145,19 @@ def to_prompt(
     return prompt.cut(max_tokens)
 
 
-def _encode(
-    text: str, tokenizer: "PreTrainedTokenizerBase", add_special_tokens: bool = True
-) -> list[int]:
+def _encode(text: str, tokenizer: "PreTrainedTokenizerBase", **options: bool) -> "BatchEncoding":
     try:
         text.encode()  # JSON may escape half of a surrogate pair
     except UnicodeEncodeError as error:
         raise CalibrationError(f"not Unicode text ({error.reason})") from error
-    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
-    return list(ids)
+    return tokenizer(text, verbose=False, **options)
 
 
 def _prompt_of(record: Any, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
     if isinstance(record, dict):
         for key in ("text", "prompt"):
             if isinstance(record.get(key), str):
-                return Prompt(_encode(record[key], tokenizer))
+                return Prompt(list(_encode(record[key], tokenizer).input_ids))
         if isinstance(record.get("messages"), list):
             return _prompt_of_chat(record["messages"], tokenizer)
     raise CalibrationError('expected an object with "text", "prompt" or "messages"')
@@ -177,14 +174,14 @@ def _prompt_of_chat(messages: list[Any], tokenizer: "PreTrainedTokenizerBase") -
     except Exception as error:
         raise CalibrationError(f"the chat template refuses the messages ({error})") from error
     # The template has written the special tokens already.
-    ids = _encode(text, tokenizer, add_special_tokens=False)
+    options = {"add_special_tokens": False, "return_offsets_mapping": tokenizer.is_fast}
+    encoded = _encode(text, tokenizer, **options)
+    ids = list(encoded.input_ids)
     if not tokenizer.is_fast:
         return Prompt(ids)
     spans = _reply_spans(messages, text, tokenizer)
-    places = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    ).offset_mapping
-    starts, ends = zip(*places, strict=True)
+    starts = [start for start, _ in encoded.offset_mapping]
+    ends = [end for _, end in encoded.offset_mapping]
     return Prompt(ids, tuple((bisect_right(ends, a), bisect_left(starts, b)) for a, b in spans))
 
 
@@ -222,7 +219,7 @@ def cut_text(
 ) -> list[Prompt]:
     """Cut one text into prompts of ``max_tokens``, each led as the tokenizer leads a text."""
     length = max_tokens or min(TEXT_PROMPT_TOKENS, context or TEXT_PROMPT_TOKENS)
-    ids = _encode(text, tokenizer, add_special_tokens=False)
+    ids = list(_encode(text, tokenizer, add_special_tokens=False).input_ids)
     lead = tokenizer("a").input_ids[:1]
     lead = lead if lead and lead[0] == tokenizer.bos_token_id else []
     step = max(1, length - len(lead))

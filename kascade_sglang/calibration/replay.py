@@ -9,6 +9,7 @@ become of the last hidden state.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,14 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kascade_kernels.budget import TILE, Budget, tile_of
-from kascade_kernels.reference import anchor_scores, select_topk, sparse_attention
+from kascade_kernels.reference import select_topk, sparse_attention
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import LayerAttention, dense_attention
 from kascade_sglang.calibration.hf_model import decoder_layers, last_norm
 from kascade_sglang.calibration.limited_attention import (
     Limits,
-    capped_scores,
     capped_sparse_attention,
+    layer_scores,
     limited_attention,
 )
 from kascade_sglang.calibration.prompts import Prompt
@@ -121,11 +122,15 @@ class Suffix:
     first: int
     inputs: list[tuple]
 
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's."""
+        return decoder_layers(self.model)
+
     def run(self, hidden: torch.Tensor, layer: int, attention: LayerAttention) -> torch.Tensor:
         """Run one layer on hidden states [S, hidden]."""
-        module = decoder_layers(self.model)[layer]
         _, others, named = self.inputs[layer]
-        out = module(hidden[None], *others, **named, kascade=attention)
+        out = self.layers[layer](hidden[None], *others, **named, kascade=attention)
         return (out[0] if isinstance(out, tuple) else out)[0]
 
     def finish(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
@@ -208,12 +213,8 @@ def select_for_rows(
     k, scale, softcap = recorded.keys[layer], recorded.scales[layer], recorded.softcaps.get(layer)
     selected = []
     for row, q in zip(rows, queries, strict=True):
-        if softcap is None:
-            scores = anchor_scores(q[None], k[: row + 1], scale)
-        else:
-            scores = capped_scores(q[None], k[: row + 1], scale, softcap)
-        candidates = scores[:, : TILE * tile_of(row)]
-        selected.append(select_topk(candidates, budget.selected(tile_of(row))))
+        scores = layer_scores(q[None], k[: row + 1], scale, softcap)
+        selected.append(select_topk(scores, budget.selected(tile_of(row))))
     return selected
 
 
