@@ -41,6 +41,7 @@ from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.decode_spans import Spans, decode_spans
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
+from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from kascade_kernels.structs import Rows
 from kascade_sglang.backend.paths import Paths
 
@@ -137,11 +138,13 @@ def measure_rivals(
     rows = Rows(batch.req_pool_indices, batch.seq_lens)
     spans = Spans.allocate(count, KV_HEADS, DEVICE)
     decode_spans(rows.ends, KV_HEADS, budget, spans)
+    shared = SharedPrefix.allocate(count, Q_HEADS // KV_HEADS, pool.table.shape[1], DEVICE)
+    find_shared_prefixes(pool.table, rows, spans, shared)
     parts = Parts.allocate(spans, Q_HEADS, DIM)
     scratch = ScoreScratch.allocate(count, Q_HEADS, KV_HEADS, context, empty_on(DEVICE))
 
     def score() -> None:
-        decode_scores(q, pool.k, pool.table, rows, spans, budget, SCALE, scratch, parts)
+        decode_scores(q, pool.k, pool.table, rows, spans, shared, budget, SCALE, scratch, parts)
 
     score()
     paths.decode.select(q, layer(ANCHOR))

@@ -158,7 +158,7 @@ class ReservedMemory(NamedTuple):
 def reserved_memory(server_args: Any) -> ReservedMemory:
     """Return what the kernels allocate beside the KV pool; nothing where they do not run."""
     from kascade_sglang import compat
-    from kascade_sglang.backend.decode_path import list_room
+    from kascade_sglang.backend.decode_path import DecodeBuffers, list_room
     from kascade_sglang.backend.key_copies import KeyCopies
 
     config = check_server_args(server_args)
@@ -167,14 +167,16 @@ def reserved_memory(server_args: Any) -> ReservedMemory:
     shape, layers = config.plan.shape, -(-config.plan.shape.layers // server_args.pp_size)
     kv_heads = shape.kv_heads // server_args.tp_size
     copies = 0 if config.exact else min(len(config.plan.anchors), layers)
-    room = list_room(server_args.get_model_config().context_len, config)
-    # Lists of a captured decode step, which stay, and of the tiles of a prefill step.
-    rows = compat.largest_captured_batch(server_args)
-    rows += -(-compat.largest_prefill(server_args) // TILE)
-    lists = rows * (1 if config.pooled else kv_heads)
+    context = server_args.get_model_config().context_len
+    lists = 1 if config.pooled else kv_heads
+    # What a captured decode step keeps, and the lists of the tiles of a prefill step.
+    decode = compat.largest_captured_batch(server_args)
+    decode *= DecodeBuffers.bytes_per_row(lists, context, config)
+    tiles = -(-compat.largest_prefill(server_args) // TILE)
+    prefill = 4 * tiles * lists * list_room(context, config)
     return ReservedMemory(
         per_token=copies * KeyCopies.bytes_per_slot(kv_heads, shape.head_dim),
-        scratch=config.score_memory + 4 * lists * room,
+        scratch=config.score_memory + decode + prefill,
     )
 
 

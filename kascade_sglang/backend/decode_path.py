@@ -13,6 +13,7 @@ from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.decode_spans import Spans, decode_spans
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
+from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from kascade_kernels.structs import Rows, Selection
 from kascade_sglang.backend.index_store import IndexStore
 from kascade_sglang.backend.key_copies import KeyCopies
@@ -38,6 +39,13 @@ class DecodeBuffers:
         self.offsets = torch.arange(rows, device=device) * (shape.lists * room)
         self.counts = torch.empty(rows, dtype=torch.int32, device=device)
         self.selection = Selection(self.slots, self.offsets, self.counts, shape.lists)
+        group = shape.q_heads // shape.kv_heads
+        self.shared = SharedPrefix.allocate(rows, group, shape.context, device)
+
+    @staticmethod
+    def bytes_per_row(lists: int, context: int, config: KascadeConfig) -> int:
+        """Bytes that each row takes, but for a few."""
+        return 4 * lists * list_room(context, config) + SharedPrefix.bytes_per_row(context)
 
     def of_rows(self, first: int, last: int) -> Selection:
         """Return the lists of some of the rows."""
@@ -96,6 +104,20 @@ class DecodePath:
             self._spans,
             batch_invariant=self._config.batch_invariant,
         )
+        for first, last in self._launches():
+            shared = self._buffers.shared.rows(first, last)
+            find_shared_prefixes(
+                self._table, self._rows_between(first, last), self._spans.rows(first, last), shared
+            )
+
+    def _launches(self) -> list[tuple[int, int]]:
+        """Cut the step's rows into as few launches as have room for their scores."""
+        count = len(self._rows.ends)
+        step = -(-count // -(-count // self._rows_scored_at_once))
+        return [(first, min(first + step, count)) for first in range(0, count, step)]
+
+    def _rows_between(self, first: int, last: int) -> Rows:
+        return Rows(self._rows.requests[first:last], self._rows.ends[first:last])
 
     def _buffers_for(self, rows: int) -> DecodeBuffers:
         if self._graph_buffers is not None and rows <= self._graph_buffers.rows:
@@ -133,12 +155,8 @@ class DecodePath:
         out: torch.Tensor | None = None,
     ) -> None:
         shape, budget = self._shape, self._config.budget
-        count = len(q)
-        launches = -(-count // self._rows_scored_at_once)
-        step = -(-count // launches)
-        for first in range(0, count, step):
-            last = min(first + step, count)
-            rows = Rows(self._rows.requests[first:last], self._rows.ends[first:last])
+        for first, last in self._launches():
+            rows = self._rows_between(first, last)
             scratch = ScoreScratch.allocate(
                 last - first, shape.q_heads, shape.lists, shape.context, self._arena.cut()
             )
@@ -148,6 +166,7 @@ class DecodePath:
                 self._table,
                 rows,
                 self._spans.rows(first, last),
+                self._buffers.shared.rows(first, last),
                 budget,
                 layer.scaling,
                 scratch,
@@ -157,7 +176,7 @@ class DecodePath:
             )
             lists = self._buffers.of_rows(first, last)
             select_slots(scratch.codes, self._table, rows, budget, lists, append_own=True)
-        self._store.put(layer.layer_id, self._buffers.of_rows(0, count))
+        self._store.put(layer.layer_id, self._buffers.of_rows(0, len(q)))
 
     def attend(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         """Attend every request to the lists of its anchor."""

@@ -15,6 +15,7 @@ from kascade_kernels.decode_spans import STEP, Spans
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
 from kascade_kernels.select_slots import CHUNK, CodeBuffer, programs_per_list
+from kascade_kernels.shared_prefix import SharedPrefix
 from kascade_kernels.structs import KeyCopy, Rows
 
 BLOCK = STEP
@@ -67,6 +68,7 @@ def decode_scores(
     req_to_token: torch.Tensor,
     rows: Rows,
     spans: Spans,
+    shared: SharedPrefix,
     budget: Budget,
     scale: float,
     scratch: ScoreScratch,
@@ -77,6 +79,7 @@ def decode_scores(
     """Score all candidates of every row into ``scratch.codes``; with ``values`` also attend.
 
     q: [rows, Hq, D]. keys: [slots, H, D], or their 8-bit copy.
+    shared: of these rows; what several have in common is read once.
     values: [slots, H, D]; where given, every row also attends to all its keys, and the result,
         [rows, Hq, D], goes to ``out``. rows whose budget covers all candidates get no codes.
     Codes order like the post-softmax mass, summed over the group (section 3.3) or, where the
@@ -105,6 +108,7 @@ def decode_scores(
         rows.requests,
         rows.ends,
         spans.score,
+        *shared,
         scratch.logits,
         scratch.block_max,
         parts.lse,
@@ -115,10 +119,12 @@ def decode_scores(
         q.stride(0),
         cache.stride(0),
         req_to_token.stride(0),
+        shared.slots.stride(0),
         scratch.logits.shape[2],
         HEADS=kv_heads,
         GROUP=group,
         GROUP_PAD=padded_group(group),
+        MEMBERS=shared.members.shape[1],
         D=dim,
         BLOCK=BLOCK,
         SPLITS=splits,

@@ -126,6 +126,24 @@ def test_batch_mates_change_no_bit() -> None:
     assert_same(alone, together, 0)
 
 
+def test_requests_on_one_prefix_decode_as_if_each_had_its_own() -> None:
+    lengths, prefix = [231, 230, 201], 192
+    apart, together = (Harness(lengths, layers=2, anchors=(0, 1), exact=False) for _ in range(2))
+    for harness in (apart, together):
+        for layer in harness.qkv:
+            for q_k_v in layer[1:]:
+                for own, first in zip(q_k_v, layer[0], strict=True):
+                    own[:prefix] = first[:prefix]
+    together.req_to_token[2:, :prefix] = together.req_to_token[1, :prefix]
+    for harness in (apart, together):
+        harness.step([(request, 0, n - 1) for request, n in enumerate(lengths)])
+        harness.step([(request, n - 1, n) for request, n in enumerate(lengths)])
+    if KERNELS:
+        assert together.backend.paths.decode._buffers.shared.keys.tolist() == [prefix] * 3
+    for request, length in enumerate(lengths):
+        assert_same(apart, together, request, begin=length - 1)
+
+
 def test_decode_equals_one_token_extend_and_float64() -> None:
     decode, extend = Harness([140, 70]), Harness([140, 70])
     # Request 0 goes on to its next tile.

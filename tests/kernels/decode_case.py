@@ -9,6 +9,7 @@ from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.decode_spans import Spans, decode_spans
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.reference import anchor_scores, pool_heads
+from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from kascade_kernels.structs import KeyCopy, Rows, Selection
 from shapes import DEVICE
 
@@ -59,6 +60,11 @@ class DecodeCase:
             dim**-0.5,
         )
 
+    def share(self, rows: list[int], keys: int) -> None:
+        """Let rows begin with the same slots, those of the first of them."""
+        requests = self.rows.requests[rows]
+        self.req_to_token[requests, :keys] = self.req_to_token[requests[0], :keys]
+
     def slots_of(self, row: int) -> torch.Tensor:
         """Slots of a row's positions, in order."""
         table = self.req_to_token[self.rows.requests[row]]
@@ -77,6 +83,13 @@ class DecodeCase:
         decode_spans(self.rows.ends, heads, budget, spans, batch_invariant=batch_invariant)
         return spans
 
+    def shared(self, spans: Spans) -> SharedPrefix:
+        """What the rows have in common."""
+        group, context = self.q.shape[1] // self.k.shape[1], self.req_to_token.shape[1]
+        shared = SharedPrefix.allocate(len(self.lengths), group, context, DEVICE)
+        find_shared_prefixes(self.req_to_token, self.rows, spans, shared)
+        return shared
+
     def score(
         self,
         keys: torch.Tensor | KeyCopy,
@@ -87,7 +100,7 @@ class DecodeCase:
         values: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Score these rows' candidates, and attend to all keys where ``values`` are given."""
-        where = (self.req_to_token, self.rows, spans, budget, self.scale)
+        where = (self.req_to_token, self.rows, spans, self.shared(spans), budget, self.scale)
         return decode_scores(self.q, keys, *where, scratch, parts, values)
 
     def empty_selection(self, lists: int, budget: Budget) -> Selection:

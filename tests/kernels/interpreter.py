@@ -19,6 +19,7 @@ def leave_out_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split rows less finely: programs without keys take the interpreter milliseconds, too."""
     monkeypatch.setattr("kascade_kernels.decode_spans.SCORE_SPLITS", 8)
     monkeypatch.setattr("kascade_kernels.decode_spans.ATTEND_SPLITS", 8)
+    monkeypatch.setattr("kascade_kernels.shared_prefix.PROGRAMS", 1)
 
 
 _plain_dot, _plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl

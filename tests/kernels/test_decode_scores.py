@@ -194,4 +194,7 @@ def test_more_rows_than_the_scratch_holds() -> None:
     table, rows, spans = case.req_to_token, case.rows, case.spans(BUDGET)
     parts = Parts.allocate(spans, 8, 32)
     with pytest.raises(ValueError, match="at most 1 rows, got 2"):
-        decode_scores(case.q, case.k, table, rows, spans, BUDGET, case.scale, scratch, parts)
+        shared = case.shared(spans)
+        decode_scores(
+            case.q, case.k, table, rows, spans, shared, BUDGET, case.scale, scratch, parts
+        )

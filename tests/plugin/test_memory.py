@@ -1,4 +1,4 @@
-"""What the KV pool leaves for the kernels: copies of keys, scores and lists."""
+"""What the KV pool leaves for the kernels: copies of keys, scores, lists and shared prefixes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,9 +37,11 @@ def server_args(
 def test_scores_and_lists_are_counted(server_args: Callable[..., ServerArgs]) -> None:
     reserved = checks.reserved_memory(server_args(chunk=256))
     decode_and_prefill_rows = 8 + 256 // 32
-    assert reserved.scratch == 768 * MB + 4 * decode_and_prefill_rows * LISTS * ROOM
+    scores_and_prefixes = 768 * MB + 4 * 8 * 4096
+    assert reserved.scratch - scores_and_prefixes == 4 * decode_and_prefill_rows * LISTS * ROOM
     pooled = checks.reserved_memory(server_args(pooled=True))
-    assert pooled.scratch - 768 * MB == (reserved.scratch - 768 * MB) / LISTS
+    lists_of_pooled = pooled.scratch - scores_and_prefixes
+    assert lists_of_pooled == 4 * decode_and_prefill_rows * ROOM
 
 
 def test_copies_are_counted_by_the_token(server_args: Callable[..., ServerArgs]) -> None:

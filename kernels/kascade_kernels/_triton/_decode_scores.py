@@ -1,4 +1,7 @@
-"""One pass over a request's keys for one new query: logits, and attention where asked for."""
+"""One pass over a request's keys for one new query: logits, and attention where asked for.
+
+Requests that share a prefix share the pass over it.
+"""
 
 import triton
 import triton.language as tl
@@ -31,6 +34,9 @@ def decode_scores_kernel(
     requests,  # [rows]
     ends,  # [rows]
     spans,  # int32 [rows], blocks of one program
+    shared_keys,  # int32 [rows]
+    shared_rows,  # int32 [rows, MEMBERS]
+    shared_slots,  # int32 [rows, max_context]
     logits,  # float16 [rows, Hq, stride]: base 2, less the block's maximum
     block_max,  # float32 [rows, Hq, stride / BLOCK]
     part_lse,  # float32 [rows, Hq, SPLITS]
@@ -41,10 +47,12 @@ def decode_scores_kernel(
     stride_q,
     stride_slot,
     stride_table,
+    stride_shared,
     stride_logits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
+    MEMBERS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -53,27 +61,42 @@ def decode_scores_kernel(
 ):
     # Splits last: those without keys then wait behind all that have some.
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    end = tl.load(ends + row).to(tl.int32)
-    dense = selected_count(end, ratio_ppm, min_k) == own_tile_start(end)
-    if dense and not ATTEND:
-        return
+    own_end = tl.load(ends + row).to(tl.int32)
     span = tl.load(spans + row) * BLOCK
     lo = split * span
-    hi = tl.minimum(lo + span, end)
+    hi = tl.minimum(lo + span, own_end)
+    together = lo + span <= tl.load(shared_keys + row)
 
-    group = tl.arange(0, GROUP_PAD)
+    # Each lane is a query head of a row: of this row alone, or where a group of rows shares these
+    # keys, of all of them, in the program of the group's first row.
+    lane = tl.arange(0, GROUP_PAD)
+    member = lane // GROUP
+    grouped = shared_rows + row * MEMBERS + member
+    grouped = tl.load(grouped, mask=(member < MEMBERS) & together, other=-1)
+    lane_row = tl.where(together, grouped, tl.where(member == 0, row, -1))
+    real = lane_row >= 0
+    if tl.max(lane_row, 0) < 0:
+        return
+    end = tl.load(ends + lane_row, mask=real, other=1).to(tl.int32)
+    scored = selected_count(end, ratio_ppm, min_k) < own_tile_start(end)
+    any_scored = tl.max(scored.to(tl.int32), 0) > 0
+    if not (any_scored or ATTEND):
+        return
     dim = tl.arange(0, D)
-    real = group < GROUP
-    q_heads = row.to(tl.int64) * (HEADS * GROUP) + head * GROUP + group  # [GROUP_PAD]
+    lane_head = head * GROUP + lane % GROUP
+    q_heads = lane_row.to(tl.int64) * (HEADS * GROUP) + lane_head  # [GROUP_PAD]
     part = q_heads * SPLITS + split
     if lo >= hi:
         tl.store(part_lse + part, float("-inf"), mask=real)
         return
-    q_rows = row.to(tl.int64) * stride_q + (head * GROUP + group) * D
+    q_rows = lane_row.to(tl.int64) * stride_q + lane_head * D
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
     if KEYS_8BIT:
         queries, q_scales = _quantise_rows(queries.to(tl.float32))
-    request_table = table + tl.load(requests + row).to(tl.int64) * stride_table
+    if together:
+        row_slots = shared_slots + row.to(tl.int64) * stride_shared
+    else:
+        row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
 
     m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -81,7 +104,7 @@ def decode_scores_kernel(
     for start in tl.range(lo, hi, BLOCK):
         position = start + tl.arange(0, BLOCK)
         visible = position < hi
-        slot = load_slots(request_table, position, visible)
+        slot = load_slots(row_slots, position, visible)
         address = slot[:, None] * stride_slot + head * D + dim[None, :]
         keys = tl.load(k + address, mask=visible[:, None], other=0)
         if KEYS_8BIT:
@@ -92,13 +115,13 @@ def decode_scores_kernel(
             s = tl.dot(queries, tl.trans(keys)) * scale_log2
         s = tl.where(visible[None, :], bounded(s), float("-inf"))
         m_block = tl.max(s, 1)
-        if not dense:
+        if any_scored:
             # The block's maximum apart: half precision is then finest where scores are largest.
             where = q_heads * stride_logits + start
             less = (s - m_block[:, None]).to(tl.float16)
             offsets = where[:, None] + tl.arange(0, BLOCK)[None, :]
-            tl.store(logits + offsets, less, mask=real[:, None] & visible[None, :])
-            tl.store(block_max + where // BLOCK, m_block, mask=real)
+            tl.store(logits + offsets, less, mask=scored[:, None] & visible[None, :])
+            tl.store(block_max + where // BLOCK, m_block, mask=scored)
         m_new = tl.maximum(m, m_block)
         rescale = tl.exp2(m - m_new)
         p = tl.exp2(s - m_new[:, None])

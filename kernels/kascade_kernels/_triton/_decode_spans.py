@@ -37,7 +37,9 @@ def decode_spans_kernel(
     # Zero where a row must not depend on its batch: its own share then decides.
     all_keys = 0 if BATCH_INVARIANT else tl.sum(end.to(tl.int64), 0)
     all_listed = 0 if BATCH_INVARIANT else tl.sum(listed.to(tl.int64), 0)
-    score = _spans(end, all_keys, SCORE_PROGRAMS, SCORE_MOST, STEP)
+    # Rows that share a prefix must be cut alike; the longest program decides how long a step takes.
+    keys = end if BATCH_INVARIANT else tl.where(real, tl.max(end, 0), 0)
+    score = _spans(keys, all_keys, SCORE_PROGRAMS, SCORE_MOST, STEP)
     attend = _spans(listed, all_listed, ATTEND_PROGRAMS, ATTEND_MOST, STEP)
     tl.store(score_spans + row, score.to(tl.int32), mask=real)
     tl.store(attend_spans + row, attend.to(tl.int32), mask=real)

@@ -1,0 +1,96 @@
+"""Rows of a decode step whose requests begin with the same slots, as a radix cache shares them.
+
+Tensor cores score 16 query heads at the price of one. A row fills them with the heads of its
+group; where several rows read the same keys, one program can score them for all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from kascade_kernels._triton._shared_prefix import compare_slots_kernel, group_rows_kernel
+from kascade_kernels.decode_spans import Spans
+from kascade_kernels.launch import padded_group
+from kascade_kernels.structs import Rows
+
+CHUNK = 1024
+PROGRAMS = 32
+"""Of one row; each compares chunks of slots."""
+
+
+class SharedPrefix(NamedTuple):
+    """Groups of rows that share their first slots.
+
+    keys: int32 [rows], positions from 0 on at which all rows of the row's group have the same
+        slots; 0 for a row alone.
+    members: int32 [rows, M], a group's rows in its first row's place, that row first; else -1.
+    slots: int32 [rows, context], in a group's first row the slots that it shares. A copy, since
+        SGLang may rewrite a finished request's slot table while the step runs.
+    """
+
+    keys: torch.Tensor
+    members: torch.Tensor
+    slots: torch.Tensor
+
+    @staticmethod
+    def bytes_per_row(context: int) -> int:
+        """Bytes that each row takes, but for a few."""
+        return 4 * context
+
+    @staticmethod
+    def allocate(rows: int, group: int, context: int, device: torch.device | str) -> SharedPrefix:
+        """Allocate for ``rows`` requests of up to ``context`` keys.
+
+        group: query heads of a KV head.
+        """
+        members = padded_group(group) // group
+        return SharedPrefix(
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.full((rows, members), -1, dtype=torch.int32, device=device),
+            torch.empty(rows, context, dtype=torch.int32, device=device),
+        )
+
+    def rows(self, first: int, last: int) -> SharedPrefix:
+        """Return the part of some rows."""
+        return SharedPrefix(*(tensor[first:last] for tensor in self))
+
+
+def find_shared_prefixes(
+    req_to_token: torch.Tensor, rows: Rows, spans: Spans, shared: SharedPrefix
+) -> None:
+    """Fill ``shared`` for one launch's rows; row numbers in it are the launch's.
+
+    Rows with the same first slot make a group, as many as fit a tensor core's product, if they
+    are cut into the same spans. Grids depend on the number of rows only.
+    """
+    count, members = len(rows.ends), shared.members.shape[1]
+    if members == 1:
+        return
+    group_rows_kernel[(count,)](
+        req_to_token,
+        rows.requests,
+        rows.ends,
+        spans.score,
+        shared.members,
+        shared.keys,
+        count,
+        req_to_token.stride(0),
+        ROWS=triton.next_power_of_2(count),
+        MEMBERS=members,
+        num_warps=1,
+    )
+    compare_slots_kernel[(count, PROGRAMS)](
+        req_to_token,
+        rows.requests,
+        shared.members,
+        shared.keys,
+        shared.slots,
+        req_to_token.stride(0),
+        shared.slots.stride(0),
+        MEMBERS=members,
+        CHUNK=CHUNK,
+        num_warps=4,
+    )

@@ -1,0 +1,165 @@
+"""Rows that begin with the same slots: which are found, and that scoring them together is exact."""
+
+import pytest
+import torch
+
+from decode_case import DecodeCase, lists_of
+from kascade_kernels import shared_prefix as module
+from kascade_kernels.arena import empty_on
+from kascade_kernels.budget import Budget
+from kascade_kernels.decode_scores import ScoreScratch, decode_scores
+from kascade_kernels.decode_spans import STEP
+from kascade_kernels.key_copy import allocate_key_copy, copy_keys
+from kascade_kernels.launch import padded_group
+from kascade_kernels.merge_parts import Parts
+from kascade_kernels.select_slots import select_slots
+from kascade_kernels.shared_prefix import SharedPrefix
+from kascade_kernels.structs import KeyCopy, Selection
+from shapes import DEVICE, needs_kernels, shapes
+
+pytestmark = needs_kernels
+
+BUDGET = Budget(0.1, 64)
+LENGTHS = [160, 100, 200, 199, 40, 200, 64, 150, 201]
+SHARING = {(0, 2, 3, 5, 8): 140, (1, 7): 99, (4, 6): 1}
+"""Rows of LENGTHS that begin alike, and up to where."""
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that several programs compare a row, each more than once."""
+    monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setattr(module, "PROGRAMS", 2)
+
+
+def sharing_case(**others: object) -> DecodeCase:
+    case = DecodeCase.make(LENGTHS, **others)
+    for rows, keys in SHARING.items():
+        case.share(list(rows), keys)
+    return case
+
+
+def expected_groups(sharing: dict, most: int) -> dict[tuple[int, ...], int]:
+    """Rows cut into groups of ``most`` in the batch's order, and the keys each has in common."""
+    groups = {}
+    for rows, keys in sharing.items():
+        for first in range(0, len(rows), most):
+            group = rows[first : first + most]
+            if len(group) > 1:
+                groups[group] = min(keys, *(LENGTHS[row] for row in group))
+    return groups
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("group", [1, 4, 5, 8, 16])
+def test_finds_what_rows_share(group: int) -> None:
+    case = sharing_case(group=group)
+    shared = case.shared(case.spans(BUDGET))
+    most = padded_group(group) // group
+    keys, members = [0] * len(LENGTHS), [[-1] * most for _ in LENGTHS]
+    for row in range(len(LENGTHS)):
+        members[row][0] = row
+    for rows, count in expected_groups(SHARING, most).items():
+        for row in rows:
+            keys[row], members[row] = count, [-1] * most
+        members[rows[0]][: len(rows)] = rows
+        assert torch.equal(shared.slots[rows[0], :count].long(), case.slots_of(rows[0])[:count])
+    assert shared.keys.tolist() == keys
+    if most > 1:
+        assert shared.members.tolist() == members
+
+
+def test_a_later_step_forgets_the_groups_of_an_earlier_one() -> None:
+    case = sharing_case()
+    spans = case.spans(BUDGET)
+    shared = case.shared(spans)
+    case.req_to_token = DecodeCase.make(LENGTHS).req_to_token
+    module.find_shared_prefixes(case.req_to_token, case.rows, spans, shared)
+    assert not shared.keys.any() and (shared.members[:, 1:] == -1).all()
+
+
+def test_a_short_row_of_the_same_request_ends_what_is_shared() -> None:
+    """All of the shorter prompt is the beginning of the longer one."""
+    case = DecodeCase.make([96, 300])
+    case.share([1, 0], 96)
+    assert case.shared(case.spans(BUDGET)).keys.tolist() == [96, 96]
+
+
+def test_rows_that_are_cut_otherwise_make_no_group() -> None:
+    """Where results must not depend on the batch, a row's own length alone says how."""
+    case = DecodeCase.make([2000, 700, 701], kv_heads=1)
+    case.share([0, 1, 2], 600)
+    spans = case.spans(BUDGET, batch_invariant=True)
+    assert case.shared(spans).keys.tolist() == [0, 600, 600]
+
+
+def score(
+    case: DecodeCase,
+    shared: SharedPrefix,
+    keys: torch.Tensor | KeyCopy,
+    values: torch.Tensor | None = None,
+) -> tuple[Selection, ScoreScratch, torch.Tensor | None]:
+    rows, q_heads, dim = case.q.shape
+    lists = case.k.shape[1]
+    scratch = ScoreScratch.allocate(rows, q_heads, lists, max(LENGTHS), empty_on(DEVICE))
+    scratch.codes.codes.zero_()
+    spans = case.spans(BUDGET)
+    parts, where = Parts.allocate(spans, q_heads, dim), (case.req_to_token, case.rows)
+    out = decode_scores(
+        case.q, keys, *where, spans, shared, BUDGET, case.scale, scratch, parts, values
+    )
+    selection = case.empty_selection(lists, BUDGET)
+    select_slots(scratch.codes, *where, BUDGET, selection, append_own=True)
+    return selection, scratch, out
+
+
+def check_together(
+    case: DecodeCase, keys: torch.Tensor | KeyCopy, values: torch.Tensor | None = None
+) -> None:
+    """Score rows in groups and each alone, and compare every bit."""
+    group, context = case.q.shape[1] // case.k.shape[1], case.req_to_token.shape[1]
+    nothing = SharedPrefix.allocate(len(LENGTHS), group, context, DEVICE)
+    together = score(case, case.shared(case.spans(BUDGET)), keys, values)
+    alone = score(case, nothing, keys, values)
+    assert torch.equal(together[1].codes.codes, alone[1].codes.codes)
+    for row in range(len(LENGTHS)):
+        assert torch.equal(lists_of(together[0], row), lists_of(alone[0], row))
+    if values is not None:
+        tolerance = 0 if DEVICE == "cuda" else 0.02
+        torch.testing.assert_close(together[2], alone[2], rtol=0, atol=tolerance)
+
+
+def round_on_cpu(case: DecodeCase) -> None:
+    """The interpreter's sums depend on a row's place in a product; those of integers do not."""
+    if DEVICE == "cpu":
+        case.q, case.k, case.v = case.q.round(), case.k.round(), case.v.round()
+
+
+@shapes
+@pytest.mark.memcheck
+def test_scores_the_same_together_as_alone(group: int, dim: int, dtype: torch.dtype) -> None:
+    case = sharing_case(group=group, dim=dim, dtype=dtype, page_size=16)
+    round_on_cpu(case)
+    check_together(case, case.k, case.v)
+
+
+@pytest.mark.memcheck
+def test_scores_8_bit_keys_the_same_together_as_alone() -> None:
+    case = sharing_case()
+    copy = allocate_key_copy(*case.k.shape, DEVICE)
+    copy_keys(case.k, torch.arange(len(case.k), device=DEVICE), copy)
+    check_together(case, copy)
+
+
+@pytest.mark.memcheck
+def test_reads_shared_keys_once_through_its_own_copy_of_their_slots() -> None:
+    """A finished request's slot table may be rewritten while others of its group still run."""
+    case = sharing_case()
+    spans = case.spans(BUDGET)
+    shared, span = case.shared(spans), STEP * int(spans.score[0])
+    assert span <= 140, "or nothing would be read together"
+    _, before, _ = score(case, shared, case.k)
+    for group, keys in expected_groups(SHARING, 4).items():
+        case.req_to_token[case.rows.requests[list(group)], : keys // span * span] = 0
+    _, after, _ = score(case, shared, case.k)
+    assert torch.equal(before.codes.codes, after.codes.codes)
