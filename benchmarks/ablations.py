@@ -2,8 +2,8 @@
 
 The model is measured once. Anchors are then chosen by the dynamic programme of ``kascade
 calibrate`` with either criterion (``error``, ``mass``), evenly spaced, or drawn at random, at
-several counts; ``searched`` are those of the shipped plan, which also runs with other tiles. Every
-row is one server, and is added to the results.
+several counts; ``shipped`` are those of the demo model's plan, which also runs with other tiles.
+Every row is one server, and is added to the results.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results/ablations_demo.csv"
-CHOICES = ("searched", *CRITERIA, "even", "random")
+CHOICES = ("shipped", *CRITERIA, "even", "random")
 COLUMNS = """choice anchors count tile mass error accuracy low high n attended
     device dtype versions commit date""".split()
 COUNTS = (4, 6, 8)
@@ -60,9 +60,9 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Yield all that is compared, the shipped plan's anchors first."""
     layers = measured.shape.layers
-    searched = measured.plan(load_plan(MODEL / PLAN_NAME).anchors, "per_head")
+    shipped = measured.plan(load_plan(MODEL / PLAN_NAME).anchors, "per_head")
     for tile in (TILE, *tiles):
-        yield Candidate("searched", searched, tile)
+        yield Candidate("shipped", shipped, tile)
     for count in counts:
         for criterion in CRITERIA:
             yield Candidate(criterion, measured.plan(count, "per_head", criterion))
