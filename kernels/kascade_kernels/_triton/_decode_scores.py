@@ -120,7 +120,8 @@ def decode_scores_kernel(
             where = q_heads * stride_logits + start
             less = (s - m_block[:, None]).to(tl.float16)
             offsets = where[:, None] + tl.arange(0, BLOCK)[None, :]
-            tl.store(logits + offsets, less, mask=scored[:, None] & visible[None, :])
+            # Rows have room for whole blocks, so that every store is as wide as it can be.
+            tl.store(logits + offsets, less, mask=scored[:, None])
             tl.store(block_max + where // BLOCK, m_block, mask=scored)
         m_new = tl.maximum(m, m_block)
         rescale = tl.exp2(m - m_new)
