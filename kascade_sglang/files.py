@@ -25,6 +25,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def why_unwritable(path: Path) -> str | None:
+    """Say why no file can be written at a path and how to fix it; None where it can."""
+    if path.is_dir():
+        return "expected a file's name, got a folder; add a name"
+    if not path.parent.is_dir():
+        return f"expected a folder that exists, got {path.parent}; make it first"
+    if not os.access(path.parent, os.W_OK):
+        return f"expected a folder that can be written, got {path.parent}; name another"
+    return None
+
+
 def append_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a CSV, newest last; a new file starts with the columns' names."""
     fresh = not path.exists()

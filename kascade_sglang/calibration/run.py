@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.replay import MOST_ROWS, REACH, reply_rows
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
+from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
 from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan
 
@@ -131,9 +131,8 @@ def _check(config: CalibrationConfig) -> Budget:
         raise CalibrationError(f"--criterion: expected one of {CRITERIA}, got {config.criterion!r}")
     if config.tiles < 1:
         raise CalibrationError(f"--tiles: expected 1 or more, got {config.tiles}")
-    folder = config.out.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or config.out.is_dir():
-        raise CalibrationError(f"--out {config.out}: not a file that can be written")
+    if why := why_unwritable(config.out):
+        raise CalibrationError(f"--out {config.out}: {why}")
     if config.report is not None:
         check_target("--report", config.report)
     hf_model.check_device_map(config.device_map)

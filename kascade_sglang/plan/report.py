@@ -6,14 +6,13 @@
 import html
 import importlib.util
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kascade_sglang.files import write_atomically
+from kascade_sglang.files import why_unwritable, write_atomically
 from kascade_sglang.plan.measurements import Measurements, measurements_of
 from kascade_sglang.plan.schema import Plan, PlanError
 from kascade_sglang.plan.table import choice_table, describe, rank_table
@@ -32,8 +31,8 @@ def check_target(option: str, path: Path) -> None:
     """Refuse a report that could not be written, before anything is measured for it."""
     if path.suffix not in KINDS:
         raise PlanError(f"{option} {path}: expected a name that ends in {', '.join(KINDS)}")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise PlanError(f"{option} {path}: not a file that can be written")
+    if why := why_unwritable(path):
+        raise PlanError(f"{option} {path}: {why}")
     if importlib.util.find_spec("matplotlib") is None:
         raise PlanError(f"{option} {path}: needs the matplotlib package; pip install matplotlib")
 

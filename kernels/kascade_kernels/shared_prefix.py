@@ -27,13 +27,17 @@ class SharedPrefix(NamedTuple):
     keys: int32 [rows], positions from 0 on at which all rows of the row's group have the same
         slots; 0 for a row alone.
     members: int32 [rows, M], a group's rows in its first row's place, that row first; else -1.
-    slots: int32 [rows, context], in a group's first row the slots that it shares. A copy, since
-        SGLang may rewrite a finished request's slot table while the step runs.
+    slots: int32 [rows, context], in a group's first row the slots that it shares.
+    first: int32 [rows], each row's first slot.
+
+    Slots are copies, since SGLang may rewrite a finished request's row of its table while the step
+    runs: all programs must find the same groups, and the others of a group their own keys.
     """
 
     keys: torch.Tensor
     members: torch.Tensor
     slots: torch.Tensor
+    first: torch.Tensor
 
     @staticmethod
     def bytes_per_row(context: int) -> int:
@@ -51,6 +55,7 @@ class SharedPrefix(NamedTuple):
             torch.zeros(rows, dtype=torch.int32, device=device),
             torch.full((rows, members), -1, dtype=torch.int32, device=device),
             torch.empty(rows, context, dtype=torch.int32, device=device),
+            torch.empty(rows, dtype=torch.int32, device=device),
         )
 
     def rows(self, first: int, last: int) -> SharedPrefix:
@@ -69,15 +74,14 @@ def find_shared_prefixes(
     count, members = len(rows.ends), shared.members.shape[1]
     if members == 1:
         return
+    torch.index_select(req_to_token[:, 0], 0, rows.requests, out=shared.first)
     group_rows_kernel[(count,)](
-        req_to_token,
-        rows.requests,
+        shared.first,
         rows.ends,
         spans.score,
         shared.members,
         shared.keys,
         count,
-        req_to_token.stride(0),
         ROWS=triton.next_power_of_2(count),
         MEMBERS=members,
         num_warps=1,

@@ -142,7 +142,7 @@ def test_says_which_prompts_it_skips(
         (["--max-tokens", "50"], "every prompt is too short to measure"),
         (["--device", "nonsense"], "--device nonsense: not usable"),
         (["--dtype", "int8"], "--dtype: expected one of"),
-        (["--out", "/nowhere/plan.json"], "--out /nowhere/plan.json: not a file"),
+        (["--out", "/nowhere/plan.json"], "--out /nowhere/plan.json: expected a folder"),
         (["--prompts", "/nowhere/p.txt"], "/nowhere/p.txt: cannot read the prompts"),
         (["--dataset", "x"], "expected --prompts or --dataset, got both"),
         (["--report", "page.pdf"], "--report page.pdf: expected a name that ends in .png, .svg"),

@@ -104,7 +104,11 @@ def test_command(measured: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*command, str(tmp_path / "p.gif")]) == 1
     assert "p.gif: expected a name that ends in .png, .svg, .html" in capsys.readouterr().err
     assert main([*command, "/nowhere/p.png"]) == 1
-    assert "not a file that can be written" in capsys.readouterr().err
+    sentence = "--out /nowhere/p.png: expected a folder that exists, got /nowhere; make it first"
+    assert sentence in capsys.readouterr().err
+    (tmp_path / "folder.png").mkdir()
+    assert main([*command, str(tmp_path / "folder.png")]) == 1
+    assert "expected a file's name, got a folder" in capsys.readouterr().err
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,22 +11,19 @@ NO_KEY = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def group_rows_kernel(
-    table,  # int32 [requests, max_context]
-    requests,  # [rows]
+    first_slots,  # int32 [rows]
     ends,  # [rows]
     spans,  # int32 [rows]
     members,  # int32 [rows, MEMBERS]
     keys,  # int32 [rows]
     rows,
-    stride_table,
     ROWS: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
     row = tl.program_id(0)
     other = tl.arange(0, ROWS)
     real = other < rows
-    request = tl.load(requests + other, mask=real, other=0).to(tl.int64)
-    slot = tl.load(table + request * stride_table, mask=real, other=-1)
+    slot = tl.load(first_slots + other, mask=real, other=-1)
     span = tl.load(spans + other, mask=real, other=-1)
     end = tl.load(ends + other, mask=real, other=0).to(tl.int32)
     alike = slot == tl.sum(tl.where(other == row, slot, 0), 0)
