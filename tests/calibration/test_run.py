@@ -146,7 +146,7 @@ def test_says_which_prompts_it_skips(
         (["--prompts", "/nowhere/p.txt"], "/nowhere/p.txt: cannot read the prompts"),
         (["--dataset", "x"], "expected --prompts or --dataset, got both"),
         (["--report", "page.pdf"], "--report page.pdf: expected a name that ends in .png, .svg"),
-        (["--report", "/nowhere/p.png"], "--report /nowhere/p.png: not a file"),
+        (["--report", "/nowhere/p.png"], "--report /nowhere/p.png: expected a folder"),
         (["--device-map", "all"], "--device-map: expected one of"),
         (["--model", "/nowhere/model"], "model /nowhere/model: cannot read its configuration"),
     ],
