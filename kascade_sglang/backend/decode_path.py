@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -51,6 +52,16 @@ class DecodeBuffers:
         """Return the lists of some of the rows."""
         offsets, counts = self.offsets[first:last], self.counts[first:last]
         return self.selection._replace(offsets=offsets, counts=counts)
+
+
+class Launch(NamedTuple):
+    """The rows [first, last) of a step, scored together; what follows is of these rows."""
+
+    first: int
+    last: int
+    rows: Rows
+    spans: Spans
+    shared: SharedPrefix
 
 
 def list_room(context: int, config: KascadeConfig) -> int:
@@ -104,20 +115,19 @@ class DecodePath:
             self._spans,
             batch_invariant=self._config.batch_invariant,
         )
-        for first, last in self._launches():
-            shared = self._buffers.shared.rows(first, last)
-            find_shared_prefixes(
-                self._table, self._rows_between(first, last), self._spans.rows(first, last), shared
-            )
+        self._launches = list(self._cut_into_launches())
+        for *_, rows, spans, shared in self._launches:
+            find_shared_prefixes(self._table, rows, spans, shared)
 
-    def _launches(self) -> list[tuple[int, int]]:
+    def _cut_into_launches(self) -> Iterator[Launch]:
         """Cut the step's rows into as few launches as have room for their scores."""
         count = len(self._rows.ends)
         step = -(-count // -(-count // self._rows_scored_at_once))
-        return [(first, min(first + step, count)) for first in range(0, count, step)]
-
-    def _rows_between(self, first: int, last: int) -> Rows:
-        return Rows(self._rows.requests[first:last], self._rows.ends[first:last])
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            rows = Rows(self._rows.requests[first:last], self._rows.ends[first:last])
+            spans, shared = (of.rows(first, last) for of in (self._spans, self._buffers.shared))
+            yield Launch(first, last, rows, spans, shared)
 
     def _buffers_for(self, rows: int) -> DecodeBuffers:
         if self._graph_buffers is not None and rows <= self._graph_buffers.rows:
@@ -155,8 +165,7 @@ class DecodePath:
         out: torch.Tensor | None = None,
     ) -> None:
         shape, budget = self._shape, self._config.budget
-        for first, last in self._launches():
-            rows = self._rows_between(first, last)
+        for first, last, rows, spans, shared in self._launches:
             scratch = ScoreScratch.allocate(
                 last - first, shape.q_heads, shape.lists, shape.context, self._arena.cut()
             )
@@ -165,8 +174,8 @@ class DecodePath:
                 keys,
                 self._table,
                 rows,
-                self._spans.rows(first, last),
-                self._buffers.shared.rows(first, last),
+                spans,
+                shared,
                 budget,
                 layer.scaling,
                 scratch,
