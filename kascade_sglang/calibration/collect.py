@@ -24,10 +24,11 @@ from kascade_sglang.calibration.limited_attention import (
 )
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.replay import (
-    Suffix,
+    Replay,
     answering_rows,
     borrowing_errors,
     record_inputs,
+    spans_of,
 )
 from kascade_sglang.calibration.similarity import own_mass, tile_similarity
 
@@ -94,25 +95,19 @@ def sample_tiles(length: int, budget: Budget, count: int, seed: int) -> list[int
 
 
 class _Recorder:
-    """Dense attention that keeps the measured layers' keys and the sampled tiles' queries.
+    """Dense attention that keeps the measured layers' keys and the sampled tiles' queries."""
 
-    rows: positions whose queries are kept as well, and for whose sake all layers' keys and values
-    are.
-    """
-
-    def __init__(self, tiles: Sequence[int], layers: Sequence[int], rows: Sequence[int]) -> None:
-        self._tiles, self._layers, self._rows = tiles, layers, list(rows)
+    def __init__(self, tiles: Sequence[int], layers: Sequence[int]) -> None:
+        self._tiles, self._layers = tiles, layers
         self._queries: dict[int, list[torch.Tensor]] = {}  # layer -> per tile [32, Hq, D]
-        self.row_queries: dict[int, torch.Tensor] = {}  # layer -> [R, Hq, D]
         self.keys: dict[int, torch.Tensor] = {}  # layer -> [L, H, D]
-        self.values: dict[int, torch.Tensor] = {}
         self.scales: dict[int, float] = {}
         self.softcaps: dict[int, float] = {}
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        self._keep(layer, q, k, v, scale)
+        self._keep(layer, q, k, scale)
         return dense_attention(q, k, v, scale)
 
     def limited(
@@ -134,25 +129,17 @@ class _Recorder:
                 f"model: layer {layer} has a sliding window of {limits.window} tokens, which "
                 "its configuration does not say; not supported"
             )
-        self._keep(layer, q, k, v, scale)
+        self._keep(layer, q, k, scale)
         if limits.softcap is not None:
             self.softcaps[layer] = limits.softcap
         return limited_attention(q, k, v, scale, limits)
 
-    def _keep(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> None:
-        if self._rows:
-            # Phi-3's are a part of a product that holds queries and keys as well.
-            alone = v.untyped_storage().nbytes() == v.nbytes
-            self.values[layer] = v if alone else v.clone()
-        if self._rows or layer in self._layers:
-            self.keys[layer], self.scales[layer] = k, scale
+    def _keep(self, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
         if layer in self._layers:
+            self.keys[layer], self.scales[layer] = k, scale
             # Copies, so that the queries of the other tiles are freed.
             tiles = [slice(TILE * tile, TILE * (tile + 1)) for tile in self._tiles]
             self._queries[layer] = [q[tile].clone() for tile in tiles]
-            self.row_queries[layer] = q[self._rows]
 
     def check_complete(self) -> None:
         """Refuse a model some of whose layers attended without calling us."""
@@ -223,22 +210,22 @@ def measure_prompt(
     criterion: str = "error",
     on_step: Callable[[], object] = lambda: None,
 ) -> PromptStats:
-    """Measure one prompt with one dense forward pass, and its end once more for pairs of layers.
+    """Measure one prompt with one dense forward pass, and once more for pairs of layers.
 
     tiles: the full tiles to measure. layers: those with full attention. criterion: ``error``, or
     ``mass``, which measures no errors. on_step: called after every tile and every pair of layers.
     Raises CalibrationError where there is no tile and for unsupported models.
     """
     rows = answering_rows(prompt, budget) if criterion == "error" else []
-    first = min(rows, default=len(prompt.ids))
-    recorder = _Recorder(tiles, layers, rows)
+    recorder = _Recorder(tiles, layers)
     device = model.get_input_embeddings().weight.device
     # Weights that accelerate keeps elsewhere stand on "meta"; its hooks move the ids.
     input_ids = torch.tensor([prompt.ids], device="cpu" if device.type == "meta" else device)
     error = None
     with our_attention(model):
         modules, decoder = decoder_layers(model), model.get_decoder()
-        with importance_hooks(modules) as importance, record_inputs(modules, first) as inputs:
+        replayed = record_inputs(modules if rows else [])
+        with importance_hooks(modules) as importance, replayed as inputs:
             end = decoder(input_ids=input_ids, use_cache=False, kascade=recorder).last_hidden_state
         recorder.check_complete()
         per_head, pooled, mass = _measure_tiles(recorder, tiles, budget, on_step)
@@ -246,9 +233,10 @@ def measure_prompt(
         similarity, own = per_head.cpu().numpy(), mass.cpu().numpy()
         _require_finite(similarity, own, turns)
         if rows:
-            suffix, queries = Suffix(model, recorder, first, inputs), recorder.row_queries
-            heads = _best_heads(per_head)
-            error = borrowing_errors(suffix, queries, rows, layers, heads, budget, end[0], on_step)
+            del recorder  # the keys of all layers, which running them again makes anew
+            replay, heads = Replay(model, inputs), _best_heads(per_head)
+            spans = spans_of(len(prompt.ids), rows, budget)
+            error = borrowing_errors(replay, spans, rows, layers, heads, budget, end[0], on_step)
             _require_finite(error.numpy())
     return PromptStats(
         similarity=similarity,

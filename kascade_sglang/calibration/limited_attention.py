@@ -86,18 +86,22 @@ def capped_sparse_attention(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """Like ``kascade_kernels.reference.sparse_attention`` for one query, with capped logits.
+    """Like ``kascade_kernels.reference.sparse_attention``, with capped logits.
 
-    q: [1, Hq, D]. k, v: [L, H, D]. selected: [H, count]. own: [m]. Returns [1, Hq, D].
+    q: [n, Hq, D], at the last n of ``own``. k, v: [L, H, D]. selected: [H, count]. own: [m].
+    Returns [n, Hq, D].
     """
     outputs = []
-    group = q.shape[1] // k.shape[1]
+    n, group = len(q), q.shape[1] // k.shape[1]
+    later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
     for head, keys in enumerate(selected):
         keys, one = torch.cat([keys, own]), slice(head, head + 1)
         rows = q[:, head * group : (head + 1) * group]
-        weights = _logits(rows, k[keys, one], scale, softcap).softmax(-1)  # [1, group, 1, keys]
-        outputs.append(weights[0, :, 0] @ v[keys, head].to(weights.dtype))
-    return torch.cat(outputs).unsqueeze(0).to(q.dtype)
+        logits = _logits(rows, k[keys, one], scale, softcap)[0]  # [group, n, keys]
+        logits[..., len(keys) - n :].masked_fill_(later, float("-inf"))
+        weights = logits.softmax(-1)
+        outputs.append(weights @ v[keys, head].to(weights.dtype))
+    return torch.cat(outputs).transpose(0, 1).to(q.dtype)
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

@@ -1,16 +1,17 @@
 """What happens to a model's answers when one layer attends to keys that an earlier layer selected.
 
 Recovered attention mass says how much of a layer's attention other keys keep, not whether what is
-lost matters. So the end of a prompt is run once more for every pair of layers: one layer borrows
-keys where the model answers, the layers after it go on as they are, and the error is what has
-become of the last hidden state.
+lost matters. So a prompt is run once more for every pair of layers: one layer borrows keys, as it
+would when it is served, the layers after it go on as they are, and the error is what has become
+of the last hidden state where the model answers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -31,46 +32,62 @@ from kascade_sglang.calibration.prompts import Prompt
 
 MOST_ROWS = 128
 """Positions of a prompt at which errors are measured, the last ones."""
-REACH = 1024
-"""Tokens before a prompt's end among which they lie; from the first of them on all run again."""
 _REPLAY_TOLERANCE = 0.01
 """Squared relative distance of a replay that changes nothing from the model, in low precision."""
 
 
 def reply_rows(prompt: Prompt, budget: Budget) -> list[int]:
-    """Positions near a prompt's end whose output is a token of a reply, ascending.
+    """Positions whose output is a token of a reply, ascending, at most the last MOST_ROWS.
 
     Those whose budget covers every key lose nothing, whoever selects, and are left out.
     """
     rows = [at - 1 for begin, end in prompt.replies for at in range(max(begin, 1), end)]
-    return _sparse(rows, len(prompt.ids), budget)
+    return _sparse(rows, budget)[-MOST_ROWS:]
 
 
 def answering_rows(prompt: Prompt, budget: Budget) -> list[int]:
     """Positions at which errors are measured: of replies, or a prompt's last ones without any."""
-    return reply_rows(prompt, budget) or _sparse(range(len(prompt.ids)), len(prompt.ids), budget)
+    last = range(len(prompt.ids))[-MOST_ROWS:]
+    return reply_rows(prompt, budget) or _sparse(last, budget)
 
 
-def _sparse(rows: Sequence[int], length: int, budget: Budget) -> list[int]:
-    near = [row for row in rows if row >= length - REACH and not budget.is_dense(tile_of(row))]
-    return near[-MOST_ROWS:]
+def _sparse(rows: Iterable[int], budget: Budget) -> list[int]:
+    return [row for row in rows if not budget.is_dense(tile_of(row))]
 
 
-class Recorded(Protocol):
-    """What a dense pass leaves: by layer, K and V [L, H, D], the logits' scale and soft cap."""
+class Span(NamedTuple):
+    """Positions [begin, end) of one tile whose queries share a selection."""
 
-    keys: dict[int, torch.Tensor]
-    values: dict[int, torch.Tensor]
-    scales: dict[int, float]
-    softcaps: dict[int, float]
+    begin: int
+    end: int
+
+
+def spans_of(length: int, rows: Sequence[int], budget: Budget) -> list[Span]:
+    """How a prompt's positions select keys where it is served, ascending.
+
+    rows: where the model answers, each a decoding step of its own; the others are prefilled, tile
+    by tile. Those whose budget covers every key are left out.
+    """
+    alone, spans = set(rows), []
+    for tile in range(tile_of(length - 1) + 1):
+        if budget.is_dense(tile):
+            continue
+        positions = range(TILE * tile, min(length, TILE * (tile + 1)))
+        for answers, run in groupby(positions, alone.__contains__):
+            run = list(run)
+            spans += [Span(row, row + 1) for row in run] if answers else [Span(run[0], run[-1] + 1)]
+    return spans
+
+
+_NOT_KEPT = ("hidden_states", "kascade")
 
 
 @contextmanager
-def record_inputs(layers: Sequence[nn.Module], first: int) -> Iterator[list[tuple]]:
-    """Within the block, a forward pass keeps each layer's input from position ``first`` on.
+def record_inputs(layers: Sequence[nn.Module]) -> Iterator[list[tuple]]:
+    """Within the block, a forward pass keeps what each layer is called with.
 
-    Yields a list that fills with (hidden states [S, hidden], other positional arguments, named
-    ones), cut likewise. Raises CalibrationError for hidden states that are not [1, L, hidden].
+    Yields a list that fills with (hidden states [L, hidden], other positional arguments, named
+    ones). Raises CalibrationError for hidden states that are not [1, L, hidden].
     """
     found: list[tuple] = []
 
@@ -82,8 +99,7 @@ def record_inputs(layers: Sequence[nn.Module], first: int) -> Iterator[list[tupl
                 f"{list(hidden.shape)}; --criterion mass does not run them one by one"
             )
         others = {name: value for name, value in kwargs.items() if name not in _NOT_KEPT}
-        rest = (args[1:], others)
-        found.append((hidden[0, first:].clone(), *_cut(rest, hidden.shape[1], first)))
+        found.append((hidden[0].clone(), args[1:], others))
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     try:
@@ -93,33 +109,11 @@ def record_inputs(layers: Sequence[nn.Module], first: int) -> Iterator[list[tupl
             handle.remove()
 
 
-_NOT_KEPT = ("hidden_states", "kascade")
-
-
-def _cut(value: Any, length: int, first: int) -> Any:
-    """Cut positions [first, length) out of tensors [1, L, ...] and [L], wherever they are."""
-    if isinstance(value, dict):
-        return {name: _cut(one, length, first) for name, one in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_cut(one, length, first) for one in value)
-    if isinstance(value, torch.Tensor):
-        if value.ndim > 1 and value.shape[1] == length:
-            return value[:, first:]
-        if value.ndim == 1 and len(value) == length:
-            return value[first:]
-    return value
-
-
 @dataclass(frozen=True)
-class Suffix:
-    """A prompt's last positions, which can be run again from any layer on.
-
-    first: the first of them. inputs: of ``record_inputs``.
-    """
+class Replay:
+    """A prompt that can be run again from any layer on. inputs: of ``record_inputs``."""
 
     model: PreTrainedModel
-    recorded: Recorded
-    first: int
     inputs: list[tuple]
 
     @cached_property
@@ -127,36 +121,24 @@ class Suffix:
         """The decoder's."""
         return decoder_layers(self.model)
 
-    def run(self, hidden: torch.Tensor, layer: int, attention: LayerAttention) -> torch.Tensor:
-        """Run one layer on hidden states [S, hidden]."""
+    def run(self, layer: int, attention: LayerAttention) -> torch.Tensor:
+        """Run one layer on its input: hidden states [L, hidden]."""
+        return self._run(self.inputs[layer][0], layer, attention)
+
+    def finish(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        """Run the layers from ``layer`` on and the last norm: float32 [L, hidden]."""
+        for number in range(layer, len(self.inputs)):
+            hidden = self._run(hidden, number, DenseAttention())
+        return last_norm(self.model)(hidden).float()
+
+    def _run(self, hidden: torch.Tensor, layer: int, attention: LayerAttention) -> torch.Tensor:
         _, others, named = self.inputs[layer]
         out = self.layers[layer](hidden[None], *others, **named, kascade=attention)
         return (out[0] if isinstance(out, tuple) else out)[0]
 
-    def finish(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        """Run the layers from ``layer`` on and the last norm: float32 [S, hidden]."""
-        for number in range(layer, len(self.inputs)):
-            hidden = self.run(hidden, number, SuffixAttention(self.recorded, self.first))
-        return last_norm(self.model)(hidden).float()
 
-
-class Borrowed(NamedTuple):
-    """Positions, ascending, and what they attend to: keys int64 [H_i, count] that a layer selected
-    for each, of which head h takes those of head ``head_map[h]``."""
-
-    rows: Sequence[int]
-    selected: Sequence[torch.Tensor]
-    head_map: torch.Tensor
-
-
-class SuffixAttention:
-    """Attention of the suffix, dense but for the rows that borrow keys.
-
-    Keys and values before the suffix are the recorded ones.
-    """
-
-    def __init__(self, recorded: Recorded, first: int, borrowed: Borrowed | None = None) -> None:
-        self._recorded, self._first, self._borrowed = recorded, first, borrowed
+class DenseAttention:
+    """What a layer attends to when nothing is changed."""
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
@@ -173,54 +155,71 @@ class SuffixAttention:
         limits: Limits,
     ) -> torch.Tensor:
         """Attend in a layer with a window or soft-capped logits."""
-        k = torch.cat([self._recorded.keys[layer][: self._first], k])
-        v = torch.cat([self._recorded.values[layer][: self._first], v])
         if limits == Limits():
-            out = dense_attention(q, k, v, scale)
-        else:
-            out = limited_attention(q, k, v, scale, limits)
-        return out if self._borrowed is None else self._borrow(out, q, k, v, scale, limits.softcap)
+            return dense_attention(q, k, v, scale)
+        return limited_attention(q, k, v, scale, limits)
 
-    def _borrow(
+
+class SelectingAttention(DenseAttention):
+    """Dense attention that also selects keys for each span: ``selected``, int32 [H, count]."""
+
+    def __init__(self, spans: Sequence[Span], budget: Budget) -> None:
+        self._spans, self._budget = spans, budget
+        self.selected: list[torch.Tensor] = []
+
+    def limited(
         self,
-        out: torch.Tensor,
+        layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         scale: float,
-        softcap: float | None,
+        limits: Limits,
     ) -> torch.Tensor:
-        out = out.clone()
-        rows, selected, head_map = self._borrowed
-        for row, keys in zip(rows, selected, strict=True):
-            own = torch.arange(TILE * tile_of(row), row + 1, device=q.device)
-            query = slice(row - self._first, row - self._first + 1)
-            arguments = (q[query], k, v, keys[head_map].to(q.device), own, scale)
-            if softcap is None:
-                out[query] = sparse_attention(*arguments)
+        """Select by the layer's own queries and keys."""
+        for begin, end in self._spans:
+            scores = layer_scores(q[begin:end], k[:end], scale, limits.softcap)
+            selected = select_topk(scores, self._budget.selected(tile_of(begin)))
+            self.selected.append(selected.int())  # there is one for every tile of the prompt
+        return super().limited(layer, q, k, v, scale, limits)
+
+
+class BorrowingAttention(DenseAttention):
+    """Dense attention but for spans, which attend to keys that another layer selected.
+
+    selected: of ``SelectingAttention``; head h takes those of head ``head_map[h]``.
+    """
+
+    def __init__(
+        self, spans: Sequence[Span], selected: Sequence[torch.Tensor], head_map: torch.Tensor
+    ) -> None:
+        self._spans, self._selected, self._head_map = spans, selected, head_map
+
+    def limited(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        limits: Limits,
+    ) -> torch.Tensor:
+        """Attend; spans to their keys and, causally, to the own ones of their tile."""
+        out = super().limited(layer, q, k, v, scale, limits)
+        for (begin, end), selected in zip(self._spans, self._selected, strict=True):
+            own = torch.arange(TILE * tile_of(begin), end, device=q.device)
+            keys = selected[self._head_map].to(q.device)
+            arguments = (q[begin:end], k, v, keys, own, scale)
+            if limits.softcap is None:
+                out[begin:end] = sparse_attention(*arguments)
             else:
-                out[query] = capped_sparse_attention(*arguments, softcap)
+                out[begin:end] = capped_sparse_attention(*arguments, limits.softcap)
         return out
 
 
-def select_for_rows(
-    recorded: Recorded, layer: int, queries: torch.Tensor, rows: Sequence[int], budget: Budget
-) -> list[torch.Tensor]:
-    """Keys that a layer selects for each row, as one decoding step would: int64 [H, count] each.
-
-    queries: [R, Hq, D], the rows' in that layer.
-    """
-    k, scale, softcap = recorded.keys[layer], recorded.scales[layer], recorded.softcaps.get(layer)
-    selected = []
-    for row, q in zip(rows, queries, strict=True):
-        scores = layer_scores(q[None], k[: row + 1], scale, softcap)
-        selected.append(select_topk(scores, budget.selected(tile_of(row))))
-    return selected
-
-
 def borrowing_errors(
-    suffix: Suffix,
-    queries: dict[int, torch.Tensor],
+    replay: Replay,
+    spans: Sequence[Span],
     rows: Sequence[int],
     layers: Sequence[int],
     head_maps: torch.Tensor,
@@ -230,42 +229,49 @@ def borrowing_errors(
 ) -> torch.Tensor:
     """Error of the last hidden state when layer j alone borrows layer i's keys: [M, M], float64.
 
-    queries: by layer, [R, Hq, D] of the rows. layers: those measured, M of them. head_maps:
-    [M, M, H], the head of layer i whose keys a head of layer j takes. end: [L, hidden], what the
-    model gave. An error is the squared distance over the squared length, the mean over rows;
-    entries with i > j are 0, as is that of the first layer with itself, which attends densely.
-    Raises CalibrationError where running the suffix again gives another result than the model.
+    spans: where it borrows. rows: where errors are measured. layers: those measured, M of them.
+    head_maps: [M, M, H], the head of layer i whose keys a head of layer j takes. end: [L, hidden],
+    what the model gave. An error is the squared distance over the squared length, the mean over
+    rows; entries with i > j are 0, as is that of the first layer with itself, which attends
+    densely.
+    Raises CalibrationError where running the layers again gives another result than the model.
     """
-    places = [row - suffix.first for row in rows]
-    # Errors are against a replay too: in low precision it differs a little from the model.
+    rows = list(rows)
+    expected = _unchanged(replay, rows, end)
+    errors = torch.zeros(len(layers), len(layers), dtype=torch.float64)
+    for i, anchor in enumerate(layers):
+        selecting = SelectingAttention(spans, budget)
+        replay.run(anchor, selecting)
+        for j in range(i, len(layers)):
+            if j > 0:
+                attention = BorrowingAttention(spans, selecting.selected, head_maps[i, j])
+                changed = replay.run(layers[j], attention)
+                found = replay.finish(changed, layers[j] + 1)[rows]
+                errors[i, j] = relative_error(found, expected)
+            on_pair()
+    return errors
+
+
+def _unchanged(replay: Replay, rows: list[int], end: torch.Tensor) -> torch.Tensor:
+    """Return the last hidden state at rows when nothing borrows. Errors are against it, because
+    in low precision it differs a little from ``end``, the model's."""
     try:
-        expected = suffix.finish(suffix.inputs[0][0], 0)[places]
+        found = replay.finish(replay.inputs[0][0], 0)[rows]
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise CalibrationError(
-            f"model: {type(suffix.model).__name__}'s layers cannot be run one by one ({error}); "
+            f"model: {type(replay.model).__name__}'s layers cannot be run one by one ({error}); "
             "--criterion mass does not run them"
         ) from error
-    distance = relative_error(end[list(rows)].float().to(expected.device), expected)
+    distance = relative_error(end[rows].float().to(found.device), found)
     if not distance < _REPLAY_TOLERANCE:
         raise CalibrationError(
-            f"model: {type(suffix.model).__name__}'s layers, run one by one, give another result "
+            f"model: {type(replay.model).__name__}'s layers, run one by one, give another result "
             f"than the model (squared relative distance {distance:.3g}); --criterion mass does "
             "not run them"
         )
-    errors = torch.zeros(len(layers), len(layers), dtype=torch.float64)
-    for i, anchor in enumerate(layers):
-        selected = select_for_rows(suffix.recorded, anchor, queries[anchor], rows, budget)
-        for j in range(i, len(layers)):
-            if j > 0:
-                layer, borrowed = layers[j], Borrowed(rows, selected, head_maps[i, j])
-                attention = SuffixAttention(suffix.recorded, suffix.first, borrowed)
-                changed = suffix.run(suffix.inputs[layer][0], layer, attention)
-                found = suffix.finish(changed, layer + 1)[places]
-                errors[i, j] = relative_error(found, expected)
-            on_pair()
-    return errors
+    return found
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

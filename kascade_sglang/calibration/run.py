@@ -27,7 +27,7 @@ from kascade_sglang.calibration.collect import (
 )
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.prompts import Prompt
-from kascade_sglang.calibration.replay import MOST_ROWS, REACH, reply_rows
+from kascade_sglang.calibration.replay import MOST_ROWS, reply_rows
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
 from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
@@ -179,13 +179,11 @@ def _say_what_errors_are_of(
     silent = sum(not reply_rows(prompt, budget) for prompt in prompts)
     if silent:
         logger.warning(
-            "%s: in %d of %d prompts no reply of an assistant can be told, among their last %d "
-            "tokens and where keys are left out; what borrowed keys change is measured on their "
-            "last %d tokens instead",
+            "%s: in %d of %d prompts no reply of an assistant can be told where keys are left "
+            "out; what borrowed keys change is measured on their last %d tokens instead",
             config.source.name,
             silent,
             len(prompts),
-            REACH,
             MOST_ROWS,
         )
     if config.heads == "pooled":
@@ -285,7 +283,7 @@ def _settings(
     """Everything that the measurements' bits depend on; anchors and heads are picked later."""
     described = json.dumps(hf_config.to_diff_dict(), sort_keys=True, default=str)
     return {
-        "format": 2,  # of the files of measurements
+        "format": 3,  # of the files of measurements
         "model": _model_name(config.model),
         "model_config": hashlib.sha256(described.encode()).hexdigest(),
         "weights": hf_model.weights_version(config.model, hf_config),

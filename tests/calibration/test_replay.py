@@ -1,5 +1,7 @@
 """What borrowed keys do to the last hidden state, against whole passes of the model."""
 
+import itertools
+
 import pytest
 import torch
 from test_families import FAMILIES, GEMMA, build
@@ -24,10 +26,10 @@ def prompt_of(length: int = LENGTH) -> Prompt:
 
 
 class Borrowing:
-    """Attention matrices in full; in layer j, rows keep what layer i's matrix says is greatest."""
+    """Attention matrices in full; in layer j, spans keep what layer i's matrix says is greatest."""
 
-    def __init__(self, i: int, j: int, rows: list[int], head_map: list[int]) -> None:
-        self.i, self.j, self.rows, self.head_map = i, j, rows, head_map
+    def __init__(self, i: int, j: int, spans: list[replay.Span], head_map: list[int]) -> None:
+        self.i, self.j, self.spans, self.head_map = i, j, spans, head_map
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
@@ -54,13 +56,13 @@ class Borrowing:
         if layer == self.i:
             self.mass = logits.softmax(-1).unflatten(0, (-1, group)).sum(1)  # [H, L, L]
         if layer == self.j:
-            for row in self.rows:
-                start, count = TILE * tile_of(row), BUDGET.selected(tile_of(row))
+            for begin, end in self.spans:
+                start, count = TILE * tile_of(begin), BUDGET.selected(tile_of(begin))
                 for head, source in enumerate(self.head_map):
-                    kept = self.mass[source, row, :start].topk(count).indices
+                    kept = self.mass[source, begin:end, :start].sum(0).topk(count).indices
                     hidden = torch.ones(len(q), dtype=torch.bool)
                     hidden[kept] = hidden[start:] = False
-                    mine = logits[head * group : (head + 1) * group, row]
+                    mine = logits[head * group : (head + 1) * group, begin:end]
                     mine.masked_fill_(hidden, float("-inf"))
         return torch.einsum("hqk,khd->qhd", logits.softmax(-1), v)
 
@@ -86,12 +88,13 @@ def test_equals_whole_passes_in_which_one_layer_borrows(
     found = measure_prompt(model, prompt, tiles, BUDGET, layers)
     rows = replay.answering_rows(prompt, BUDGET)
     assert rows == [*range(149, 153), *range(179, 189)] and found.rows == len(rows)
+    spans = replay.spans_of(LENGTH, rows, BUDGET)
     dense = last_hidden(model, prompt, Borrowing(-1, -1, [], []))[rows]
     maps = found.similarity.argmax(-1)
     for j in range(len(layers)):
         for i in range(j + 1):
             head_map = [0, 1] if i == j else maps[i, j].tolist()
-            borrowing = Borrowing(layers[i], layers[j], rows, head_map)
+            borrowing = Borrowing(layers[i], layers[j], spans, head_map)
             changed = last_hidden(model, prompt, borrowing)[rows]
             error = (changed - dense).square().sum(-1) / dense.square().sum(-1)
             expected = 0.0 if j == 0 else float(error.mean())
@@ -108,8 +111,8 @@ def test_equals_whole_passes_in_which_one_layer_borrows(
         (300, ((5, 7),), list(range(300 - replay.MOST_ROWS, 300))),
         (180, (), list(range(64, 180))),
         (3000, (), list(range(3000 - replay.MOST_ROWS, 3000))),
-        (3000, ((100, 200), (2990, 2992)), [2989, 2990]),
-        (3000, ((100, 200),), list(range(3000 - replay.MOST_ROWS, 3000))),
+        (3000, ((100, 104), (2990, 2992)), [99, 100, 101, 102, 2989, 2990]),
+        (3000, ((100, 200),), list(range(99, 199))),
         (3000, ((2000, 3000),), list(range(2999 - replay.MOST_ROWS, 2999))),
     ],
     ids=[
@@ -118,8 +121,8 @@ def test_equals_whole_passes_in_which_one_layer_borrows(
         "none but there",
         "no reply",
         "the last ones",
-        "near the end",
-        "too far",
+        "all of two replies",
+        "far from the end",
         "long",
     ],
 )
@@ -128,17 +131,18 @@ def test_rows_that_answer(length: int, replies: tuple, rows: list[int]) -> None:
     assert replay.answering_rows(Prompt([0] * length, replies), BUDGET) == rows
 
 
+def test_spans() -> None:
+    """Tiles share a selection but for the positions that answer; the first two read every key."""
+    spans = replay.spans_of(4 * TILE + 3, [70, 71, 95, 96], BUDGET)
+    expected = [(64, 70), (70, 71), (71, 72), (72, 95), (95, 96), (96, 97), (97, 128), (128, 131)]
+    assert spans == expected
+
+
 def test_refuses_layers_that_do_not_give_the_model(
     llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a model hands its layers positions in a form that is not cut."""
-
-    def cut(value: tuple, length: int, first: int) -> tuple:
-        cos, sin = value[1]["position_embeddings"]
-        count = length - first
-        return (), {"position_embeddings": (cos[:, :count], sin[:, :count])}
-
-    monkeypatch.setattr(replay, "_cut", cut)
+    """As where a decoder does more than to run its layers and the last norm."""
+    monkeypatch.setattr(replay, "last_norm", lambda _: torch.nn.Identity())
     tiles = sample_tiles(LENGTH, BUDGET, 64, seed=0)
     with pytest.raises(CalibrationError, match="another result than the model .* --criterion mass"):
         measure_prompt(llama, prompt_of(), tiles, BUDGET, range(4))
@@ -147,7 +151,8 @@ def test_refuses_layers_that_do_not_give_the_model(
 def test_refuses_layers_that_cannot_be_run(
     llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay, "_cut", lambda *_: ((), {}))
+    """As where a decoder hands its layers something that it fills in as it goes."""
+    monkeypatch.setattr(replay, "_NOT_KEPT", ("hidden_states", "kascade", "position_embeddings"))
     tiles = sample_tiles(LENGTH, BUDGET, 64, seed=0)
     with pytest.raises(CalibrationError, match="cannot be run one by one .* --criterion mass"):
         measure_prompt(llama, prompt_of(), tiles, BUDGET, range(4))
@@ -156,11 +161,11 @@ def test_refuses_layers_that_cannot_be_run(
 @pytest.mark.parametrize("softcap", [2.0, 50.0])
 def test_capped_sparse_attention_in_float64(softcap: float) -> None:
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(n, h, 8, generator=draw).double() for n, h in ((1, 4), (70, 2), (70, 2)))
+    q, k, v = (torch.randn(n, h, 8, generator=draw).double() for n, h in ((3, 4), (70, 2), (70, 2)))
     selected, own = torch.tensor([[3, 40, 9], [0, 63, 5]]), torch.arange(64, 70)
     found = capped_sparse_attention(q, k, v, selected, own, 0.5, softcap)
-    for head in range(4):
-        keys = torch.cat([selected[head // 2], own])
-        logits = softcap * torch.tanh(k[keys, head // 2] @ q[0, head] * 0.5 / softcap)
+    for query, head in itertools.product(range(3), range(4)):
+        keys = torch.cat([selected[head // 2], own[: 4 + query]])
+        logits = softcap * torch.tanh(k[keys, head // 2] @ q[query, head] * 0.5 / softcap)
         expected = logits.softmax(0) @ v[keys, head // 2]
-        torch.testing.assert_close(found[0, head], expected)
+        torch.testing.assert_close(found[query, head], expected)
