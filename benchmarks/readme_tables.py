@@ -211,7 +211,7 @@ def ablations_table() -> str:
     for row in rows:
         right, low, high = (f"{float(row[name]):.1%}" for name in ("accuracy", "low", "high"))
         objectives = [f"{float(row[name]):.3f}" for name in ("mass", "error")]
-        answers = f"{right} ({low} to {high})"
+        answers = f"{right} of {row['n']} ({low} to {high})"
         cells = (row["count"], row["anchors"], row["tile"], *objectives, answers)
         lines.append([row["choice"], *cells])
     header = ["anchors chosen by", "count", "layers", "tile", "mass", "-error", "right (95 %)"]
