@@ -1,12 +1,12 @@
 """``make eval``: ask the same questions under every method; write a table and a plot.
 
 Every row of the CSV is one method, task and length. Accuracy is the share of replies that hold
-the right value. A method's rows are written when it is done, so an interrupted run keeps them.
+the right value. A method's rows are added when it is done, so an interrupted run keeps them; the
+table and the plot take the newest of a cell.
 """
 
 import argparse
 import asyncio
-import csv
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +25,7 @@ from kascade_sglang.demo.server import MODEL, Server, stop_servers_on_sigterm
 from kascade_sglang.demo.tasks import TASKS, Document, make_document
 from kascade_sglang.evaluation.methods import Method, all_methods, server_arguments
 from kascade_sglang.evaluation.report import plot, summary
+from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import provenance
 
 RESULTS = Path("benchmarks/results")
@@ -104,11 +105,11 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make eval", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2])
     parser.add_argument("--documents", type=int, default=4, help="documents per length")
     parser.add_argument("--questions", type=int, default=5, help="questions per task and document")
     names = list(dict.fromkeys(method.name for method in all_methods([1.0])))
-    parser.add_argument("--only", nargs="+", choices=names, help="run these; rows are appended")
+    parser.add_argument("--only", nargs="+", choices=names, help="run these")
     parser.add_argument("--dense", default=default_dense_backend(), help="the dense backend")
     parser.add_argument("--parallel", type=int, default=1, help="servers to run side by side")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality_demo.csv")
@@ -133,22 +134,16 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="kascade-eval-"))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     stamp = provenance(options.commit)
-    fresh = not options.only or not options.out.exists()
-    with open(options.out, "w" if fresh else "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        with (
-            tqdm(total=total, unit="question") as bar,
-            ThreadPoolExecutor(options.parallel) as pool,
-        ):
+    with (
+        tqdm(total=total, unit="question") as bar,
+        ThreadPoolExecutor(options.parallel) as pool,
+    ):
 
-            def run(method: Method) -> list[dict[str, Any]]:
-                return evaluate(method, options.dense, documents, folder, bar)
+        def run(method: Method) -> list[dict[str, Any]]:
+            return evaluate(method, options.dense, documents, folder, bar)
 
-            for rows in pool.map(run, methods):
-                writer.writerows({**row, **stamp} for row in rows)
-                file.flush()
+        for rows in pool.map(run, methods):
+            append_csv(options.out, COLUMNS, [{**row, **stamp} for row in rows])
     Console(width=110).print(summary(options.out))
     plot(options.out, options.out.with_suffix(".png"))
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.files import why_unwritable
 
 if TYPE_CHECKING:
     from kascade_sglang.evaluation.endpoint import Endpoint
@@ -100,8 +101,8 @@ def _check(args: argparse.Namespace) -> None:
     for length in args.lengths:
         if length < 256:
             raise EvaluationError(f"--lengths: expected at least 256 tokens, got {length}")
-    if not args.out.absolute().parent.is_dir():
-        raise EvaluationError(f"--out {args.out}: no such folder")
+    if why := why_unwritable(args.out):
+        raise EvaluationError(f"--out {args.out}: {why}")
 
 
 def _tokenizer(args: argparse.Namespace, endpoint: "Endpoint") -> str:
