@@ -195,9 +195,13 @@ def _best_heads(similarity: torch.Tensor) -> torch.Tensor:
     return best
 
 
-def steps_of(tiles: int, layers: int, criterion: str) -> int:
-    """How often ``measure_prompt`` says that it has got on."""
-    return tiles + (layers * (layers + 1) // 2 if criterion == "error" else 0)
+def work_of(length: int, layers: Sequence[int], depth: int, criterion: str) -> int:
+    """Work of ``measure_prompt``, in layers times tokens run.
+
+    layers: those measured, of a model with ``depth``. A prompt's tiles count as one pass.
+    """
+    again = sum((place + 1) * (depth - layer) for place, layer in enumerate(layers))
+    return length * (depth + (again if criterion == "error" else 0))
 
 
 @torch.inference_mode()
@@ -208,12 +212,13 @@ def measure_prompt(
     budget: Budget,
     layers: Sequence[int],
     criterion: str = "error",
-    on_step: Callable[[], object] = lambda: None,
+    on_work: Callable[[float], object] = lambda work: None,
 ) -> PromptStats:
     """Measure one prompt with one dense forward pass, and once more for pairs of layers.
 
     tiles: the full tiles to measure. layers: those with full attention. criterion: ``error``, or
-    ``mass``, which measures no errors. on_step: called after every tile and every pair of layers.
+    ``mass``, which measures no errors. on_work: called after every tile and every pair of layers
+    with its share of ``work_of``.
     Raises CalibrationError where there is no tile and for unsupported models.
     """
     rows = answering_rows(prompt, budget) if criterion == "error" else []
@@ -228,15 +233,18 @@ def measure_prompt(
         with importance_hooks(modules) as importance, replayed as inputs:
             end = decoder(input_ids=input_ids, use_cache=False, kascade=recorder).last_hidden_state
         recorder.check_complete()
-        per_head, pooled, mass = _measure_tiles(recorder, tiles, budget, on_step)
+        length, depth = len(prompt.ids), len(modules)
+        per_head, pooled, mass = _measure_tiles(
+            recorder, tiles, budget, lambda: on_work(length * depth / len(tiles))
+        )
         turns = np.array([importance[layer] for layer in layers])
         similarity, own = per_head.cpu().numpy(), mass.cpu().numpy()
         _require_finite(similarity, own, turns)
         if rows:
             del recorder  # the keys of all layers, which running them again makes anew
             replay, heads = Replay(model, inputs), _best_heads(per_head)
-            spans = spans_of(len(prompt.ids), rows, budget)
-            error = borrowing_errors(replay, spans, rows, layers, heads, budget, end[0], on_step)
+            spans, on_layers = spans_of(length, rows, budget), lambda count: on_work(length * count)
+            error = borrowing_errors(replay, spans, rows, layers, heads, budget, end[0], on_layers)
             _require_finite(error.numpy())
     return PromptStats(
         similarity=similarity,
@@ -244,7 +252,7 @@ def measure_prompt(
         mass=own,
         importance=turns,
         error=None if error is None else error.numpy(),
-        tokens=len(prompt.ids),
+        tokens=length,
         tiles=len(tiles),
         rows=len(rows),
     )
@@ -291,7 +299,7 @@ def collect(
     tiles_per_prompt: int = 64,
     seed: int = 0,
     criterion: str = "error",
-    on_step: Callable[[], object] = lambda: None,
+    on_work: Callable[[float], object] = lambda work: None,
 ) -> LayerStats:
     """Measure a model over prompts; see ``measure_prompt``.
 
@@ -307,7 +315,7 @@ def collect(
             budget,
             layers,
             criterion,
-            on_step,
+            on_work,
         )
         for number, ids in enumerate(prompts)
     ]

@@ -225,7 +225,7 @@ def borrowing_errors(
     head_maps: torch.Tensor,
     budget: Budget,
     end: torch.Tensor,
-    on_pair: Callable[[], object] = lambda: None,
+    on_layers: Callable[[int], object] = lambda count: None,
 ) -> torch.Tensor:
     """Error of the last hidden state when layer j alone borrows layer i's keys: [M, M], float64.
 
@@ -233,7 +233,7 @@ def borrowing_errors(
     head_maps: [M, M, H], the head of layer i whose keys a head of layer j takes. end: [L, hidden],
     what the model gave. An error is the squared distance over the squared length, the mean over
     rows; entries with i > j are 0, as is that of the first layer with itself, which attends
-    densely.
+    densely. on_layers: called after every pair with how many layers run for one of its kind.
     Raises CalibrationError where running the layers again gives another result than the model.
     """
     rows = list(rows)
@@ -248,7 +248,7 @@ def borrowing_errors(
                 changed = replay.run(layers[j], attention)
                 found = replay.finish(changed, layers[j] + 1)[rows]
                 errors[i, j] = relative_error(found, expected)
-            on_pair()
+            on_layers(len(replay.inputs) - layers[j])
     return errors
 
 

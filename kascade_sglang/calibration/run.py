@@ -23,7 +23,7 @@ from kascade_sglang.calibration.collect import (
     full_layers,
     measure_prompt,
     sample_tiles,
-    steps_of,
+    work_of,
 )
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.prompts import Prompt
@@ -226,21 +226,24 @@ def _measure(
     config: CalibrationConfig,
     checkpoint: Checkpoint,
 ) -> LayerStats:
-    """Measure what the checkpoint lacks, under a progress bar of tiles and pairs of layers."""
+    """Measure what the checkpoint lacks, under a progress bar of the work that it takes."""
     layers = full_layers(model, _longest(prompts))
     tiles = [
         sample_tiles(len(prompt.ids), budget, config.tiles, config.seed + number)
         for number, prompt in enumerate(prompts)
     ]
-    steps = [steps_of(len(one), len(layers), config.criterion) for one in tiles]
+    depth = len(hf_model.decoder_layers(model))
+    work = [work_of(len(prompt.ids), layers, depth, config.criterion) for prompt in prompts]
     measured = [checkpoint.load(number) for number in range(len(prompts))]
-    ready = sum(steps[number] for number, stats in enumerate(measured) if stats is not None)
+    ready = sum(work[number] for number, stats in enumerate(measured) if stats is not None)
     if ready:
         kept = sum(stats is not None for stats in measured)
         logger.warning("resuming: %d of %d prompts are measured already", kept, len(prompts))
-    # smoothing=0: the time left counts the pauses of the forward passes between prompts' steps.
-    total = sum(steps)
-    with tqdm(total=total, initial=ready, desc="calibrating", unit="step", smoothing=0) as bar:
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    # smoothing=0: the time left counts the pauses of the forward passes between prompts' tiles.
+    with tqdm(
+        total=sum(work), initial=ready, desc="calibrating", bar_format=shown, smoothing=0
+    ) as bar:
         try:
             for number, prompt in enumerate(prompts):
                 if measured[number] is None:

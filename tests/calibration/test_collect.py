@@ -9,7 +9,7 @@ from brute import least_similarity, mean_mass
 from transformers import LlamaForCausalLM
 
 from kascade_kernels.budget import TILE, Budget
-from kascade_sglang.calibration.collect import MASS_RATIOS, collect, sample_tiles, steps_of
+from kascade_sglang.calibration.collect import MASS_RATIOS, collect, sample_tiles, work_of
 from kascade_sglang.calibration.errors import CalibrationError
 
 BUDGET = Budget(0.1, 64)
@@ -112,19 +112,18 @@ def test_refuses_attention_that_is_not_finite(llama: LlamaForCausalLM, part: str
 
 
 @pytest.mark.parametrize("criterion, steps", [("mass", 3), ("error", 3 + 10)])
-def test_counts_steps_for_the_progress_bar(
-    llama: LlamaForCausalLM, criterion: str, steps: int
-) -> None:
-    ticks = []
+def test_says_how_much_work_is_done(llama: LlamaForCausalLM, criterion: str, steps: int) -> None:
+    done = []
     measured = collect(
         llama,
         prompts(2, 6 * TILE),
         BUDGET,
         tiles_per_prompt=3,
         criterion=criterion,
-        on_step=lambda: ticks.append(1),
+        on_work=done.append,
     )
-    assert len(ticks) == 2 * steps == 2 * steps_of(3, 4, criterion)
+    assert len(done) == 2 * steps
+    assert sum(done) == pytest.approx(2 * work_of(6 * TILE, range(4), 4, criterion))
     assert (measured.error is None) == (criterion == "mass")
 
 
