@@ -6,6 +6,9 @@ from pathlib import Path
 
 from rich.table import Table
 
+NEAR_DENSE = 95
+"""Percent of right replies from which the plot's second half starts."""
+
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the CSV's rows; where a cell was measured twice, the newest."""
@@ -50,21 +53,24 @@ def summary(path: Path) -> Table:
 
 
 def plot(path: Path, picture: Path) -> None:
-    """Draw accuracy against budget, one line a method."""
+    """Draw accuracy against budget, one line a method, and once more what is near dense."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     means = mean_accuracy(read_rows(path))
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for method, heads in dict.fromkeys((key[0], key[1]) for key in means if key[2]):
-        points = sorted((float(k[2]), v) for k, v in means.items() if k[:2] == (method, heads))
-        label = f"{method} ({heads})" if method == "kascade" else method
-        axes.plot([100 * x for x, _ in points], [100 * y for _, y in points], "o-", label=label)
+    figure, (every, best) = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     dense = means.get(("dense", "", ""))
-    if dense is not None:
-        axes.axhline(100 * dense, color="black", linestyle="--", label="dense")
-    axes.set(xlabel="budget, % of the context", ylabel="right replies, %", ylim=(0, 102))
-    axes.legend()
+    for axes, lowest in ((every, 0), (best, NEAR_DENSE)):
+        for method, heads in dict.fromkeys((key[0], key[1]) for key in means if key[2]):
+            points = sorted((float(k[2]), v) for k, v in means.items() if k[:2] == (method, heads))
+            label = f"{method} ({heads})" if method == "kascade" else method
+            axes.plot([100 * x for x, _ in points], [100 * y for _, y in points], "o-", label=label)
+        if dense is not None:
+            axes.axhline(100 * dense, color="black", linestyle="--", label="dense")
+        margin = (100 - lowest) / 50
+        axes.set(xlabel="budget, % of the context", ylim=(lowest, 100 + margin))
+    every.set(ylabel="right replies, %")
+    every.legend()
     figure.savefig(picture, dpi=120)
