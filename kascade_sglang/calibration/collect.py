@@ -28,9 +28,9 @@ from kascade_sglang.calibration.replay import (
     answering_rows,
     borrowing_errors,
     record_inputs,
-    spans_of,
 )
 from kascade_sglang.calibration.similarity import own_mass, tile_similarity
+from kascade_sglang.calibration.spans import spans_of
 
 ATTENTION = "dense"
 """What the layers attend to while statistics are taken; recorded in the plan."""

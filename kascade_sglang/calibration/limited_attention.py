@@ -77,33 +77,6 @@ def layer_scores(
     return capped_scores(q, k, scale, softcap)
 
 
-def capped_sparse_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    selected: torch.Tensor,
-    own: torch.Tensor,
-    scale: float,
-    softcap: float,
-) -> torch.Tensor:
-    """Like ``kascade_kernels.reference.sparse_attention``, with capped logits.
-
-    q: [n, Hq, D], at the last n of ``own``. k, v: [L, H, D]. selected: [H, count]. own: [m].
-    Returns [n, Hq, D].
-    """
-    outputs = []
-    n, group = len(q), q.shape[1] // k.shape[1]
-    later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
-    for head, keys in enumerate(selected):
-        keys, one = torch.cat([keys, own]), slice(head, head + 1)
-        rows = q[:, head * group : (head + 1) * group]
-        logits = _logits(rows, k[keys, one], scale, softcap)[0]  # [group, n, keys]
-        logits[..., len(keys) - n :].masked_fill_(later, float("-inf"))
-        weights = logits.softmax(-1)
-        outputs.append(weights @ v[keys, head].to(weights.dtype))
-    return torch.cat(outputs).transpose(0, 1).to(q.dtype)
-
-
 def _logits(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
     """[n, Hq, D] and [L, H, D] -> [H, group, n, L] in float32, or float64 for float64."""
     n, q_heads, dim = q.shape

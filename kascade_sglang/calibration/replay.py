@@ -10,25 +10,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kascade_kernels.budget import TILE, Budget, tile_of
-from kascade_kernels.reference import select_topk, sparse_attention
+from kascade_kernels.budget import Budget, tile_of
+from kascade_kernels.reference import select_topk
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import LayerAttention, dense_attention
 from kascade_sglang.calibration.hf_model import decoder_layers, last_norm
 from kascade_sglang.calibration.limited_attention import (
     Limits,
-    capped_sparse_attention,
     layer_scores,
     limited_attention,
 )
 from kascade_sglang.calibration.prompts import Prompt
+from kascade_sglang.calibration.spans import KeyLists, Span, alike, attend_to_lists, key_lists
 
 MOST_ROWS = 128
 """Positions of a prompt at which errors are measured, the last ones."""
@@ -53,30 +51,6 @@ def answering_rows(prompt: Prompt, budget: Budget) -> list[int]:
 
 def _sparse(rows: Iterable[int], budget: Budget) -> list[int]:
     return [row for row in rows if not budget.is_dense(tile_of(row))]
-
-
-class Span(NamedTuple):
-    """Positions [begin, end) of one tile whose queries share a selection."""
-
-    begin: int
-    end: int
-
-
-def spans_of(length: int, rows: Sequence[int], budget: Budget) -> list[Span]:
-    """How a prompt's positions select keys where it is served, ascending.
-
-    rows: where the model answers, each a decoding step of its own; the others are prefilled, tile
-    by tile. Those whose budget covers every key are left out.
-    """
-    alone, spans = set(rows), []
-    for tile in range(tile_of(length - 1) + 1):
-        if budget.is_dense(tile):
-            continue
-        positions = range(TILE * tile, min(length, TILE * (tile + 1)))
-        for answers, run in groupby(positions, alone.__contains__):
-            run = list(run)
-            spans += [Span(row, row + 1) for row in run] if answers else [Span(run[0], run[-1] + 1)]
-    return spans
 
 
 _NOT_KEPT = ("hidden_states", "kascade")
@@ -161,11 +135,11 @@ class DenseAttention:
 
 
 class SelectingAttention(DenseAttention):
-    """Dense attention that also selects keys for each span: ``selected``, int32 [H, count]."""
+    """Dense attention that also selects keys for spans: ``lists``, some spans each."""
 
     def __init__(self, spans: Sequence[Span], budget: Budget) -> None:
         self._spans, self._budget = spans, budget
-        self.selected: list[torch.Tensor] = []
+        self.lists: list[KeyLists] = []
 
     def limited(
         self,
@@ -177,23 +151,23 @@ class SelectingAttention(DenseAttention):
         limits: Limits,
     ) -> torch.Tensor:
         """Select by the layer's own queries and keys."""
-        for begin, end in self._spans:
-            scores = layer_scores(q[begin:end], k[:end], scale, limits.softcap)
-            selected = select_topk(scores, self._budget.selected(tile_of(begin)))
-            self.selected.append(selected.int())  # there is one for every tile of the prompt
+        for spans in alike(self._spans, self._budget):
+            selected = []
+            for begin, end in spans:
+                scores = layer_scores(q[begin:end], k[:end], scale, limits.softcap)
+                selected.append(select_topk(scores, self._budget.selected(tile_of(begin))))
+            self.lists.append(key_lists(spans, selected))
         return super().limited(layer, q, k, v, scale, limits)
 
 
 class BorrowingAttention(DenseAttention):
     """Dense attention but for spans, which attend to keys that another layer selected.
 
-    selected: of ``SelectingAttention``; head h takes those of head ``head_map[h]``.
+    lists: of ``SelectingAttention``; head h takes those of head ``head_map[h]``.
     """
 
-    def __init__(
-        self, spans: Sequence[Span], selected: Sequence[torch.Tensor], head_map: torch.Tensor
-    ) -> None:
-        self._spans, self._selected, self._head_map = spans, selected, head_map
+    def __init__(self, lists: Sequence[KeyLists], head_map: torch.Tensor) -> None:
+        self._lists, self._head_map = lists, head_map
 
     def limited(
         self,
@@ -206,14 +180,9 @@ class BorrowingAttention(DenseAttention):
     ) -> torch.Tensor:
         """Attend; spans to their keys and, causally, to the own ones of their tile."""
         out = super().limited(layer, q, k, v, scale, limits)
-        for (begin, end), selected in zip(self._spans, self._selected, strict=True):
-            own = torch.arange(TILE * tile_of(begin), end, device=q.device)
-            keys = selected[self._head_map].to(q.device)
-            arguments = (q[begin:end], k, v, keys, own, scale)
-            if limits.softcap is None:
-                out[begin:end] = sparse_attention(*arguments)
-            else:
-                out[begin:end] = capped_sparse_attention(*arguments, limits.softcap)
+        for lists in self._lists:
+            taken = lists.of_heads(self._head_map, q.device)
+            out[taken.queries] = attend_to_lists(q, k, v, taken, scale, limits.softcap)
         return out
 
 
@@ -244,7 +213,7 @@ def borrowing_errors(
         replay.run(anchor, selecting)
         for j in range(i, len(layers)):
             if j > 0:
-                attention = BorrowingAttention(spans, selecting.selected, head_maps[i, j])
+                attention = BorrowingAttention(selecting.lists, head_maps[i, j])
                 changed = replay.run(layers[j], attention)
                 found = replay.finish(changed, layers[j] + 1)[rows]
                 errors[i, j] = relative_error(found, expected)

@@ -1,7 +1,5 @@
 """What borrowed keys do to the last hidden state, against whole passes of the model."""
 
-import itertools
-
 import pytest
 import torch
 from test_families import FAMILIES, GEMMA, build
@@ -12,8 +10,9 @@ from kascade_sglang.calibration import replay
 from kascade_sglang.calibration.collect import full_layers, measure_prompt, sample_tiles
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import our_attention
-from kascade_sglang.calibration.limited_attention import Limits, capped_sparse_attention
+from kascade_sglang.calibration.limited_attention import Limits
 from kascade_sglang.calibration.prompts import Prompt
+from kascade_sglang.calibration.spans import Span, spans_of
 
 BUDGET = Budget(0.1, 64)
 LENGTH = 6 * TILE + 5
@@ -28,7 +27,7 @@ def prompt_of(length: int = LENGTH) -> Prompt:
 class Borrowing:
     """Attention matrices in full; in layer j, spans keep what layer i's matrix says is greatest."""
 
-    def __init__(self, i: int, j: int, spans: list[replay.Span], head_map: list[int]) -> None:
+    def __init__(self, i: int, j: int, spans: list[Span], head_map: list[int]) -> None:
         self.i, self.j, self.spans, self.head_map = i, j, spans, head_map
 
     def __call__(
@@ -88,7 +87,7 @@ def test_equals_whole_passes_in_which_one_layer_borrows(
     found = measure_prompt(model, prompt, tiles, BUDGET, layers)
     rows = replay.answering_rows(prompt, BUDGET)
     assert rows == [*range(149, 153), *range(179, 189)] and found.rows == len(rows)
-    spans = replay.spans_of(LENGTH, rows, BUDGET)
+    spans = spans_of(LENGTH, rows, BUDGET)
     dense = last_hidden(model, prompt, Borrowing(-1, -1, [], []))[rows]
     maps = found.similarity.argmax(-1)
     for j in range(len(layers)):
@@ -131,13 +130,6 @@ def test_rows_that_answer(length: int, replies: tuple, rows: list[int]) -> None:
     assert replay.answering_rows(Prompt([0] * length, replies), BUDGET) == rows
 
 
-def test_spans() -> None:
-    """Tiles share a selection but for the positions that answer; the first two read every key."""
-    spans = replay.spans_of(4 * TILE + 3, [70, 71, 95, 96], BUDGET)
-    expected = [(64, 70), (70, 71), (71, 72), (72, 95), (95, 96), (96, 97), (97, 128), (128, 131)]
-    assert spans == expected
-
-
 def test_refuses_layers_that_do_not_give_the_model(
     llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,16 +148,3 @@ def test_refuses_layers_that_cannot_be_run(
     tiles = sample_tiles(LENGTH, BUDGET, 64, seed=0)
     with pytest.raises(CalibrationError, match="cannot be run one by one .* --criterion mass"):
         measure_prompt(llama, prompt_of(), tiles, BUDGET, range(4))
-
-
-@pytest.mark.parametrize("softcap", [2.0, 50.0])
-def test_capped_sparse_attention_in_float64(softcap: float) -> None:
-    draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(n, h, 8, generator=draw).double() for n, h in ((3, 4), (70, 2), (70, 2)))
-    selected, own = torch.tensor([[3, 40, 9], [0, 63, 5]]), torch.arange(64, 70)
-    found = capped_sparse_attention(q, k, v, selected, own, 0.5, softcap)
-    for query, head in itertools.product(range(3), range(4)):
-        keys = torch.cat([selected[head // 2], own[: 4 + query]])
-        logits = softcap * torch.tanh(k[keys, head // 2] @ q[query, head] * 0.5 / softcap)
-        expected = logits.softmax(0) @ v[keys, head // 2]
-        torch.testing.assert_close(found[query, head], expected)
