@@ -14,14 +14,10 @@ from transformers import PreTrainedModel
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.calibration.errors import CalibrationError
-from kascade_sglang.calibration.hf_attention import dense_attention, our_attention
+from kascade_sglang.calibration.hf_attention import DenseAttention, LayerCall, our_attention
 from kascade_sglang.calibration.hf_model import decoder_layers, shape_of, windowed_layers
 from kascade_sglang.calibration.importance import importance_hooks
-from kascade_sglang.calibration.limited_attention import (
-    Limits,
-    layer_scores,
-    limited_attention,
-)
+from kascade_sglang.calibration.limited_attention import layer_scores
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.replay import (
     Replay,
@@ -94,7 +90,7 @@ def sample_tiles(length: int, budget: Budget, count: int, seed: int) -> list[int
     return [sparse[int((step + shift) * len(sparse) / count)] for step in range(count)]
 
 
-class _Recorder:
+class _Recorder(DenseAttention):
     """Dense attention that keeps the measured layers' keys and the sampled tiles' queries."""
 
     def __init__(self, tiles: Sequence[int], layers: Sequence[int]) -> None:
@@ -104,35 +100,20 @@ class _Recorder:
         self.scales: dict[int, float] = {}
         self.softcaps: dict[int, float] = {}
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        self._keep(layer, q, k, scale)
-        return dense_attention(q, k, v, scale)
-
-    def limited(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        limits: Limits,
-    ) -> torch.Tensor:
-        """Attend in a layer with a window, which is not measured, or with soft-capped logits."""
-        if limits.window is not None and limits.window >= len(k):
+    def attend(self, call: LayerCall) -> torch.Tensor:
+        """Attend in a layer; one with a window is not measured."""
+        limits = call.limits
+        if limits.window is not None and limits.window >= len(call.k):
             limits = replace(limits, window=None)  # it hides nothing
-        if limits == Limits():
-            return self(layer, q, k, v, scale)
-        if layer in self._layers and limits.window is not None:
+        if call.layer in self._layers and limits.window is not None:
             raise CalibrationError(
-                f"model: layer {layer} has a sliding window of {limits.window} tokens, which "
+                f"model: layer {call.layer} has a sliding window of {limits.window} tokens, which "
                 "its configuration does not say; not supported"
             )
-        self._keep(layer, q, k, scale)
+        self._keep(call.layer, call.q, call.k, call.scale)
         if limits.softcap is not None:
-            self.softcaps[layer] = limits.softcap
-        return limited_attention(q, k, v, scale, limits)
+            self.softcaps[call.layer] = limits.softcap
+        return super().attend(call._replace(limits=limits))
 
     def _keep(self, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
         if layer in self._layers:

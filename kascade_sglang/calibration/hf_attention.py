@@ -1,14 +1,15 @@
 """Run a Hugging Face decoder with attention of our own: one call per layer, one request.
 
-Two callables plug in: ``KascadeAttention`` below, the oracle that servers are compared with, and
-the recorder of ``collect``. No attention mask is ever built: no mask function is registered under
-our name, so transformers passes None and each callable masks by position.
+Callables plug in: ``KascadeAttention`` below, the oracle that servers are compared with, and
+``DenseAttention``, of which calibration's are kinds. No attention mask is ever built: no mask
+function is registered under our name, so transformers passes None and each callable masks by
+position.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -18,7 +19,7 @@ from kascade_kernels.budget import TILE, tile_of
 from kascade_kernels.reference import anchor_scores, pool_heads, select_topk, sparse_attention
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_model import shape_of
-from kascade_sglang.calibration.limited_attention import Limits
+from kascade_sglang.calibration.limited_attention import Limits, limited_attention
 from kascade_sglang.plan.schema import LayerRole, Plan
 
 IMPLEMENTATION = "kascade_reference"
@@ -45,22 +46,6 @@ class LayerAttention(Protocol):
         """
 
 
-@runtime_checkable
-class LimitedAttention(Protocol):
-    """A LayerAttention that also knows layers with a sliding window or soft-capped logits."""
-
-    def limited(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        limits: Limits,
-    ) -> torch.Tensor:
-        """Attend as ``__call__`` does, within the limits."""
-
-
 def _forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -72,7 +57,7 @@ def _forward(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Hand one layer's [1, heads, tokens, D] to the callable in ``kascade``."""
-    limited = isinstance(kascade, LimitedAttention)
+    limited = isinstance(kascade, DenseAttention)
     for name, what in _UNSUPPORTED.items():
         if options.get(name) is not None and not (limited and name in _LIMITS):
             raise CalibrationError(f"model: layer {module.layer_idx} has {what}; not supported")
@@ -85,7 +70,8 @@ def _forward(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     limits = Limits(options.get("sliding_window"), options.get("softcap"))
     if limits != Limits():
-        return kascade.limited(module.layer_idx, q, k, v, scale, limits).unsqueeze(0), None
+        call = LayerCall(module.layer_idx, q, k, v, scale, limits)
+        return kascade.attend(call).unsqueeze(0), None
     return kascade(module.layer_idx, q, k, v, scale).unsqueeze(0), None
 
 
@@ -139,6 +125,35 @@ def dense_attention(
         q, k, v, attn_mask=mask, is_causal=n == length, scale=scale, enable_gqa=True
     )
     return out[0].transpose(0, 1)
+
+
+class LayerCall(NamedTuple):
+    """What one layer attends with; shapes as in LayerAttention."""
+
+    layer: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    limits: Limits = Limits()
+
+
+class DenseAttention:
+    """Attention to all that a layer sees, with a window or soft-capped logits, too.
+
+    Kinds that do more override ``attend``.
+    """
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return self.attend(LayerCall(layer, q, k, v, scale))
+
+    def attend(self, call: LayerCall) -> torch.Tensor:
+        """Return [n, Hq, D] in q's dtype."""
+        if call.limits == Limits():
+            return dense_attention(call.q, call.k, call.v, call.scale)
+        return limited_attention(call.q, call.k, call.v, call.scale, call.limits)
 
 
 class KascadeAttention:

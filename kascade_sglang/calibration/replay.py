@@ -15,16 +15,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kascade_kernels.budget import Budget, tile_of
+from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.reference import select_topk
 from kascade_sglang.calibration.errors import CalibrationError
-from kascade_sglang.calibration.hf_attention import LayerAttention, dense_attention
+from kascade_sglang.calibration.hf_attention import DenseAttention, LayerAttention, LayerCall
 from kascade_sglang.calibration.hf_model import decoder_layers, last_norm
-from kascade_sglang.calibration.limited_attention import (
-    Limits,
-    layer_scores,
-    limited_attention,
-)
+from kascade_sglang.calibration.limited_attention import layer_scores
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.spans import KeyLists, Span, alike, attend_to_lists, key_lists
 
@@ -111,29 +107,6 @@ class Replay:
         return (out[0] if isinstance(out, tuple) else out)[0]
 
 
-class DenseAttention:
-    """What a layer attends to when nothing is changed."""
-
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        return self.limited(layer, q, k, v, scale, Limits())
-
-    def limited(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        limits: Limits,
-    ) -> torch.Tensor:
-        """Attend in a layer with a window or soft-capped logits."""
-        if limits == Limits():
-            return dense_attention(q, k, v, scale)
-        return limited_attention(q, k, v, scale, limits)
-
-
 class SelectingAttention(DenseAttention):
     """Dense attention that also selects keys for spans: ``lists``, some spans each."""
 
@@ -141,23 +114,17 @@ class SelectingAttention(DenseAttention):
         self._spans, self._budget = spans, budget
         self.lists: list[KeyLists] = []
 
-    def limited(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        limits: Limits,
-    ) -> torch.Tensor:
+    def attend(self, call: LayerCall) -> torch.Tensor:
         """Select by the layer's own queries and keys."""
-        for spans in alike(self._spans, self._budget):
+        # Attending to lists together takes no more than scoring one tile.
+        for spans in alike(self._spans, self._budget, TILE * len(call.k)):
             selected = []
             for begin, end in spans:
-                scores = layer_scores(q[begin:end], k[:end], scale, limits.softcap)
+                queries, keys = call.q[begin:end], call.k[:end]
+                scores = layer_scores(queries, keys, call.scale, call.limits.softcap)
                 selected.append(select_topk(scores, self._budget.selected(tile_of(begin))))
             self.lists.append(key_lists(spans, selected))
-        return super().limited(layer, q, k, v, scale, limits)
+        return super().attend(call)
 
 
 class BorrowingAttention(DenseAttention):
@@ -169,17 +136,10 @@ class BorrowingAttention(DenseAttention):
     def __init__(self, lists: Sequence[KeyLists], head_map: torch.Tensor) -> None:
         self._lists, self._head_map = lists, head_map
 
-    def limited(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        limits: Limits,
-    ) -> torch.Tensor:
+    def attend(self, call: LayerCall) -> torch.Tensor:
         """Attend; spans to their keys and, causally, to the own ones of their tile."""
-        out = super().limited(layer, q, k, v, scale, limits)
+        out = super().attend(call)
+        _, q, k, v, scale, limits = call
         for lists in self._lists:
             taken = lists.of_heads(self._head_map, q.device)
             out[taken.queries] = attend_to_lists(q, k, v, taken, scale, limits.softcap)

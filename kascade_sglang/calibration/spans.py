@@ -13,8 +13,6 @@ from torch.nn import functional
 
 from kascade_kernels.budget import TILE, Budget, tile_of
 
-_LOGITS_AT_ONCE = 1 << 18
-"""Of one query head: queries times keys of the spans of one list."""
 _LEAST_QUERIES = 16
 """That a span counts for, since its keys are gathered however few they are for."""
 
@@ -43,14 +41,17 @@ def spans_of(length: int, rows: Sequence[int], budget: Budget) -> list[Span]:
     return spans
 
 
-def alike(spans: Sequence[Span], budget: Budget) -> Iterator[list[Span]]:
-    """Cut spans into neighbours of one size, few enough to attend at once."""
+def alike(spans: Sequence[Span], budget: Budget, most: int) -> Iterator[list[Span]]:
+    """Cut spans into neighbours of one size, few enough to attend at once.
+
+    most: queries times keys of one query head.
+    """
     for _, run in groupby(spans, lambda span: span.end - span.begin):
         ready: list[Span] = []
         for span in run:
             keys = budget.selected(tile_of(span.begin)) + TILE  # the later, the more
             logits = max(span.end - span.begin, _LEAST_QUERIES) * keys
-            if (len(ready) + 1) * logits > _LOGITS_AT_ONCE and ready:
+            if (len(ready) + 1) * logits > most and ready:
                 yield ready
                 ready = []
             ready.append(span)

@@ -62,11 +62,12 @@ def plot(path: Path, picture: Path) -> None:
     means = mean_accuracy(read_rows(path))
     figure, (every, best) = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     dense = means.get(("dense", "", ""))
-    for axes, lowest in ((every, 0), (best, NEAR_DENSE)):
-        for method, heads in dict.fromkeys((key[0], key[1]) for key in means if key[2]):
-            points = sorted((float(k[2]), v) for k, v in means.items() if k[:2] == (method, heads))
-            label = f"{method} ({heads})" if method == "kascade" else method
+    for method, heads in dict.fromkeys((key[0], key[1]) for key in means if key[2]):
+        points = sorted((float(k[2]), v) for k, v in means.items() if k[:2] == (method, heads))
+        label = f"{method} ({heads})" if method == "kascade" else method
+        for axes in (every, best):
             axes.plot([100 * x for x, _ in points], [100 * y for _, y in points], "o-", label=label)
+    for axes, lowest in ((every, 0), (best, NEAR_DENSE)):
         if dense is not None:
             axes.axhline(100 * dense, color="black", linestyle="--", label="dense")
         margin = (100 - lowest) / 50

@@ -9,8 +9,7 @@ from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_sglang.calibration import replay
 from kascade_sglang.calibration.collect import full_layers, measure_prompt, sample_tiles
 from kascade_sglang.calibration.errors import CalibrationError
-from kascade_sglang.calibration.hf_attention import our_attention
-from kascade_sglang.calibration.limited_attention import Limits
+from kascade_sglang.calibration.hf_attention import DenseAttention, LayerCall, our_attention
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.spans import Span, spans_of
 
@@ -24,26 +23,14 @@ def prompt_of(length: int = LENGTH) -> Prompt:
     return Prompt(torch.randint(4, 64, (length,), generator=draw).tolist(), REPLIES)
 
 
-class Borrowing:
+class Borrowing(DenseAttention):
     """Attention matrices in full; in layer j, spans keep what layer i's matrix says is greatest."""
 
     def __init__(self, i: int, j: int, spans: list[Span], head_map: list[int]) -> None:
         self.i, self.j, self.spans, self.head_map = i, j, spans, head_map
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        return self.limited(layer, q, k, v, scale, Limits())
-
-    def limited(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        limits: Limits,
-    ) -> torch.Tensor:
+    def attend(self, call: LayerCall) -> torch.Tensor:
+        layer, q, k, v, scale, limits = call
         group = q.shape[1] // k.shape[1]
         k, v = (states.repeat_interleave(group, dim=1) for states in (k, v))
         logits = torch.einsum("qhd,khd->hqk", q, k) * scale

@@ -7,7 +7,6 @@ import torch
 
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.reference import sparse_attention
-from kascade_sglang.calibration import spans as module
 from kascade_sglang.calibration.spans import Span, alike, attend_to_lists, key_lists, spans_of
 
 BUDGET = Budget(0.1, 64)
@@ -23,12 +22,9 @@ def test_tiles_share_a_selection_but_for_rows_that_answer() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 9000, 1 << 18])
-def test_alike_spans_are_neighbours_of_one_size_and_few(
-    monkeypatch: pytest.MonkeyPatch, most: int
-) -> None:
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", most)
+def test_alike_spans_are_neighbours_of_one_size_and_few(most: int) -> None:
     spans = spans_of(LENGTH, ROWS, BUDGET)
-    groups = list(alike(spans, BUDGET))
+    groups = list(alike(spans, BUDGET, most))
     assert list(itertools.chain(*groups)) == spans
     for group in groups:
         keys = max(BUDGET.selected(tile_of(span.begin)) + TILE for span in group)
@@ -42,7 +38,7 @@ def test_equals_the_reference_in_float64(group: int) -> None:
     q = torch.randn(LENGTH, 2 * group, 8, generator=draw).double()
     k, v = (torch.randn(LENGTH, 2, 8, generator=draw).double() for _ in range(2))
     head_map = torch.tensor([1, 1])
-    for spans in alike(spans_of(LENGTH, ROWS, BUDGET), BUDGET):
+    for spans in alike(spans_of(LENGTH, ROWS, BUDGET), BUDGET, 1 << 18):
         selected = [keys_for(span, draw) for span in spans]
         lists = key_lists(spans, selected).of_heads(head_map, q.device)
         found = attend_to_lists(q, k, v, lists, 0.5)

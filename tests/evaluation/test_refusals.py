@@ -30,8 +30,9 @@ REFUSALS = {
     "too long": ("vt", ["--lengths", "8192"], None, "--lengths 8192: the server's context is 4096"),
     "too short": ("vt", ["--lengths", "100"], None, "--lengths: expected at least 256 tokens"),
     "no samples": ("vt", ["--samples", "0"], None, "--samples: expected a number above 0, got 0"),
-    "no folder": ("vt", ["--out", "/no/such/out.csv"], None, "out.csv: expected a folder that"),
+    "no folder": ("vt", ["--out", "/no/a.csv"], None, "--out /no/a.csv: expected a folder that"),
     "out is a folder": ("vt", ["--out", "/tmp"], None, "--out /tmp: expected a file's name"),
+    "out is a device": ("vt", ["--out", "/dev/null"], None, "--out /dev/null: not a file"),
     "foreign csv": ("vt", ["--out", "FILE"], "a,b\n1,2", "holds other columns; give a new file"),
 }
 
