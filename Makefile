@@ -40,7 +40,7 @@ test-kernels: $(STAMP)  ## kernels, the backend and a server in Triton's interpr
 test-gpu: $(STAMP)  ## kernels, backend and servers on a GPU, then tests of every kernel under compute-sanitizer
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "make: test-gpu needs a CUDA GPU, and torch sees none; make test needs none"; exit 1; }
-	$(PYTEST) tests/kernels tests/backend tests/e2e/test_gpu.py
+	$(PYTEST) tests/kernels tests/backend tests/e2e/test_gpu.py tests/e2e/test_parallel.py
 	@test -n "$(SANITIZER)" || { echo "make: no compute-sanitizer found (it is part of the CUDA \
 	toolkit); name it with SANITIZER=..."; exit 1; }
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 1 \

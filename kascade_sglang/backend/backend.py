@@ -41,8 +41,10 @@ class KascadeAttnBackend(AttentionBackend):
         self.path = self.paths.extend
         # What decodes without the host needs no lengths there; the delegate may, for prefill.
         self.needs_cpu_seq_lens = self.paths.decode.delegates_dense or self.dense.needs_cpu_seq_lens
-        shape, metrics = self.paths.shape, runner.server_args.enable_metrics
-        self.counter = KeyCounter(config, shape.layers, shape.context) if metrics else None
+        shape = self.paths.shape
+        # Tensor-parallel ranks read alike, so the first one counts for all.
+        counts = runner.server_args.enable_metrics and 0 in shape.heads
+        self.counter = KeyCounter(config, shape.layers, shape.context) if counts else None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""

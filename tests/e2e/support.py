@@ -1,19 +1,26 @@
 """Prompts about real documents, requests to a server, and the reference to compare with."""
 
+import asyncio
 import json
 import urllib.request
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from openai import AsyncOpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kascade_sglang.calibration.hf_attention import kascade_generate
+from kascade_sglang.demo.__main__ import documents
+from kascade_sglang.demo.client import ask_all
 from kascade_sglang.demo.server import MODEL, Server
 from kascade_sglang.demo.tasks import Document, make_document, messages
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan, load_plan
 
+REPLIES = Path(__file__).with_name("cpu_replies.json")
+"""The replies of a float32 server on a CPU; test_gpu.py says how to write them."""
 TOLERANCE = 2e-3
 """Largest difference of a log probability in float32: GEMMs of other shapes round differently."""
 
@@ -86,3 +93,16 @@ def assert_equals(
     assert ours[0] == theirs[0]
     difference = torch.tensor(ours[1]) - torch.tensor(theirs[1])
     assert difference.abs().max() <= TOLERANCE
+
+
+def ask_everything(server: Server) -> dict[str, str]:
+    """Ask the demo's questions, those about one document four at a time."""
+
+    async def replies() -> dict[str, str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
+            answers = []
+            for document in documents():
+                answers += await ask_all(client, document, document.questions, 4)
+        return {answer.question.text: answer.text for answer in answers}
+
+    return asyncio.run(replies())

@@ -4,7 +4,6 @@
 a server on a CPU and writes it anew.
 """
 
-import asyncio
 import json
 import sys
 import tempfile
@@ -13,32 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from openai import AsyncOpenAI
 
-from kascade_sglang.demo.__main__ import documents
-from kascade_sglang.demo.client import ask_all
 from kascade_sglang.demo.server import Server, demo_arguments
-from support import generate, prompt_ids, tokens_and_logprobs
-
-REPLIES = Path(__file__).with_name("cpu_replies.json")
+from support import REPLIES, ask_everything, generate, prompt_ids, tokens_and_logprobs
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-
-
-def ask_everything(server: Server) -> dict[str, str]:
-    """Ask the demo's questions, those about one document four at a time."""
-
-    async def replies() -> dict[str, str]:
-        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
-            answers = []
-            for document in documents():
-                answers += await ask_all(client, document, document.questions, 4)
-        return {answer.question.text: answer.text for answer in answers}
-
-    return asyncio.run(replies())
 
 
 @pytest.mark.parametrize(

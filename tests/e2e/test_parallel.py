@@ -1,0 +1,43 @@
+"""Real servers on two GPUs: ranks, stages and replicas answer as one GPU does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kascade_sglang.counters import KeyReads, read_key_reads
+from kascade_sglang.demo.server import Server, demo_arguments
+from kascade_sglang.evaluation.methods import without_head_map
+from support import REPLIES, ask_everything, generate, prompt_ids, shipped_plan
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+def replies_and_reads(flags: list[str], log: Path) -> tuple[dict[str, str], KeyReads]:
+    """Ask the demo's questions; returns replies, and what one request more reads."""
+    with Server([*demo_arguments("kascade"), *flags], log) as server:
+        replies = ask_everything(server)
+        before = read_key_reads(server.url)
+        generate(server, prompt_ids(3, 3000), 24)
+        after = read_key_reads(server.url)
+    return replies, {key: after[key] - before[key] for key in after}
+
+
+@pytest.mark.parametrize("flags", [["--pp-size", "2"], ["--dp-size", "2"]], ids=["pp", "dp"])
+def test_stages_and_replicas_answer_as_the_cpu(flags: list[str], tmp_path: Path) -> None:
+    replies, reads = replies_and_reads(flags, tmp_path / "log")
+    assert replies == json.loads(REPLIES.read_text())
+    assert 0 < reads["decode", "attended"] < reads["decode", "dense"]
+
+
+def test_ranks_reuse_within_their_own_heads(tmp_path: Path) -> None:
+    """The model has two KV heads, so that each of two ranks can only map its head to itself."""
+    plan = tmp_path / "plan.json"
+    without_head_map(shipped_plan()).save(plan)
+    one = replies_and_reads(["--kascade-plan", str(plan)], tmp_path / "one")
+    two = replies_and_reads(["--tp-size", "2"], tmp_path / "two")
+    assert one == two
