@@ -22,7 +22,7 @@ from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
 
 RESULTS = Path(__file__).parent / "results/calibration_h100.csv"
-COLUMNS = """model criterion prompts tokens seconds weights_mb peak_memory_mb
+COLUMNS = """model criterion prompts tokens gpus seconds weights_mb peak_memory_mb
     gpu versions commit date""".split()
 
 
@@ -46,25 +46,32 @@ def write_prompts(path: Path, count: int, tokens: int) -> None:
             file.write(json.dumps({"text": text}) + "\n")
 
 
-def measure(model: Path, criterion: str, prompts: Path) -> dict[str, float]:
-    """Calibrate; seconds include loading the weights, memory is what torch allocated at most."""
+def measure(model: Path, criterion: str, prompts: Path, device_map: str | None) -> dict[str, float]:
+    """Calibrate; seconds include loading the weights.
+
+    Memory is what torch allocated at most, on the GPU where that was most.
+    """
+    gpus = range(torch.cuda.device_count() if device_map else 1)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
     config = CalibrationConfig(
         model=str(model),
         out=model / f"{criterion}.json",
         anchors=len(ANCHORS[model.name]),
         source=PromptSource(prompts=prompts),
         criterion=criterion,
+        device_map=device_map,
     )
     started = time.monotonic()
     calibrate(config)
     seconds = time.monotonic() - started
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     return {
+        "gpus": len(gpus),
         "seconds": round(seconds, 1),
         "weights_mb": weights >> 20,
-        "peak_memory_mb": torch.cuda.max_memory_allocated() >> 20,
+        "peak_memory_mb": max(map(torch.cuda.max_memory_allocated, gpus)) >> 20,
     }
 
 
@@ -75,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32768, help="of each prompt")
+    parser.add_argument("--device-map", help="of kascade calibrate: auto takes all GPUs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to write as the commit, outside a repository")
     return parser.parse_args()
@@ -91,7 +99,7 @@ def main() -> int:
         prompts = folder / "prompts.jsonl"
         write_prompts(prompts, options.prompts, options.tokens)
         for criterion in options.criteria:
-            figures = measure(model, criterion, prompts)
+            figures = measure(model, criterion, prompts, options.device_map)
             row = {"model": options.model, "criterion": criterion, "prompts": options.prompts}
             row |= {"tokens": options.tokens, **figures, **gpu_provenance(options.commit)}
             append_csv(options.out, COLUMNS, [row])
