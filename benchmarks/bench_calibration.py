@@ -21,7 +21,7 @@ from kascade_sglang.calibration.sources import PromptSource
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
 
-RESULTS = Path(__file__).parent / "results/calibration_h100.csv"
+RESULTS = Path(__file__).parent / "results/calibration.csv"
 COLUMNS = """model criterion prompts tokens gpus seconds weights_mb peak_memory_mb
     gpu versions commit date""".split()
 

@@ -22,7 +22,14 @@ from tqdm import tqdm
 from benchmarks.plot_serving import plot
 from benchmarks.serving_model import ANCHORS, make_shape
 from benchmarks.serving_profile import STEPS, write_profile
-from benchmarks.serving_workloads import TARGETS, WARM_UP, WORKLOADS, Workload, compare
+from benchmarks.serving_workloads import (
+    TARGETS,
+    WARM_UP,
+    WARM_UP_RATE,
+    WORKLOADS,
+    Workload,
+    compare,
+)
 from kascade_sglang.counters import read_samples
 from kascade_sglang.demo.server import Server, stop_servers_on_sigterm
 from kascade_sglang.errors import KascadeError
@@ -199,7 +206,7 @@ def run_backend(
     """Start one server and run every workload on it; rows grow, and the CSV with them."""
     arguments = server_arguments(model, backend, options)
     with Server(arguments, folder / f"{backend}.log") as server:
-        ask(server, model, WARM_UP, float("inf"), folder)
+        ask(server, model, WARM_UP, WARM_UP_RATE, folder)
         for name in options.workloads:
             bar.set_description(f"{backend}, {name}")
             workload = WORKLOADS[name]

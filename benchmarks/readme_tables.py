@@ -9,6 +9,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from plot_kernels import newest
@@ -76,9 +77,9 @@ FIGURES = {
 }
 
 
-def serving_table() -> str:
+def serving_table(results: str = "serving_h100.csv") -> str:
     """``make bench-serving``: the figure of workloads with a target, Kascade against the best."""
-    with open(RESULTS / "serving_h100.csv", newline="") as file:
+    with open(RESULTS / results, newline="") as file:
         names = ("model", "workload", "backend")
         rows = {tuple(row[name] for name in names): row for row in csv.DictReader(file)}
     lines = []
@@ -231,6 +232,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "benchmarks/README.md": {
         "decode-pieces": decode_pieces_table,
+        "serving-h200": partial(serving_table, "serving_h200.csv"),
         "profile": profile_table,
         "ablations": ablations_table,
     },

@@ -81,8 +81,10 @@ class Workload(NamedTuple):
         path.write_bytes(pickle.dumps(requests))
 
 
-WARM_UP = Workload(2, 2 * K, 8, "", 0.0)
-"""Sent to every server first: kernels are then compiled."""
+WARM_UP = Workload(4, 2 * K + 64, 8, "", 0.0, 2 * K, 1)
+WARM_UP_RATE = 1.0
+"""Sent to every server first, at that many requests a second: the first ones find no prefix, the
+later ones do, so that the kernels of both are compiled."""
 WORKLOADS = {
     "decode-8x32K": Workload(8, 32 * K, 256, "itl_p50_ms", 2.0),
     "decode-3x128K": Workload(3, 128 * K, 256, "itl_p50_ms", 2.0),

@@ -98,7 +98,9 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._environment = environment or {}
         self._on_wait = on_wait
-        ports = ("--port", str(self.port), "--nccl-port", str(free_port()))
+        ports = ["--port", str(self.port)]
+        # Replicas would all take the one port.
+        ports += [] if "--dp-size" in arguments else ["--nccl-port", str(free_port())]
         self._command = [*command, *ports, *arguments]
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -1,13 +1,15 @@
 """Real servers on two GPUs: ranks, stages and replicas answer as one GPU does."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kascade_sglang.counters import KeyReads, read_key_reads
-from kascade_sglang.demo.server import Server, demo_arguments
+from kascade_sglang.demo.server import MODEL, Server, demo_arguments
 from kascade_sglang.evaluation.methods import without_head_map
 from support import REPLIES, ask_everything, generate, prompt_ids, shipped_plan
 
@@ -27,9 +29,27 @@ def replies_and_reads(flags: list[str], log: Path) -> tuple[dict[str, str], KeyR
     return replies, {key: after[key] - before[key] for key in after}
 
 
-@pytest.mark.parametrize("flags", [["--pp-size", "2"], ["--dp-size", "2"]], ids=["pp", "dp"])
-def test_stages_and_replicas_answer_as_the_cpu(flags: list[str], tmp_path: Path) -> None:
-    replies, reads = replies_and_reads(flags, tmp_path / "log")
+@pytest.fixture
+def untied(tmp_path: Path) -> Path:
+    """The demo model with its own output layer: SGLang shares none between stages."""
+    path = tmp_path / "model"
+    shutil.copytree(MODEL, path)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, tie_word_embeddings=False)
+    model.lm_head.weight.data.copy_(model.get_input_embeddings().weight.data)
+    model.save_pretrained(path)
+    return path
+
+
+def test_stages_answer_as_the_cpu(untied: Path, tmp_path: Path) -> None:
+    flags = ["--model-path", str(untied), "--pp-size", "2"]
+    assert_answers_as_the_cpu(*replies_and_reads(flags, tmp_path / "log"))
+
+
+def test_replicas_answer_as_the_cpu(tmp_path: Path) -> None:
+    assert_answers_as_the_cpu(*replies_and_reads(["--dp-size", "2"], tmp_path / "log"))
+
+
+def assert_answers_as_the_cpu(replies: dict[str, str], reads: KeyReads) -> None:
     assert replies == json.loads(REPLIES.read_text())
     assert 0 < reads["decode", "attended"] < reads["decode", "dense"]
 
