@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SLACK = 16 * 256
-
 
 class Paths(NamedTuple):
     """How steps are computed, and what they share."""
@@ -70,8 +68,7 @@ def build_paths(runner: ModelRunner, config: KascadeConfig) -> Paths:
             f"score_memory_mb: expected at least {-(-one_row // MB)} for a context of "
             f"{shape.context} tokens, got {config.score_memory // MB}"
         )
-    # Tensors start at multiples of 256 bytes, so a full arena needs a little more.
-    arena = Arena(config.score_memory + SLACK, shape.device)
+    arena = Arena(config.score_memory, shape.device)
     parts = (runner, config, shape, store, copies, arena)
     paths = Paths(DecodePath(*parts), ExtendPath(*parts), store, copies, shape)
     if shape.device.startswith("cuda"):

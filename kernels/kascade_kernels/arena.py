@@ -10,6 +10,8 @@ Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 ALIGNMENT = 256
 """Bytes; every tensor starts at a multiple, as torch's own allocations do."""
+MOST_TENSORS = 16
+"""Cut by one launch, which the arena has room for however much alignment adds."""
 
 
 def empty_on(device: torch.device | str) -> Empty:
@@ -18,25 +20,27 @@ def empty_on(device: torch.device | str) -> Empty:
 
 
 class Arena:
-    """``size`` bytes on a device. Tensors cut after one ``cut()`` overlap those of another."""
+    """Room for tensors of ``size`` bytes together; those of one ``cut()`` overlap another's."""
 
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.size = size
-        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        whole = size + MOST_TENSORS * ALIGNMENT
+        self._memory = torch.empty(whole, dtype=torch.uint8, device=device)
 
     def cut(self) -> Empty:
         """Return a function that cuts tensors from the start on, one after the other.
 
         It raises ValueError where the arena is too small.
         """
-        used = 0
+        asked = used = 0
 
         def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            nonlocal used
+            nonlocal asked, used
             first, size = used, prod(shape) * dtype.itemsize
+            asked += size
             used += -(-size // ALIGNMENT) * ALIGNMENT
-            if used > self.size:
-                raise ValueError(f"arena: expected at most {self.size} bytes, got {used}")
+            if asked > self.size or used > len(self._memory):
+                raise ValueError(f"arena: expected at most {self.size} bytes, got {asked}")
             return self._memory[first : first + size].view(dtype).view(shape)
 
         return empty

@@ -23,5 +23,12 @@ def test_the_next_cut_starts_over() -> None:
 def test_more_than_there_is() -> None:
     empty = Arena(1024, "cpu").cut()
     empty((512,), torch.uint8)
-    with pytest.raises(ValueError, match="at most 1024 bytes, got 1280"):
+    with pytest.raises(ValueError, match="at most 1024 bytes, got 1112"):
         empty((600,), torch.uint8)
+
+
+def test_tensors_that_fill_it_fit_however_they_are_aligned() -> None:
+    empty = Arena(257 * 4, "cpu").cut()
+    assert len({empty((257,), torch.uint8).data_ptr() for _ in range(4)}) == 4
+    with pytest.raises(ValueError, match="at most 1028 bytes, got 1029"):
+        empty((1,), torch.uint8)
