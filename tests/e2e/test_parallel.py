@@ -1,4 +1,4 @@
-"""Real servers on two GPUs: ranks, stages and replicas answer as one GPU does."""
+"""Real servers on two GPUs, or replicas on a CPU: ranks, stages and replicas answer as one does."""
 
 import json
 import shutil
@@ -13,10 +13,8 @@ from kascade_sglang.demo.server import MODEL, Server, demo_arguments
 from kascade_sglang.evaluation.methods import without_head_map
 from support import REPLIES, ask_everything, generate, prompt_ids, shipped_plan
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.e2e
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 def replies_and_reads(flags: list[str], log: Path) -> tuple[dict[str, str], KeyReads]:
@@ -40,11 +38,13 @@ def untied(tmp_path: Path) -> Path:
     return path
 
 
+@two_gpus
 def test_stages_answer_as_the_cpu(untied: Path, tmp_path: Path) -> None:
     flags = ["--model-path", str(untied), "--pp-size", "2"]
     assert_answers_as_the_cpu(*replies_and_reads(flags, tmp_path / "log"))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs or none")
 def test_replicas_answer_as_the_cpu(tmp_path: Path) -> None:
     assert_answers_as_the_cpu(*replies_and_reads(["--dp-size", "2"], tmp_path / "log"))
 
@@ -54,6 +54,7 @@ def assert_answers_as_the_cpu(replies: dict[str, str], reads: KeyReads) -> None:
     assert 0 < reads["decode", "attended"] < reads["decode", "dense"]
 
 
+@two_gpus
 def test_ranks_reuse_within_their_own_heads(tmp_path: Path) -> None:
     """The model has two KV heads, so that each of two ranks can only map its head to itself."""
     plan = tmp_path / "plan.json"
