@@ -27,6 +27,11 @@ def replies_and_reads(flags: list[str], log: Path) -> tuple[dict[str, str], KeyR
     return replies, {key: after[key] - before[key] for key in after}
 
 
+def assert_answers_as_the_cpu(replies: dict[str, str], reads: KeyReads) -> None:
+    assert replies == json.loads(REPLIES.read_text())
+    assert 0 < reads["decode", "attended"] < reads["decode", "dense"]
+
+
 @pytest.fixture
 def untied(tmp_path: Path) -> Path:
     """The demo model with its own output layer: SGLang shares none between stages."""
@@ -47,11 +52,6 @@ def test_stages_answer_as_the_cpu(untied: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs or none")
 def test_replicas_answer_as_the_cpu(tmp_path: Path) -> None:
     assert_answers_as_the_cpu(*replies_and_reads(["--dp-size", "2"], tmp_path / "log"))
-
-
-def assert_answers_as_the_cpu(replies: dict[str, str], reads: KeyReads) -> None:
-    assert replies == json.loads(REPLIES.read_text())
-    assert 0 < reads["decode", "attended"] < reads["decode", "dense"]
 
 
 @two_gpus
