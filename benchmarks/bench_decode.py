@@ -138,7 +138,7 @@ def measure_rivals(
     rows = Rows(batch.req_pool_indices, batch.seq_lens)
     spans = Spans.allocate(count, KV_HEADS, DEVICE)
     decode_spans(rows.ends, KV_HEADS, budget, spans)
-    shared = SharedPrefix.allocate(count, Q_HEADS // KV_HEADS, pool.table.shape[1], DEVICE)
+    shared = SharedPrefix.allocate(count, Q_HEADS // KV_HEADS, DEVICE)
     find_shared_prefixes(pool.table, rows, spans, shared)
     parts = Parts.allocate(spans, Q_HEADS, DIM)
     scratch = ScoreScratch.allocate(count, Q_HEADS, KV_HEADS, context, empty_on(DEVICE))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kascade_kernels.budget import TILE
+from kascade_sglang.backend.dense import default_dense_backend, require_dense_backend
 from kascade_sglang.config import KascadeConfig, load_config
 from kascade_sglang.errors import KascadeError
 
@@ -30,6 +31,8 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "enable_torch_compile": (False,),
     "enable_hierarchical_cache": (False,),
     "enable_lmcache": (False,),
+    "enable_flexkv": (False,),
+    "radix_cache_backend": (None,),
     "enable_hisparse": (False,),
     "enable_mis": (False,),
     "enable_unified_memory": (False,),
@@ -48,7 +51,9 @@ def _refused_flags(server_args: Any) -> Iterator[str]:
                 f"{flag}: expected {supported[0]!r} with the kascade backend, got {value!r}; "
                 "drop the flag, or serve with another --attention-backend"
             )
-    if server_args.cuda_graph_backend_prefill == "full":
+    # JSON in --cuda-graph-config overrides the flag.
+    graphs = server_args.cuda_graph_config
+    if "full" in (server_args.cuda_graph_backend_prefill, graphs and graphs.prefill.backend):
         yield (
             "--cuda-graph-backend-prefill: expected breakable or disabled with the kascade "
             "backend, got 'full'; tiles are cut on the host"
@@ -84,6 +89,13 @@ def _refused_on_gpu(server_args: Any, model_config: Any, config: KascadeConfig) 
         yield f"--dtype: expected bfloat16 or float16 on a GPU, got {dtype}"
     if config.plan.shape.head_dim not in HEAD_DIMS:
         yield f"model: expected a head_dim of {HEAD_DIMS}, got {config.plan.shape.head_dim}"
+    dense = config.dense_backend or default_dense_backend()
+    if server_args.enable_deterministic_inference and dense == "flashinfer":
+        yield (
+            "--kascade-dense-backend: expected fa3 or triton with "
+            "--enable-deterministic-inference, got flashinfer, whose sums depend on the cached "
+            "prefix; add --kascade-dense-backend triton"
+        )
     if phases_on_kascade(server_args) == {"decode"} and not config.exact:
         yield (
             "--prefill-attention-backend: expected kascade, which keeps 8-bit copies of keys for "
@@ -140,7 +152,7 @@ def check_server_args(server_args: Any) -> KascadeConfig:
     _refuse(_refused_model(model_config))
     options = getattr(model_config.hf_config, "kascade", None)
     config = load_config(server_args.model_path, compat.model_shape(model_config), options)
-    compat.require_dense_backend(config.dense_backend)
+    require_dense_backend(config.dense_backend)
     _refuse(_refused_plan(config))
     _refuse(_refused_ranks(server_args, config))
     if compat.has_gpu() and config.selection == "topk":
@@ -160,22 +172,30 @@ def reserved_memory(server_args: Any) -> ReservedMemory:
     from kascade_sglang import compat
     from kascade_sglang.backend.decode_path import DecodeBuffers, list_room
     from kascade_sglang.backend.key_copies import KeyCopies
+    from kascade_sglang.backend.rank_shape import RankShape
 
     config = check_server_args(server_args)
     if not compat.has_gpu() or config.selection != "topk":
         return ReservedMemory(0, 0)
-    shape, layers = config.plan.shape, -(-config.plan.shape.layers // server_args.pp_size)
-    kv_heads = shape.kv_heads // server_args.tp_size
+    model, layers = config.plan.shape, -(-config.plan.shape.layers // server_args.pp_size)
+    kv_heads = model.kv_heads // server_args.tp_size
     copies = 0 if config.exact else min(len(config.plan.anchors), layers)
-    context = server_args.get_model_config().context_len
-    lists = 1 if config.pooled else kv_heads
+    shape = RankShape(
+        heads=range(kv_heads),
+        q_heads=model.q_heads // server_args.tp_size,
+        head_dim=model.head_dim,
+        layers=range(layers),
+        context=server_args.get_model_config().context_len,
+        slots=0,
+        lists=1 if config.pooled else kv_heads,
+        device="cuda",
+    )
     # What a captured decode step keeps, and the lists of the tiles of a prefill step.
-    decode = compat.largest_captured_batch(server_args)
-    decode *= DecodeBuffers.bytes_per_row(lists, context, config)
+    decode = DecodeBuffers.bytes(compat.largest_captured_batch(server_args), shape, config)
     tiles = -(-compat.largest_prefill(server_args) // TILE)
-    prefill = 4 * tiles * lists * list_room(context, config)
+    prefill = 4 * tiles * shape.lists * list_room(shape.context, config)
     return ReservedMemory(
-        per_token=copies * KeyCopies.bytes_per_slot(kv_heads, shape.head_dim),
+        per_token=copies * KeyCopies.bytes_per_slot(kv_heads, model.head_dim),
         scratch=config.score_memory + decode + prefill,
     )
 
@@ -185,5 +205,5 @@ def check_runner(runner: "ModelRunner") -> KascadeConfig:
     from kascade_sglang.compat import require_plain_pool
 
     config = check_server_args(runner.server_args)
-    require_plain_pool(runner.token_to_kv_pool)
+    require_plain_pool(runner.token_to_kv_pool, runner.model_config.dtype)
     return config

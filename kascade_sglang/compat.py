@@ -47,7 +47,6 @@ __all__ = [
     "model_shape",
     "phases_on_kascade",
     "register_backend",
-    "require_dense_backend",
     "require_hooks",
     "require_plain_pool",
     "require_supported_host",
@@ -112,8 +111,9 @@ def largest_captured_batch(server_args: Any) -> int:
 
 def largest_prefill(server_args: Any) -> int:
     """Return how many new tokens a prefill step may hold."""
-    chunk = server_args.chunked_prefill_size or 0
-    return chunk if chunk > 0 else server_args.max_prefill_tokens
+    # Without chunks SGLang takes a prompt of any length, if it is the step's only one.
+    whole = max(server_args.max_prefill_tokens, server_args.get_model_config().context_len)
+    return server_args.max_prefill_buffer_tokens() or whole
 
 
 def uses_kascade(server_args: Any) -> bool:
@@ -155,19 +155,24 @@ def build_dense_backend(runner: "ModelRunner", name: str | None) -> AttentionBac
     return ATTENTION_BACKENDS[name or default_dense_backend()](runner)
 
 
-def require_dense_backend(name: str | None) -> None:
-    """Raise KascadeError unless ``name`` is None or another backend that SGLang has."""
-    known = sorted(set(ATTENTION_BACKENDS) - {NAME})
-    if name is not None and name not in known:
-        raise KascadeError(f"dense_backend: expected one of {', '.join(known)}, got {name!r}")
-
-
-def require_plain_pool(pool: Any) -> None:
-    """Raise KascadeError unless the KV pool holds plain ``[slots, KV heads, head dim]`` tensors."""
+def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
+    """Raise KascadeError unless the KV pool holds ``[slots, KV heads, head dim]`` of ``dtype``."""
     if type(pool) is not MHATokenToKVPool:
         raise KascadeError(
             f"KV pool: expected SGLang's MHATokenToKVPool, got {type(pool).__name__}; "
             "serve this model with another attention backend"
+        )
+    keys = pool.get_key_buffer(pool.start_layer)
+    if keys.dtype != dtype:
+        raise KascadeError(
+            f"KV cache: expected the model's {dtype}, got {keys.dtype}; set --kv-cache-dtype to "
+            "the model's, or serve a checkpoint without a quantised KV cache"
+        )
+    slots = pool.size + pool.page_size
+    if keys.dim() != 3 or keys.shape[0] != slots:
+        raise KascadeError(
+            f"KV cache: expected [{slots}, KV heads, head dim], got {list(keys.shape)}; unset "
+            "SGLANG_USE_HND_KVCACHE"
         )
 
 

@@ -51,7 +51,10 @@ class KascadeAttnBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             return
         decode = forward_batch.forward_mode.is_decode()
-        self._begin(forward_batch, self.paths.decode if decode else self.paths.extend)
+        self._enter(self.paths.decode if decode else self.paths.extend)
+        if self.path.delegates_dense:
+            self.dense.init_forward_metadata(forward_batch)
+        self.path.begin(forward_batch)
         self._count(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -65,20 +68,19 @@ class KascadeAttnBackend(AttentionBackend):
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
-        """Nothing to prepare for a replay: the graph reads lengths and slots itself."""
+        """Take from SGLang's slot table what a replay needs; the graph reads lengths itself."""
+        self.paths.decode.copy_slots(forward_batch)
         if not in_capture:
             self._count(forward_batch)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        """Record the preparation of a decode step."""
-        self._begin(forward_batch, self.paths.decode)
+        """Record the rest of a decode step's preparation."""
+        self._enter(self.paths.decode)
+        self.path.begin_in_graph(forward_batch)
 
-    def _begin(self, batch: ForwardBatch, path: Any) -> None:
+    def _enter(self, path: Any) -> None:
         self.path = path
         self.paths.store.clear()
-        if path.delegates_dense:
-            self.dense.init_forward_metadata(batch)
-        path.begin(batch)
 
     def _count(self, batch: ForwardBatch) -> None:
         if self.counter is not None:

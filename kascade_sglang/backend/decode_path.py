@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import triton
 
 from kascade_kernels.arena import Arena
 from kascade_kernels.budget import TILE, tile_of
 from kascade_kernels.decode_attention import decode_attention
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.decode_spans import Spans, decode_spans
-from kascade_kernels.merge_parts import Parts
+from kascade_kernels.merge_parts import Parts, most_parts
+from kascade_kernels.row_slots import allocate_row_slots, copy_row_slots
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from kascade_kernels.structs import Rows, Selection
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 class DecodeBuffers:
     """What a step of up to ``rows`` requests writes, at addresses that a graph may keep.
 
-    room: slots of one list, enough for the longest context.
+    Steps of fewer requests use the same: they run one after the other.
     """
 
     def __init__(self, rows: int, shape: RankShape, config: KascadeConfig) -> None:
@@ -40,13 +42,18 @@ class DecodeBuffers:
         self.offsets = torch.arange(rows, device=device) * (shape.lists * room)
         self.counts = torch.empty(rows, dtype=torch.int32, device=device)
         self.selection = Selection(self.slots, self.offsets, self.counts, shape.lists)
-        group = shape.q_heads // shape.kv_heads
-        self.shared = SharedPrefix.allocate(rows, group, shape.context, device)
+        self.table = allocate_row_slots(rows, shape.context, device)
+        self.requests = torch.arange(rows, device=device)
+        self.shared = SharedPrefix.allocate(rows, shape.q_heads // shape.kv_heads, device)
+        self.steps = torch.empty(2, rows, dtype=torch.int32, device=device)
+        parts = _parts(rows, shape, config)
+        self.parts = Parts.empty(parts, shape.head_dim, device)
 
     @staticmethod
-    def bytes_per_row(lists: int, context: int, config: KascadeConfig) -> int:
-        """Bytes that each row takes, but for a few."""
-        return 4 * lists * list_room(context, config) + SharedPrefix.bytes_per_row(context)
+    def bytes(rows: int, shape: RankShape, config: KascadeConfig) -> int:
+        """Bytes that ``rows`` requests take, but for a few."""
+        slots = shape.lists * list_room(shape.context, config) + shape.context
+        return 4 * rows * slots + 4 * _parts(rows, shape, config) * (shape.head_dim + 1)
 
     def of_rows(self, first: int, last: int) -> Selection:
         """Return the lists of some of the rows."""
@@ -64,6 +71,11 @@ class Launch(NamedTuple):
     shared: SharedPrefix
 
 
+def _parts(rows: int, shape: RankShape, config: KascadeConfig) -> int:
+    invariant = config.batch_invariant
+    return most_parts(rows, shape.kv_heads, shape.q_heads, batch_invariant=invariant)
+
+
 def list_room(context: int, config: KascadeConfig) -> int:
     """Slots of the longest list: the selected keys and the query's own tile."""
     return config.budget.selected(tile_of(context - 1)) + TILE
@@ -72,9 +84,9 @@ def list_room(context: int, config: KascadeConfig) -> int:
 class DecodePath:
     """One new token a request. Layer 0 attends to everything and scores in the same pass.
 
-    Positions become slots through SGLang's table while the step runs. The scheduler may rewrite
-    the row of a request that has ended meanwhile: entries stay valid slots, and what is computed
-    for such a row is discarded.
+    Positions become slots through a copy of SGLang's table. The scheduler rewrites the row of a
+    request that has ended as soon as a graph runs, and the request's last token, which that step
+    still computes, stays in the prefix cache.
     """
 
     delegates_dense = False
@@ -96,28 +108,34 @@ class DecodePath:
         self._rows_scored_at_once = arena.size // per_row
         self._graph_buffers: DecodeBuffers | None = None
         self._eager_buffers: DecodeBuffers | None = None
-        self._cuts: dict[int, tuple[Spans, Parts]] = {}
 
     def reserve(self, rows: int) -> None:
         """Allocate what graphs of up to ``rows`` requests use."""
         self._graph_buffers = DecodeBuffers(rows, self._shape, self._config)
 
     def begin(self, batch: ForwardBatch) -> None:
-        """Prepare a step; also recorded in graphs. Reads lengths on the device only."""
-        self._rows = Rows(batch.req_pool_indices, batch.seq_lens)
-        count = len(batch.seq_lens)
+        """Prepare an eager step."""
+        self.copy_slots(batch)
+        self.begin_in_graph(batch)
+
+    def copy_slots(self, batch: ForwardBatch) -> None:
+        """Copy the requests' slots, before SGLang lets the scheduler go on: outside a graph."""
+        rows = Rows(batch.req_pool_indices, batch.seq_lens)
+        copy_row_slots(self._table, rows, self._buffers_for(len(rows.ends)).table)
+
+    def begin_in_graph(self, batch: ForwardBatch) -> None:
+        """Prepare the rest of a step; recorded in graphs. Reads lengths on the device only."""
+        count, shape, budget = len(batch.seq_lens), self._shape, self._config.budget
+        invariant = self._config.batch_invariant
         self._buffers = self._buffers_for(count)
-        self._spans, self._parts = self._cut(count)
-        decode_spans(
-            self._rows.ends,
-            self._shape.kv_heads,
-            self._config.budget,
-            self._spans,
-            batch_invariant=self._config.batch_invariant,
+        self._rows = Rows(self._buffers.requests[:count], batch.seq_lens)
+        self._spans = Spans.within(
+            self._buffers.steps, count, shape.kv_heads, batch_invariant=invariant
         )
+        decode_spans(batch.seq_lens, shape.kv_heads, budget, self._spans, batch_invariant=invariant)
         self._launches = list(self._cut_into_launches())
         for *_, rows, spans, shared in self._launches:
-            find_shared_prefixes(self._table, rows, spans, shared)
+            find_shared_prefixes(self._buffers.table, rows, spans, shared)
 
     def _cut_into_launches(self) -> Iterator[Launch]:
         """Cut the step's rows into as few launches as have room for their scores."""
@@ -133,16 +151,10 @@ class DecodePath:
         if self._graph_buffers is not None and rows <= self._graph_buffers.rows:
             return self._graph_buffers
         if self._eager_buffers is None or rows > self._eager_buffers.rows:
-            self._eager_buffers = DecodeBuffers(rows, self._shape, self._config)
+            self._eager_buffers = None
+            room = triton.next_power_of_2(rows)
+            self._eager_buffers = DecodeBuffers(room, self._shape, self._config)
         return self._eager_buffers
-
-    def _cut(self, rows: int) -> tuple[Spans, Parts]:
-        """Return buffers for one batch size, kept because graphs hold their addresses."""
-        if rows not in self._cuts:
-            shape, invariant = self._shape, self._config.batch_invariant
-            spans = Spans.allocate(rows, shape.kv_heads, shape.device, batch_invariant=invariant)
-            self._cuts[rows] = spans, Parts.allocate(spans, shape.q_heads, shape.head_dim)
-        return self._cuts[rows]
 
     def attend_all(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         """Attend densely, and select."""
@@ -172,25 +184,27 @@ class DecodePath:
             decode_scores(
                 q[first:last],
                 keys,
-                self._table,
+                self._buffers.table,
                 rows,
                 spans,
                 shared,
                 budget,
                 layer.scaling,
                 scratch,
-                self._parts,
+                self._buffers.parts,
                 values,
                 None if out is None else out[first:last],
             )
             lists = self._buffers.of_rows(first, last)
-            select_slots(scratch.codes, self._table, rows, budget, lists, append_own=True)
+            table = self._buffers.table
+            select_slots(scratch.codes, table, rows, budget, lists, append_own=True)
         self._store.put(layer.layer_id, self._buffers.of_rows(0, len(q)))
 
     def attend(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         """Attend every request to the lists of its anchor."""
         keys, values = key_value_caches(self._pool, layer.layer_id)
         selection, head_map = self._store.get(layer.layer_id)
+        parts = self._buffers.parts
         return decode_attention(
-            q, keys, values, selection, self._spans, head_map, layer.scaling, self._parts
+            q, keys, values, selection, self._spans, head_map, layer.scaling, parts
         )

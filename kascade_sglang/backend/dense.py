@@ -2,9 +2,21 @@
 
 import torch
 
+from kascade_sglang.errors import KascadeError
+
+DENSE_BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
+"""Those that run with any page size; SGLang picks others' pages by the server's backend name."""
+
 
 def default_dense_backend() -> str:
     """Return the in-tree backend that this machine's hardware calls for."""
     if not torch.cuda.is_available():
         return "torch_native"
     return "fa3" if torch.cuda.get_device_capability() == (9, 0) else "flashinfer"
+
+
+def require_dense_backend(name: str | None) -> None:
+    """Raise KascadeError unless ``name`` is None or one that works below Kascade."""
+    if name is not None and name not in DENSE_BACKENDS:
+        known = ", ".join(DENSE_BACKENDS)
+        raise KascadeError(f"dense_backend: expected one of {known}, got {name!r}")

@@ -47,15 +47,27 @@ class Spans(NamedTuple):
             order in any batch.
         """
         steps = torch.empty(2, rows, dtype=torch.int32, device=device)
-        if batch_invariant:
-            return Spans(steps[0], steps[1], INVARIANT_SPLITS, INVARIANT_SPLITS)
-        lists = rows * heads
-        splits = _splits(8192, lists, SCORE_SPLITS), _splits(4096, lists, ATTEND_SPLITS)
-        return Spans(steps[0], steps[1], *splits)
+        return Spans.within(steps, rows, heads, batch_invariant=batch_invariant)
+
+    @staticmethod
+    def within(
+        steps: torch.Tensor, rows: int, heads: int, *, batch_invariant: bool = False
+    ) -> Spans:
+        """Lay the spans of a step out in ``steps``, int32 [2, at least ``rows``]."""
+        splits = most_splits(rows, heads, batch_invariant=batch_invariant)
+        return Spans(steps[0, :rows], steps[1, :rows], *splits)
 
     def rows(self, first: int, last: int) -> Spans:
         """Return the spans of some of the rows."""
         return self._replace(score=self.score[first:last], attend=self.attend[first:last])
+
+
+def most_splits(rows: int, heads: int, *, batch_invariant: bool) -> tuple[int, int]:
+    """Return the most programs of one row and head: of scoring, and of attention."""
+    if batch_invariant:
+        return INVARIANT_SPLITS, INVARIANT_SPLITS
+    lists = rows * heads
+    return _splits(8192, lists, SCORE_SPLITS), _splits(4096, lists, ATTEND_SPLITS)
 
 
 def _splits(programs: int, lists: int, most: int) -> int:

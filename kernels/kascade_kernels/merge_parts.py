@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kascade_kernels._triton._merge_parts import merge_parts_kernel
-from kascade_kernels.decode_spans import STEP, Spans
+from kascade_kernels.decode_spans import STEP, Spans, most_splits
 
 
 class Parts(NamedTuple):
@@ -24,11 +24,23 @@ class Parts(NamedTuple):
     def allocate(spans: Spans, q_heads: int, dim: int) -> Parts:
         """Allocate for launches that are cut like ``spans``."""
         parts = len(spans.score) * q_heads * max(spans.score_splits, spans.attend_splits)
-        device = spans.score.device
+        return Parts.empty(parts, dim, spans.score.device)
+
+    @staticmethod
+    def empty(parts: int, dim: int, device: torch.device | str) -> Parts:
+        """Allocate ``parts`` of them."""
         return Parts(
             torch.empty(parts, dtype=torch.float32, device=device),
             torch.empty(parts, dim, dtype=torch.float32, device=device),
         )
+
+
+def most_parts(rows: int, heads: int, q_heads: int, *, batch_invariant: bool) -> int:
+    """Return how many parts a step of up to ``rows`` requests has; a smaller one may have more."""
+    splits = (
+        max(most_splits(n, heads, batch_invariant=batch_invariant)) * n for n in range(1, rows + 1)
+    )
+    return q_heads * max(splits)
 
 
 def merge_parts(

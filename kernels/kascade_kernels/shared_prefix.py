@@ -27,35 +27,18 @@ class SharedPrefix(NamedTuple):
     keys: int32 [rows], positions from 0 on at which all rows of the row's group have the same
         slots; 0 for a row alone.
     members: int32 [rows, M], a group's rows in its first row's place, that row first; else -1.
-    slots: int32 [rows, context], in a group's first row the slots that it shares.
-    first: int32 [rows], each row's first slot.
-
-    Slots are copies, since SGLang may rewrite a finished request's row of its table while the step
-    runs: all programs must find the same groups, and the others of a group their own keys.
     """
 
     keys: torch.Tensor
     members: torch.Tensor
-    slots: torch.Tensor
-    first: torch.Tensor
 
     @staticmethod
-    def bytes_per_row(context: int) -> int:
-        """Bytes that each row takes, but for a few."""
-        return 4 * context
-
-    @staticmethod
-    def allocate(rows: int, group: int, context: int, device: torch.device | str) -> SharedPrefix:
-        """Allocate for ``rows`` requests of up to ``context`` keys.
-
-        group: query heads of a KV head.
-        """
+    def allocate(rows: int, group: int, device: torch.device | str) -> SharedPrefix:
+        """Allocate for ``rows`` requests; group: query heads of a KV head."""
         members = padded_group(group) // group
         return SharedPrefix(
             torch.zeros(rows, dtype=torch.int32, device=device),
             torch.full((rows, members), -1, dtype=torch.int32, device=device),
-            torch.empty(rows, context, dtype=torch.int32, device=device),
-            torch.empty(rows, dtype=torch.int32, device=device),
         )
 
     def rows(self, first: int, last: int) -> SharedPrefix:
@@ -74,13 +57,14 @@ def find_shared_prefixes(
     count, members = len(rows.ends), shared.members.shape[1]
     if members == 1:
         return
-    torch.index_select(req_to_token[:, 0], 0, rows.requests, out=shared.first)
     group_rows_kernel[(count,)](
-        shared.first,
+        req_to_token,
+        rows.requests,
         rows.ends,
         spans.score,
         shared.members,
         shared.keys,
+        req_to_token.stride(0),
         count,
         ROWS=triton.next_power_of_2(count),
         MEMBERS=members,
@@ -91,9 +75,7 @@ def find_shared_prefixes(
         rows.requests,
         shared.members,
         shared.keys,
-        shared.slots,
         req_to_token.stride(0),
-        shared.slots.stride(0),
         MEMBERS=members,
         CHUNK=CHUNK,
         num_warps=4,

@@ -10,6 +10,7 @@ from harness import DEVICE, DTYPE, HEAD_DIM, Harness, expected_output
 from kascade_kernels.budget import Budget
 from kascade_kernels.reference import anchor_scores
 from kascade_sglang.backend import paths
+from kascade_sglang.backend.decode_path import DecodeBuffers
 from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.errors import KascadeError
 from shapes import INTERPRETED
@@ -139,7 +140,7 @@ def test_requests_on_one_prefix_decode_as_if_each_had_its_own() -> None:
         harness.step([(request, 0, n - 1) for request, n in enumerate(lengths)])
         harness.step([(request, n - 1, n) for request, n in enumerate(lengths)])
     if KERNELS:
-        assert together.backend.paths.decode._buffers.shared.keys.tolist() == [prefix] * 3
+        assert together.backend.paths.decode._buffers.shared.keys.tolist() == [*[prefix] * 3, 0]
     for request, length in enumerate(lengths):
         assert_same(apart, together, request, begin=length - 1)
 
@@ -224,6 +225,46 @@ def test_warming_up_changes_no_result() -> None:
         harness.prefill(0, 160)
         harness.step([(0, 160, 161)])
     assert_same(plain, warmed, 0)
+
+
+@pytest.mark.skipif(not KERNELS, reason="the reference reads SGLang's table, and is not captured")
+def test_a_decode_step_reads_its_own_copy_of_the_slot_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SGLang gives a finished request's row to the next one while its last step still runs."""
+    kept, rewritten = Harness([161, 100], exact=False), Harness([161, 100], exact=False)
+    table, path = rewritten.req_to_token, rewritten.backend.paths.decode
+    rewritten.req_to_token = table.clone()
+    begin = path.begin_in_graph
+
+    def begin_late(batch: SimpleNamespace) -> None:
+        table.zero_()
+        begin(batch)
+
+    monkeypatch.setattr(path, "begin_in_graph", begin_late)
+    for harness in (kept, rewritten):
+        harness.step([(0, 0, 160), (1, 0, 99)])
+        harness.step([(0, 160, 161), (1, 99, 100)])
+    for request, length in enumerate(kept.lengths):
+        assert_same(kept, rewritten, request, begin=length - 1)
+
+
+@pytest.mark.skipif(not KERNELS, reason="the reference has no buffers")
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_batches_of_all_sizes_share_buffers_of_a_known_size(batch_invariant: bool) -> None:
+    lengths = [33, 34, 35, 36, 37]
+    harness = Harness(lengths, batch_invariant=batch_invariant)
+    path, found = harness.backend.paths.decode, set()
+    harness.step([(request, 0, 30) for request in range(5)])
+    for size in (5, 1, 3, 4):
+        harness.step([(request, 30, 31) for request in range(size)])
+        found.add(id(path._buffers))
+    assert len(found) == 1
+    buffers = path._buffers
+    tensors = [buffers.slots, buffers.table, buffers.steps, *buffers.parts, *buffers.shared]
+    taken = sum(tensor.nbytes for tensor in tensors)
+    reserved = DecodeBuffers.bytes(buffers.rows, harness.backend.paths.shape, harness.config)
+    assert 0 <= taken - reserved < 400 * buffers.rows
 
 
 @pytest.mark.skipif(KERNELS, reason="the kernels can be captured: test_graphs.py")

@@ -63,7 +63,11 @@ class CapturedDecode:
                 for into, whole in zip(tensors, harness.qkv[layer_id][request], strict=True):
                     into[row] = whole[position]
         harness.backend.init_forward_metadata_out_graph(batch)
+        # From here on SGLang may give the rows to others.
+        table = harness.req_to_token.clone()
+        harness.req_to_token.zero_()
         self.graph.replay()
+        harness.req_to_token.copy_(table)
         return [out[: len(positions)].view(len(positions), 8, HEAD_DIM) for out in self.outputs]
 
 

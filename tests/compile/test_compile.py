@@ -18,6 +18,7 @@ from kascade_kernels.decode_attention import decode_attention
 from kascade_kernels.decode_scores import ScoreScratch
 from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.merge_parts import Parts
+from kascade_kernels.row_slots import allocate_row_slots, copy_row_slots
 from kascade_kernels.select_slots import count_high, select_slots
 from kascade_kernels.structs import Rows
 from kascade_kernels.tile_attention import tile_attention
@@ -37,6 +38,7 @@ def launch_decode(dtype: torch.dtype, dim: int, group: int) -> None:
     scratch = ScoreScratch.allocate(2, q_heads, HEADS, CONTEXT, empty_on("cpu"))
     copy = allocate_key_copy(len(case.k), HEADS, dim, "cpu")
     copy_keys(case.k, torch.arange(2), copy)
+    copy_row_slots(case.req_to_token, case.rows, allocate_row_slots(2, CONTEXT, "cpu"))
     for keys, values in ((case.k, None), (copy, None), (case.k, case.v)):
         case.score(keys, spans, budget, scratch, parts, values)
     selection = case.empty_selection(HEADS, budget)

@@ -85,8 +85,8 @@ class DecodeCase:
 
     def shared(self, spans: Spans) -> SharedPrefix:
         """What the rows have in common."""
-        group, context = self.q.shape[1] // self.k.shape[1], self.req_to_token.shape[1]
-        shared = SharedPrefix.allocate(len(self.lengths), group, context, DEVICE)
+        group = self.q.shape[1] // self.k.shape[1]
+        shared = SharedPrefix.allocate(len(self.lengths), group, DEVICE)
         find_shared_prefixes(self.req_to_token, self.rows, spans, shared)
         return shared
 

@@ -1,4 +1,4 @@
-"""What the KV pool leaves for the kernels: copies of keys, scores, lists and shared prefixes."""
+"""What the KV pool leaves for the kernels: copies of keys, scores, lists, slots and parts."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +13,10 @@ from models import SHAPE
 
 LISTS, ROOM = 4, 409 - 32 + 32
 """KV heads; a tenth of the 4096 positions, in which the own tile is counted, and a tile."""
+SLOTS = 4 * 8 * 4096
+"""Of eight captured requests."""
+PARTS = 4 * 8 * 8 * 64 * (16 + 1)
+"""Eight requests of eight query heads in 64 parts, each a row of a head and its log-sum-exp."""
 
 
 @pytest.fixture
@@ -37,11 +41,10 @@ def server_args(
 def test_scores_and_lists_are_counted(server_args: Callable[..., ServerArgs]) -> None:
     reserved = checks.reserved_memory(server_args(chunk=256))
     decode_and_prefill_rows = 8 + 256 // 32
-    scores_and_prefixes = 768 * MB + 4 * 8 * 4096
-    assert reserved.scratch - scores_and_prefixes == 4 * decode_and_prefill_rows * LISTS * ROOM
+    others = 768 * MB + SLOTS + PARTS
+    assert reserved.scratch - others == 4 * decode_and_prefill_rows * LISTS * ROOM
     pooled = checks.reserved_memory(server_args(pooled=True))
-    lists_of_pooled = pooled.scratch - scores_and_prefixes
-    assert lists_of_pooled == 4 * decode_and_prefill_rows * ROOM
+    assert pooled.scratch - others == 4 * decode_and_prefill_rows * ROOM
 
 
 def test_copies_are_counted_by_the_token(server_args: Callable[..., ServerArgs]) -> None:
@@ -54,5 +57,8 @@ def test_copies_are_counted_by_the_token(server_args: Callable[..., ServerArgs])
 def test_unchunked_prefill_counts_what_a_step_may_hold(
     server_args: Callable[..., ServerArgs],
 ) -> None:
+    """A prompt as long as the context is taken whole, if it is the step's only one."""
     args = server_args(chunk=-1)
-    assert compat.largest_prefill(args) == args.max_prefill_tokens > 256
+    assert compat.largest_prefill(args) == max(args.max_prefill_tokens, 4096) > 256
+    object.__setattr__(args, "max_prefill_tokens", 128)
+    assert compat.largest_prefill(args) == 4096

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from kascade_sglang import checks, compat
@@ -132,6 +135,8 @@ def test_min_k_below_two_tiles(make_model: MakeModel) -> None:
         ["--enable-two-batch-overlap"],
         ["--enable-pdmux"],
         ["--cuda-graph-backend-prefill", "full"],
+        ["--enable-flexkv"],
+        ["--radix-cache-backend", "flexkv"],
     ],
     ids=lambda flags: flags[0].removeprefix("--"),
 )
@@ -211,9 +216,59 @@ def test_hook_that_is_not_live() -> None:
         compat.require_hooks(["nothing.there"])
 
 
-def test_foreign_kv_pool() -> None:
+def test_full_prefill_graphs_by_json(make_model: MakeModel) -> None:
+    full = json.dumps({"prefill": {"backend": "full"}})
+    assert "expected breakable" in refusal(make_model(), "--cuda-graph-config", full)
+
+
+@pytest.mark.parametrize("name", ["fa4", "trtllm_mha", "kascade", "none"])
+def test_dense_backend_that_needs_other_pages(make_model: MakeModel, name: str) -> None:
+    sentence = refusal(make_model(), "--kascade-dense-backend", name)
+    assert f"fa3, flashinfer, triton, torch_native, got {name!r}" in sentence
+
+
+def test_flashinfer_where_bits_must_not_depend_on_the_cache(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parse(make_model(), "--enable-deterministic-inference")
+    object.__setattr__(args, "dtype", "bfloat16")
+    config = replace(checks.check_server_args(args), dense_backend="flashinfer")
+    sentences = list(checks._refused_on_gpu(args, args.get_model_config(), config))
+    assert any("expected fa3 or triton with --enable-det" in each for each in sentences)
+    config = replace(config, dense_backend="triton")
+    sentences = list(checks._refused_on_gpu(args, args.get_model_config(), config))
+    assert not any("enable-det" in each for each in sentences)
+
+
+def make_pool(dtype: torch.dtype) -> MHATokenToKVPool:
+    return MHATokenToKVPool(
+        size=32,
+        page_size=16,
+        dtype=dtype,
+        head_num=2,
+        head_dim=32,
+        layer_num=1,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+
+
+def test_kv_pool_of_another_kind() -> None:
     with pytest.raises(KascadeError, match="got SimpleNamespace"):
-        compat.require_plain_pool(SimpleNamespace())
+        compat.require_plain_pool(SimpleNamespace(), torch.bfloat16)
+
+
+def test_kv_pool_of_another_dtype() -> None:
+    """A checkpoint may ask for fp8 by itself, under --kv-cache-dtype auto."""
+    compat.require_plain_pool(make_pool(torch.bfloat16), torch.bfloat16)
+    with pytest.raises(KascadeError, match="expected the model's torch.bfloat16, got torch.float8"):
+        compat.require_plain_pool(make_pool(torch.float8_e4m3fn), torch.bfloat16)
+
+
+def test_kv_pool_of_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
+    with pytest.raises(KascadeError, match=r"expected \[48, KV heads, .*SGLANG_USE_HND_KVCACHE"):
+        compat.require_plain_pool(make_pool(torch.bfloat16), torch.bfloat16)
 
 
 def test_plan_with_sliding_windows(make_model: MakeModel) -> None:

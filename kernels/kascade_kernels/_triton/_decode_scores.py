@@ -36,7 +36,6 @@ def decode_scores_kernel(
     spans,  # int32 [rows], blocks of one program
     shared_keys,  # int32 [rows]
     shared_rows,  # int32 [rows, MEMBERS]
-    shared_slots,  # int32 [rows, max_context]
     logits,  # float16 [rows, Hq, stride]: base 2, less the block's maximum
     block_max,  # float32 [rows, Hq, stride / BLOCK]
     part_lse,  # float32 [rows, Hq, SPLITS]
@@ -47,7 +46,6 @@ def decode_scores_kernel(
     stride_q,
     stride_slot,
     stride_table,
-    stride_shared,
     stride_logits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -93,10 +91,7 @@ def decode_scores_kernel(
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
     if KEYS_8BIT:
         queries, q_scales = _quantise_rows(queries.to(tl.float32))
-    if together:
-        row_slots = shared_slots + row.to(tl.int64) * stride_shared
-    else:
-        row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
+    row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
 
     m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)

@@ -11,11 +11,13 @@ NO_KEY = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def group_rows_kernel(
-    first_slots,  # int32 [rows]
+    table,  # int32 [requests, max_context]
+    requests,  # [rows]
     ends,  # [rows]
     spans,  # int32 [rows]
     members,  # int32 [rows, MEMBERS]
     keys,  # int32 [rows]
+    stride_table,
     rows,
     ROWS: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -23,7 +25,8 @@ def group_rows_kernel(
     row = tl.program_id(0)
     other = tl.arange(0, ROWS)
     real = other < rows
-    slot = tl.load(first_slots + other, mask=real, other=-1)
+    request = tl.load(requests + other, mask=real, other=0).to(tl.int64)
+    slot = tl.load(table + request * stride_table, mask=real, other=-1)
     span = tl.load(spans + other, mask=real, other=-1)
     end = tl.load(ends + other, mask=real, other=0).to(tl.int32)
     alike = slot == tl.sum(tl.where(other == row, slot, 0), 0)
@@ -50,9 +53,7 @@ def compare_slots_kernel(
     requests,  # [rows]
     members,  # int32 [rows, MEMBERS]
     keys,  # int32 [rows], from the group's shortest row down to what it shares
-    slots,  # int32 [rows, stride], those of groups' first rows
     stride_table,
-    stride_slots,
     MEMBERS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -60,14 +61,13 @@ def compare_slots_kernel(
     group = members + row * MEMBERS
     if tl.load(group + 1) < 0:
         return
-    # Others may have shortened it already, and nobody needs the slots behind.
+    # Others may have shortened it already.
     common = tl.load(keys + row)
     own = table + tl.load(requests + row).to(tl.int64) * stride_table
     for start in tl.range(program * CHUNK, common, tl.num_programs(1) * CHUNK):
         position = start + tl.arange(0, CHUNK)
         visible = position < common
         slot = tl.load(own + position, mask=visible, other=0)
-        tl.store(slots + row.to(tl.int64) * stride_slots + position, slot, mask=visible)
         differs = tl.full([CHUNK], False, tl.int1)
         for index in tl.range(1, MEMBERS):
             member = tl.load(group + index)

@@ -1,0 +1,39 @@
+"""A decode step's own copy of its rows of the slot table, which the scheduler rewrites freely."""
+
+import torch
+
+from kascade_kernels._triton._row_slots import copy_row_slots_kernel
+from kascade_kernels.checks import require_dtype
+from kascade_kernels.structs import Rows
+
+CHUNK = 1024
+PROGRAMS = 32
+"""Of one row; the grid must not depend on lengths, which the host does not know."""
+ALIGNMENT = 64
+
+
+def allocate_row_slots(rows: int, context: int, device: torch.device | str) -> torch.Tensor:
+    """Allocate for ``rows`` requests of up to ``context`` keys; rows begin aligned."""
+    width = -(-context // ALIGNMENT) * ALIGNMENT
+    return torch.zeros(rows, width, dtype=torch.int32, device=device)
+
+
+def copy_row_slots(req_to_token: torch.Tensor, rows: Rows, copy: torch.Tensor) -> None:
+    """Copy the slots of every row's keys, so that row i's are ``copy[i, : rows.ends[i]]``.
+
+    req_to_token: int32 [requests, max_context]. copy: int32 [at least the rows, max_context].
+    """
+    count = len(rows.ends)
+    require_dtype("req_to_token", req_to_token, torch.int32)
+    if count > copy.shape[0]:
+        raise ValueError(f"copy: expected at least {count} rows, got {copy.shape[0]}")
+    copy_row_slots_kernel[(count, PROGRAMS)](
+        req_to_token,
+        rows.requests,
+        rows.ends,
+        copy,
+        req_to_token.stride(0),
+        copy.stride(0),
+        CHUNK=CHUNK,
+        num_warps=4,
+    )
