@@ -190,8 +190,8 @@ def reserved_memory(server_args: Any) -> ReservedMemory:
         lists=1 if config.pooled else kv_heads,
         device="cuda",
     )
-    # What a captured decode step keeps, and the lists of the tiles of a prefill step.
-    decode = DecodeBuffers.bytes(compat.largest_captured_batch(server_args), shape, config)
+    # What a decode step keeps, and the lists of the tiles of a prefill step.
+    decode = DecodeBuffers.bytes(compat.largest_decode(server_args), shape, config)
     tiles = -(-compat.largest_prefill(server_args) // TILE)
     prefill = 4 * tiles * shape.lists * list_room(shape.context, config)
     return ReservedMemory(

@@ -41,7 +41,7 @@ __all__ = [
     "has_gpu",
     "is_plain_decoder_layer",
     "key_value_caches",
-    "largest_captured_batch",
+    "largest_decode",
     "local_kv_heads",
     "local_layers",
     "model_shape",
@@ -103,10 +103,11 @@ def phases_on_kascade(server_args: Any) -> set[str]:
     }
 
 
-def largest_captured_batch(server_args: Any) -> int:
-    """Return the largest decode batch that SGLang captures, 0 where it captures none."""
+def largest_decode(server_args: Any) -> int:
+    """Return the most requests of a decode step that SGLang captures, or was told of."""
     decode = server_args.cuda_graph_config.decode
-    return 0 if decode.backend == "disabled" else max([decode.max_bs or 0, *(decode.bs or [])])
+    captured = [] if decode.backend == "disabled" else [decode.max_bs or 0, *(decode.bs or [])]
+    return max([server_args.max_running_requests or 0, *captured])
 
 
 def largest_prefill(server_args: Any) -> int:

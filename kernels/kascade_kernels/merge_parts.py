@@ -40,7 +40,7 @@ def most_parts(rows: int, heads: int, q_heads: int, *, batch_invariant: bool) ->
     splits = (
         max(most_splits(n, heads, batch_invariant=batch_invariant)) * n for n in range(1, rows + 1)
     )
-    return q_heads * max(splits)
+    return q_heads * max(splits, default=0)
 
 
 def merge_parts(
