@@ -190,8 +190,9 @@ def reserved_memory(server_args: Any) -> ReservedMemory:
         lists=1 if config.pooled else kv_heads,
         device="cuda",
     )
-    # What a decode step keeps, and the lists of the tiles of a prefill step.
-    decode = DecodeBuffers.bytes(compat.largest_decode(server_args), shape, config)
+    # What decode steps keep, and the lists of the tiles of a prefill step.
+    batches = compat.largest_decodes(server_args)
+    decode = sum(DecodeBuffers.bytes(rows, shape, config) for rows in batches)
     tiles = -(-compat.largest_prefill(server_args) // TILE)
     prefill = 4 * tiles * shape.lists * list_room(shape.context, config)
     return ReservedMemory(

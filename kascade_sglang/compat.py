@@ -41,7 +41,7 @@ __all__ = [
     "has_gpu",
     "is_plain_decoder_layer",
     "key_value_caches",
-    "largest_decode",
+    "largest_decodes",
     "local_kv_heads",
     "local_layers",
     "model_shape",
@@ -103,11 +103,15 @@ def phases_on_kascade(server_args: Any) -> set[str]:
     }
 
 
-def largest_decode(server_args: Any) -> int:
-    """Return the most requests of a decode step that SGLang captures, or was told of."""
+def largest_decodes(server_args: Any) -> tuple[int, int]:
+    """Return the most requests of a captured decode step, and of an eager one if it may be larger.
+
+    0 where there is none, or where SGLang will choose how many requests may run.
+    """
     decode = server_args.cuda_graph_config.decode
-    captured = [] if decode.backend == "disabled" else [decode.max_bs or 0, *(decode.bs or [])]
-    return max([server_args.max_running_requests or 0, *captured])
+    captured = 0 if decode.backend == "disabled" else max([decode.max_bs or 0, *(decode.bs or [])])
+    running = server_args.max_running_requests or 0
+    return captured, running if running > captured else 0
 
 
 def largest_prefill(server_args: Any) -> int:

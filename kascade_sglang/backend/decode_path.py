@@ -152,7 +152,7 @@ class DecodePath:
             return self._graph_buffers
         if self._eager_buffers is None or rows > self._eager_buffers.rows:
             self._eager_buffers = None
-            room = triton.next_power_of_2(rows)
+            room = min(triton.next_power_of_2(rows), self._table.shape[0])
             self._eager_buffers = DecodeBuffers(room, self._shape, self._config)
         return self._eager_buffers
 

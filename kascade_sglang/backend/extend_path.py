@@ -114,7 +114,7 @@ class ExtendPath:
     def _cut_groups(self, tiles: TileTable) -> list[Group]:
         """Cut the tiles, in order, so that each group's codes fit the arena."""
         groups, first, candidates = [], 0, tiles.candidates
-        per_tile = [self._bytes_per_tile(int(n)) for n in candidates]
+        per_tile = [self._bytes_per_tile(max(TILE, int(n))) for n in candidates]
         dense = tiles.selected == candidates
         while first < len(candidates):
             last, most = first, 0

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from kascade_kernels.budget import TILE
 from kascade_sglang.compat import key_value_caches
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.errors import KascadeError
 
 if TYPE_CHECKING:
     from kascade_sglang.backend.paths import Paths
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 def warm_up(paths: Paths, runner: ModelRunner, config: KascadeConfig) -> None:
     """Run one anchor's prefill step at the end of the context, for nothing but its compilation.
 
+    Raises KascadeError where a kernel does not fit the GPU.
     All positions are the padding's slot 0, whose 8-bit copy is the only thing written. Decode
     kernels are compiled when graphs are captured.
     """
@@ -37,9 +40,16 @@ def warm_up(paths: Paths, runner: ModelRunner, config: KascadeConfig) -> None:
     span = (max(0, shape.context - TILE - 1), shape.context)
     size = (span[1] - span[0], shape.q_heads, shape.head_dim)
     q = torch.zeros(size, dtype=keys.dtype, device=shape.device)
-    paths.copies.write(layer.layer_id, keys, slot)
-    paths.extend.begin_spans([span], slot)
-    paths.extend.select(q, layer)
-    paths.extend.attend(q, layer)
+    try:
+        paths.copies.write(layer.layer_id, keys, slot)
+        paths.extend.begin_spans([span], slot)
+        paths.extend.select(q, layer)
+        paths.extend.attend(q, layer)
+    except OutOfResources as error:
+        raise KascadeError(
+            f"model: expected {shape.q_heads // shape.kv_heads} query heads a KV head of "
+            f"{shape.head_dim} dimensions to fit this GPU, got {error}; drop --kascade-exact where "
+            "it is set, or serve with another --attention-backend"
+        ) from error
     paths.store.clear()
     logger.info("kascade: prefill kernels were ready after %.1f s", time.monotonic() - started)

@@ -26,3 +26,20 @@ def require_last_dim_contiguous(name: str, tensor: torch.Tensor) -> None:
     """Raise ValueError unless elements of the last dimension lie side by side."""
     if tensor.stride(-1) != 1:
         raise ValueError(f"{name}: expected a last stride of 1, got {tensor.stride(-1)}")
+
+
+def require_heads_together(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless the heads of each token, [tokens, heads, D], lie side by side."""
+    _, heads, dim = tensor.shape
+    if tensor.stride(2) != 1 or (heads > 1 and tensor.stride(1) != dim):
+        raise ValueError(
+            f"{name}: expected the heads of a token side by side, got strides {tensor.stride()}"
+        )
+
+
+def require_same_stride(name: str, tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Raise ValueError unless tokens lie as far apart as in ``other``."""
+    if tensor.stride(0) != other.stride(0):
+        raise ValueError(
+            f"{name}: expected the keys' stride of {other.stride(0)}, got {tensor.stride(0)}"
+        )

@@ -3,7 +3,12 @@
 import torch
 
 from kascade_kernels._triton._decode_attention import decode_attention_kernel
-from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
+from kascade_kernels.checks import (
+    require_dtype,
+    require_heads_together,
+    require_same_stride,
+    require_shape,
+)
 from kascade_kernels.decode_spans import STEP, Spans
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
@@ -32,9 +37,11 @@ def decode_attention(
     """
     count, q_heads, dim = q.shape
     kv_heads = k_cache.shape[1]
-    require_last_dim_contiguous("q", q)
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        require_heads_together(name, tensor)
     require_shape("k_cache", k_cache, (None, kv_heads, dim))
     require_shape("v_cache", v_cache, (None, kv_heads, dim))
+    require_same_stride("v_cache", v_cache, k_cache)
     require_dtype("head_map", head_map, torch.int32)
     splits = spans.attend_splits
     group = q_heads // kv_heads

@@ -10,7 +10,12 @@ import triton
 from kascade_kernels._triton._decode_scores import decode_scores_kernel, pool_scores_kernel
 from kascade_kernels.arena import Empty
 from kascade_kernels.budget import Budget
-from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
+from kascade_kernels.checks import (
+    require_dtype,
+    require_heads_together,
+    require_same_stride,
+    require_shape,
+)
 from kascade_kernels.decode_spans import STEP, Spans
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
@@ -91,8 +96,12 @@ def decode_scores(
     cache = keys.values if eight_bit else keys
     count, q_heads, dim = q.shape
     kv_heads = cache.shape[1]
-    require_last_dim_contiguous("q", q)
+    require_heads_together("q", q)
+    require_heads_together("keys", cache)
     require_shape("keys", cache, (None, kv_heads, dim))
+    if values is not None:
+        require_heads_together("values", values)
+        require_same_stride("values", values, cache)
     require_dtype("req_to_token", req_to_token, torch.int32)
     require_shape("scratch.logits", scratch.logits, (None, q_heads, None))
     if count > scratch.logits.shape[0]:

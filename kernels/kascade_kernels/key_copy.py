@@ -4,7 +4,7 @@ import torch
 import triton
 
 from kascade_kernels._triton._key_copy import copy_keys_kernel
-from kascade_kernels.checks import require_shape
+from kascade_kernels.checks import require_heads_together, require_shape
 from kascade_kernels.structs import KeyCopy
 
 
@@ -22,6 +22,7 @@ def copy_keys(k_cache: torch.Tensor, written: torch.Tensor, copy: KeyCopy) -> No
     k_cache: [slots, H, D].
     """
     slots, heads, dim = k_cache.shape
+    require_heads_together("k_cache", k_cache)
     require_shape("copy.values", copy.values, (None, heads, dim))
     copy_keys_kernel[(written.shape[0],)](
         k_cache,

@@ -52,6 +52,8 @@ def merge_parts(
     spans: int32 [rows], steps of one part, say how many were written.
     """
     rows, q_heads, dim = out.shape
+    if not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
     merge_parts_kernel[(q_heads, rows)](
         parts.out,
         parts.lse,

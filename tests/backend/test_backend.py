@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from triton.runtime.errors import OutOfResources
 
 from harness import DEVICE, DTYPE, HEAD_DIM, Harness, expected_output
 from kascade_kernels.budget import Budget
@@ -265,6 +266,25 @@ def test_batches_of_all_sizes_share_buffers_of_a_known_size(batch_invariant: boo
     taken = sum(tensor.nbytes for tensor in tensors)
     reserved = DecodeBuffers.bytes(buffers.rows, harness.backend.paths.shape, harness.config)
     assert 0 <= taken - reserved < 400 * buffers.rows
+
+
+def test_prompts_shorter_than_a_tile_share_little_memory_for_scores() -> None:
+    harness = Harness([20] * 40, layers=2, anchors=(0, 1), score_memory=2**16)
+    harness.step([(request, 0, 20) for request in range(40)])
+    assert all(out.isfinite().all() for out in harness.outputs[1])
+
+
+@pytest.mark.skipif(not KERNELS, reason="nothing is compiled")
+def test_kernels_that_do_not_fit_the_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness([40])
+
+    def select(q: torch.Tensor, layer: SimpleNamespace) -> None:
+        raise OutOfResources(328192, 232448, "shared memory")
+
+    monkeypatch.setattr(harness.backend.paths.extend, "select", select)
+    runner = SimpleNamespace(token_to_kv_pool=harness.pool)
+    with pytest.raises(KascadeError, match="to fit this GPU, got out of resource.*kascade-exact"):
+        warm_up(harness.backend.paths, runner, harness.config)
 
 
 @pytest.mark.skipif(KERNELS, reason="the kernels can be captured: test_graphs.py")

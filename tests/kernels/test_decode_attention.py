@@ -106,3 +106,28 @@ def test_wrong_head_map_type() -> None:
     parts = Parts.allocate(spans, 8, 32)
     with pytest.raises(ValueError, match="head_map: expected int32, got float32"):
         decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
+
+
+def test_tensors_that_the_kernel_would_misread() -> None:
+    case = DecodeCase.make([9])
+    selection, _ = make_lists([9], 2, case.k.shape[0])
+    head_map, spans = torch.zeros(2, dtype=torch.int32, device=DEVICE), spans_of(selection)
+    parts = Parts.allocate(spans, 8, 32)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **out: torch.Tensor) -> None:
+        decode_attention(q, k, v, selection, spans, head_map, case.scale, parts, **out)
+
+    def apart(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, tensor], dim=2)[:, :, :32]
+
+    for name, tensors in (
+        ("q", (apart(case.q), case.k, case.v)),
+        ("k_cache", (case.q, apart(case.k), case.v)),
+        ("v_cache", (case.q, case.k, apart(case.v))),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected the heads of a token side by"):
+            attend(*tensors)
+    with pytest.raises(ValueError, match="v_cache: expected the keys' stride of 64, got 128"):
+        attend(case.q, case.k, torch.cat([case.v, case.v], dim=1)[:, :2])
+    with pytest.raises(ValueError, match="out: expected a contiguous tensor"):
+        attend(case.q, case.k, case.v, out=apart(case.q))

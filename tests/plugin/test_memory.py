@@ -33,7 +33,7 @@ def server_args(
         config = replace(config, exact=exact, heads="pooled" if pooled else "per_head")
         monkeypatch.setattr(checks, "check_server_args", lambda given: config)
         monkeypatch.setattr(compat, "has_gpu", lambda: True)
-        monkeypatch.setattr(compat, "largest_decode", lambda given: 8)
+        monkeypatch.setattr(compat, "largest_decodes", lambda given: (8, 0))
         return args
 
     return make
@@ -68,24 +68,25 @@ def test_unchunked_prefill_counts_what_a_step_may_hold(
 @pytest.mark.parametrize(
     ("backend", "most", "sizes", "running", "expected"),
     [
-        ("full", 8, [1, 2, 16], None, 16),
-        ("full", 8, None, 12, 12),
-        ("disabled", 8, [1, 2], None, 0),
-        ("disabled", 8, [1, 2], 5, 5),
+        ("full", 8, [1, 2, 16], None, (16, 0)),
+        ("full", 8, None, 12, (8, 12)),
+        ("full", 8, None, 8, (8, 0)),
+        ("disabled", 8, [1, 2], None, (0, 0)),
+        ("disabled", 8, [1, 2], 5, (0, 5)),
     ],
 )
-def test_the_largest_decode_batch_is_captured_or_the_most_that_may_run(
-    backend: str, most: int, sizes: list[int] | None, running: int | None, expected: int
+def test_decode_batches_are_captured_or_as_many_as_may_run(
+    backend: str, most: int, sizes: list[int] | None, running: int | None, expected: tuple[int, int]
 ) -> None:
     decode = SimpleNamespace(backend=backend, max_bs=most, bs=sizes)
     config = SimpleNamespace(decode=decode)
     args = SimpleNamespace(cuda_graph_config=config, max_running_requests=running)
-    assert compat.largest_decode(args) == expected
+    assert compat.largest_decodes(args) == expected
 
 
 def test_nothing_is_reserved_for_decoding_that_is_not_known(
     server_args: Callable[..., ServerArgs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = server_args(chunk=256)
-    monkeypatch.setattr(compat, "largest_decode", lambda given: 0)
+    monkeypatch.setattr(compat, "largest_decodes", lambda given: (0, 0))
     assert checks.reserved_memory(args).scratch == 768 * MB + 4 * 256 // 32 * LISTS * ROOM
