@@ -17,6 +17,7 @@ import kascade_sglang
 from kascade_kernels.budget import Budget
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.evaluation.command import add_eval
+from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.library import read_plan
 from kascade_sglang.plan.schema import HEAD_MODES, Plan, PlanError
 
@@ -142,7 +143,12 @@ def _add_plan_commands(commands: "argparse._SubParsersAction") -> None:
     convert.add_argument("--out", required=True, type=Path, help="the plan file to write")
     _add_budget(convert)
     for parser, run in ((show, _show), (check, _check), (report, _report), (convert, _import)):
-        parser.add_argument("path", type=Path, help="plan (.json), head map (.npy) or preset:NAME")
+        kinds = (
+            "head map (.npy)"
+            if parser is convert
+            else "plan (.json), head map (.npy) or preset:NAME"
+        )
+        parser.add_argument("path", type=Path, help=kinds)
         parser.add_argument(
             "--anchors",
             type=_anchor_list,
@@ -213,7 +219,7 @@ def _report(args: argparse.Namespace) -> None:
     from kascade_sglang.plan.report import check_target, write_report
 
     plan = _load(args)
-    check_target("--out", args.out)
+    check_target("--out", args.out, {"the plan": args.path})
     write_report(plan, args.out)
     print(args.out)
 
@@ -221,6 +227,8 @@ def _report(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from kascade_sglang.plan.npy import plan_from_npy
 
+    if why := why_unwritable(args.out, {"the head map": args.path}):
+        raise PlanError(f"--out {args.out}: {why}")
     try:
         budget = Budget(args.topk_ratio, args.min_k)
     except ValueError as error:

@@ -25,8 +25,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def why_unwritable(path: Path) -> str | None:
-    """Say why no file can be written at a path and how to fix it; None where it can."""
+def why_unwritable(path: Path, others: Mapping[str, Path | None] | None = None) -> str | None:
+    """Say why no file can be written at a path and how to fix it; None where it can.
+
+    others: files that it may not replace, by the names that the user knows them by.
+    """
+    for name, other in (others or {}).items():
+        if other is not None and os.path.realpath(other) == os.path.realpath(path):
+            return f"expected a file of its own, got that of {name}; name another"
     if path.is_dir():
         return "expected a file's name, got a folder; add a name"
     if not path.parent.is_dir():

@@ -6,21 +6,32 @@ computed from these files' content, so a resumed run gives the same bits as one 
 
 import io
 import json
-import shutil
+import os
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kascade_sglang.calibration.collect import PromptStats
+from kascade_sglang.calibration.collect import MASS_RATIOS, PromptStats
 from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.files import write_atomically
 
 _SETTINGS = "settings.json"
-_ARRAYS = ("similarity", "pooled", "mass", "importance")
+_MEASURED = "prompt-*.npz"
 _COUNTS = ("tokens", "tiles", "rows")
+_DAMAGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+)
+"""What reading a file that is not ours raises; numpy reads a bare array as no archive."""
 
 
 class Checkpoint:
@@ -30,30 +41,40 @@ class Checkpoint:
         """Open the folder for the plan ``out``; it is created with the first measurements.
 
         settings: everything the measurements depend on, as JSON values.
-        Raises CalibrationError where it holds measurements made with other settings.
+        Raises CalibrationError where it holds measurements made with other settings, or is no
+        folder.
         """
         self.folder = out.with_name(out.name + ".parts")
         # Through JSON, as the file's own values have gone.
         self._settings = json.loads(json.dumps(settings))
-        if any(self.folder.glob("prompt-*.npz")):
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise CalibrationError(
+                f"{self.folder}: expected a folder of measurements, or none yet, got a file; "
+                "move it away or give another --out"
+            )
+        if any(self.folder.glob(_MEASURED)):
             _check_same(self.folder, _read_settings(self.folder / _SETTINGS), self._settings)
 
-    def load(self, index: int) -> PromptStats | None:
-        """Return a prompt's measurements, None if there are none yet."""
+    def load(self, index: int, layers: int, heads: int, errors: bool) -> PromptStats | None:
+        """Return a prompt's measurements, None if there are none yet.
+
+        layers, heads: how many were measured. errors: whether those of borrowing were.
+        Raises CalibrationError for a file that does not hold these.
+        """
         path = self._path(index)
+        shapes = _shapes(layers, heads, errors)
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in _ARRAYS}
-                arrays["error"] = file.get("error")
+                arrays = {name: _checked(name, file[name], shape) for name, shape in shapes.items()}
                 counts = {name: int(file[name]) for name in _COUNTS}
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             raise CalibrationError(
                 f"{path}: not a file of measurements ({error}); delete it to measure that prompt "
                 "again"
             ) from error
-        return PromptStats(**arrays, **counts)
+        return PromptStats(**{"error": None, **arrays}, **counts)
 
     def store(self, index: int, stats: PromptStats) -> None:
         """Write a prompt's measurements in one step; raises CalibrationError on a full disk."""
@@ -71,11 +92,32 @@ class Checkpoint:
             ) from error
 
     def remove(self) -> None:
-        """Delete the folder: the plan has been written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the measurements, for the plan has been written; no file of another's."""
+        with suppress(OSError):
+            for path in (*self.folder.glob(_MEASURED), self.folder / _SETTINGS):
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _path(self, index: int) -> Path:
         return self.folder / f"prompt-{index:05d}.npz"
+
+
+def _shapes(layers: int, heads: int, errors: bool) -> dict[str, tuple[int, ...]]:
+    """Of the arrays in a file, see ``PromptStats``."""
+    pairs = (layers, layers)
+    return {
+        "similarity": (*pairs, heads, heads),
+        "pooled": pairs,
+        "mass": (len(MASS_RATIOS), layers, heads),
+        "importance": (layers,),
+        **({"error": pairs} if errors else {}),
+    }
+
+
+def _checked(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.shape != shape or not np.isfinite(array).all():
+        raise ValueError(f"{name} is not {list(shape)} finite numbers")
+    return array
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ becomes one sentence.
 """
 
 import importlib.util
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,10 @@ _UNREADABLE = (
     OSError,
     ValueError,
     KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    ZeroDivisionError,
     ImportError,
     RuntimeError,
     SafetensorError,
@@ -63,19 +69,27 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
             "serve it with another --attention-backend"
         )
     try:
-        q_heads = text.num_attention_heads
-        return ModelShape(
+        q_heads, hidden = text.num_attention_heads, text.hidden_size
+        kv_heads, head_dim = (getattr(text, n, None) for n in ("num_key_value_heads", "head_dim"))
+        shape = ModelShape(
             layers=text.num_hidden_layers,
             q_heads=q_heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or q_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // q_heads,
-            hidden=text.hidden_size,
+            kv_heads=q_heads if kv_heads is None else kv_heads,
+            head_dim=hidden // q_heads if head_dim is None else head_dim,
+            hidden=hidden,
         )
-    except AttributeError as error:
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise CalibrationError(
             f"model: a {config.model_type} configuration describes no decoder of attention "
             f"layers ({_one_line(error)})"
         ) from error
+    for name, value in asdict(shape).items():
+        if not isinstance(value, int) or value < 1:
+            raise CalibrationError(
+                f"model: expected a configuration with 1 or more for {name}, got {value!r}; mend "
+                "its config.json"
+            )
+    return shape
 
 
 def windowed_layers(config: PreTrainedConfig, longest: int) -> tuple[int, ...]:
@@ -120,7 +134,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has room, but for no numbers
     except (RuntimeError, AssertionError) as error:
         raise CalibrationError(f"--device {name}: not usable ({_one_line(error)})") from error
     return device
@@ -155,7 +169,7 @@ def load_model(
     dtype: one of DTYPES; ``auto`` is the checkpoint's own on a GPU and float32 on a CPU.
     device_map: one of DEVICE_MAPS, by which accelerate spreads the layers over all GPUs, then
         the CPU; None puts everything on ``device``.
-    Raises CalibrationError where the model cannot be read or does not fit.
+    Raises CalibrationError where the model cannot be read, lacks weights or does not fit.
     """
     if dtype not in DTYPES:
         raise CalibrationError(f"--dtype: expected one of {DTYPES}, got {dtype!r}")
@@ -164,16 +178,31 @@ def load_model(
         dtype = "float32"
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        if device_map is not None:
-            return AutoModelForCausalLM.from_pretrained(
-                model, dtype=wanted, device_map=device_map
-            ).eval()
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
-        return loaded.to(device).eval()
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=wanted,
+            device_map=device_map,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+        if device_map is None:
+            loaded = loaded.to(device)
     except _UNREADABLE as error:
         raise CalibrationError(
             f"model {model}: cannot load its weights ({_one_line(error)})"
         ) from error
+    _check_complete(model, found)
+    return loaded.eval()
+
+
+def _check_complete(model: str, found: Mapping[str, Any]) -> None:
+    """Refuse weights that transformers has drawn at random, for the files hold none that fit."""
+    drawn = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if drawn:
+        raise CalibrationError(
+            f"model {model}: expected weights for all of its configuration, got none of their name "
+            f"and size for {len(drawn)}, {drawn[0]} the first; mend its files or its config.json"
+        )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

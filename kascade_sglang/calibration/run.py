@@ -129,12 +129,14 @@ def _check(config: CalibrationConfig) -> Budget:
         raise CalibrationError(f"--heads: expected one of {HEAD_MODES}, got {config.heads!r}")
     if config.criterion not in CRITERIA:
         raise CalibrationError(f"--criterion: expected one of {CRITERIA}, got {config.criterion!r}")
-    if config.tiles < 1:
-        raise CalibrationError(f"--tiles: expected 1 or more, got {config.tiles}")
-    if why := why_unwritable(config.out):
+    for name, least in (("tiles", 1), ("seed", 0)):
+        if (value := getattr(config, name)) < least:
+            raise CalibrationError(f"--{name}: expected {least} or more, got {value}")
+    read = {"--prompts": config.source.prompts}
+    if why := why_unwritable(config.out, read):
         raise CalibrationError(f"--out {config.out}: {why}")
     if config.report is not None:
-        check_target("--report", config.report)
+        check_target("--report", config.report, {**read, "--out": config.out})
     hf_model.check_device_map(config.device_map)
     if config.device_map is not None and config.device != "auto":
         raise CalibrationError(
@@ -234,7 +236,10 @@ def _measure(
     ]
     depth = len(hf_model.decoder_layers(model))
     work = [work_of(len(prompt.ids), layers, depth, config.criterion) for prompt in prompts]
-    measured = [checkpoint.load(number) for number in range(len(prompts))]
+    heads, errors = hf_model.shape_of(model.config).kv_heads, config.criterion == "error"
+    measured = [
+        checkpoint.load(number, len(layers), heads, errors) for number in range(len(prompts))
+    ]
     ready = sum(work[number] for number, stats in enumerate(measured) if stats is not None)
     if ready:
         kept = sum(stats is not None for stats in measured)
@@ -291,6 +296,9 @@ def _settings(
         "model_config": hashlib.sha256(described.encode()).hexdigest(),
         "weights": hf_model.weights_version(config.model, hf_config),
         "prompts": found.name,
+        # Before the tokens that they change: the first that differs is named.
+        "max_tokens": config.source.max_tokens,
+        "limit": config.source.limit,
         "tokens": digest_of(found.prompts),
         "topk_ratio": config.topk_ratio,
         "min_k": config.min_k,

@@ -64,6 +64,8 @@ class PromptSource:
         context: the model's context length, in tokens. Raises CalibrationError where there are
         none, or one is not a prompt or longer than the context.
         """
+        if self.dataset == "":
+            raise CalibrationError("--dataset: expected a name, got none; give one or drop it")
         if self.prompts is not None and self.dataset is not None:
             raise CalibrationError(
                 f"--dataset: expected --prompts or --dataset, got both ({self.prompts} and "

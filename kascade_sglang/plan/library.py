@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from kascade_sglang.plan.presets import PREFIX, preset, preset_for, warning_of
+from kascade_sglang.plan.presets import PREFIX, preset, preset_for, same_name, warning_of
 from kascade_sglang.plan.schema import ModelShape, Plan, PlanError, load_plan
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,8 @@ def find_plan(model: str, shape: ModelShape, explicit: str | None) -> Plan:
     """Return the plan to serve ``model`` with, checked against its shape.
 
     explicit: a path or ``preset:NAME`` the user gave; otherwise ``kascade_plan.json`` in the
-    model's folder, then a shipped plan with the model's name, then the model's preset.
+    model's folder, then a shipped plan and then a preset, of the last part of the model's name and
+    of its shape.
     Logs a warning where nobody has measured the plan's head map. Raises PlanError, saying how to
     calibrate, if none fits.
     """
@@ -46,7 +47,7 @@ def _find(model: str, shape: ModelShape, explicit: str | None) -> Plan:
         return load_plan(beside)
     for path in sorted(SHIPPED.glob("*.json")):
         plan = load_plan(path)
-        if plan.model == model:
+        if same_name(plan.model, model) and plan.shape == shape:
             return plan
     plan = preset_for(model, shape)
     if plan is not None:

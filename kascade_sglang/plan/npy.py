@@ -80,8 +80,9 @@ def _anchors_of(path: Path) -> tuple[int, ...]:
     found = _ANCHORS_IN_NAME.search(path.stem)
     if not found:
         raise PlanError(
-            "head map: its name does not end in _layers_ and the anchors, as in "
-            "x_layers_0_2_8.npy; give --anchors 0,2,8"
+            "head map: expected a name that ends in _layers_ and the anchors, as in "
+            f"x_layers_0_2_8.npy, got {path.name}; rename it, or convert it with `kascade plan "
+            "import --anchors 0,2,8`"
         )
     return tuple(int(number) for number in found.group(1).split("_"))
 

@@ -34,9 +34,8 @@ _ALIASES = {"meta-llama-3.1-8b-instruct": "llama-3.1-8b-instruct"}
 
 def preset(name: str) -> Plan:
     """Return the preset of this name; raises PlanError, listing those there are."""
-    wanted = _key(name)
     for known, (shape, anchors) in _PRESETS.items():
-        if _key(known) == wanted:
+        if same_name(known, name):
             return identity_plan(known, shape, anchors, _SOURCE)
     raise PlanError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
 
@@ -61,7 +60,7 @@ def identity_similarity(kv_heads: int) -> tuple[tuple[float, ...], ...]:
 def preset_for(model: str, shape: ModelShape) -> Plan | None:
     """Return the preset for a model, by the last part of its id or folder and by its shape."""
     try:
-        plan = preset(PurePath(model).name)
+        plan = preset(model)
     except PlanError:
         return None
     return plan if plan.shape == shape else None
@@ -79,5 +78,11 @@ def warning_of(plan: Plan) -> str | None:
     )
 
 
-def _key(name: str) -> str:
-    return _ALIASES.get(name.lower(), name.lower())
+def same_name(one: str, other: str) -> bool:
+    """Say whether two ids or folders end in the same model's name."""
+    return _key(one) == _key(other)
+
+
+def _key(model: str) -> str:
+    name = PurePath(model).name.lower()
+    return _ALIASES.get(name, name)

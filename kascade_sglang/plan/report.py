@@ -6,7 +6,7 @@
 import html
 import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +27,14 @@ _PAGE = (11.7, 8.3)
 """Inches: A4, landscape."""
 
 
-def check_target(option: str, path: Path) -> None:
-    """Refuse a report that could not be written, before anything is measured for it."""
+def check_target(option: str, path: Path, others: Mapping[str, Path | None]) -> None:
+    """Refuse a report that could not be written, before anything is measured for it.
+
+    others: see ``why_unwritable``.
+    """
     if path.suffix not in KINDS:
         raise PlanError(f"{option} {path}: expected a name that ends in {', '.join(KINDS)}")
-    if why := why_unwritable(path):
+    if why := why_unwritable(path, others):
         raise PlanError(f"{option} {path}: {why}")
     if importlib.util.find_spec("matplotlib") is None:
         raise PlanError(f"{option} {path}: needs the matplotlib package; pip install matplotlib")
@@ -74,7 +77,8 @@ def _draw(plan: Plan, measured: Measurements) -> "Figure":
     provenance = plan.provenance
     figure.suptitle(
         f"{plan.model}: anchors {','.join(map(str, plan.anchors))}; {provenance.get('prompts')} "
-        f"prompts, {provenance.get('tokens')} tokens of {provenance.get('prompts_file')}"
+        f"prompts, {provenance.get('tokens')} tokens of {provenance.get('prompts_file')}",
+        parse_math=False,  # a file's name may hold dollars
     )
     upper, lower = figure.subfigures(2, 1)
     left, *middle, right = upper.subplots(1, 2 if measured.error is None else 3)

@@ -1,12 +1,14 @@
 """Stopped runs: what is kept, what the user reads, and the same bits after going on."""
 
 import errno
+import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,7 +130,8 @@ def test_full_disk_keeps_what_is_measured(
     [
         (["--seed", "1"], "unfinished run with seed 0, now 1; give the options of that run"),
         (["--tiles", "2"], "with tiles 64, now 2"),
-        (["--limit", "3"], "with tokens '"),
+        (["--limit", "3"], "with limit None, now 3"),
+        (["--max-tokens", "150"], "with max_tokens None, now 150"),
         (["--dtype", "bfloat16"], "with dtype 'auto', now 'bfloat16'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -159,7 +162,56 @@ def test_stopped_before_the_first_prompt_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\3\4 cut", b"junk"])
+def test_other_files_in_the_folder_stay(calibrate: Callable[..., int], tmp_path: Path) -> None:
+    parts = tmp_path / "plan.json.parts"
+    parts.mkdir()
+    (parts / "notes.txt").write_text("mine")
+    assert calibrate(tmp_path / "plan.json") == 0
+    assert [path.name for path in parts.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_in_the_folders_place(
+    calibrate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = tmp_path / "plan.json.parts"
+    parts.write_text("mine")
+    assert calibrate(tmp_path / "plan.json") == 1
+    assert f"{parts}: expected a folder of measurements" in capsys.readouterr().err
+    assert parts.read_text() == "mine"
+
+
+def saved(save: Callable[..., None], *arrays: Any, **named: Any) -> bytes:
+    content = io.BytesIO()
+    save(content, *arrays, **named)
+    return content.getvalue()
+
+
+OURS = {
+    "similarity": np.ones((4, 4, 2, 2)),
+    "pooled": np.ones((4, 4)),
+    "mass": np.ones((3, 4, 2)),
+    "importance": np.ones(4),
+    "error": np.ones((4, 4)),
+    "tokens": 201,
+    "tiles": 4,
+    "rows": 128,
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\3\4 cut",
+        b"junk",
+        saved(np.save, np.ones(4)),
+        saved(np.savez, **{**OURS, "pooled": np.ones((3, 3))}),
+        saved(np.savez, **{**OURS, "importance": np.array(list("abcd"))}),
+        saved(np.savez, **{**OURS, "error": np.full((4, 4), np.nan)}),
+        saved(np.savez, **{**OURS, "tokens": [1, 2]}),
+    ],
+    ids=["empty", "cut", "junk", "npy", "shape", "text", "nan", "count"],
+)
 def test_damaged_measurements(
     calibrate: Callable[..., int],
     tmp_path: Path,

@@ -2,19 +2,24 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from transformers import LlamaForCausalLM
 
 from kascade_kernels.budget import Budget
 from kascade_sglang.calibration.anchors import pick_anchors
 from kascade_sglang.calibration.collect import collect
+from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import kascade_generate
+from kascade_sglang.calibration.hf_model import load_model
 from kascade_sglang.calibration.similarity import anchor_gain, layer_similarity
 from kascade_sglang.cli import main
+from kascade_sglang.demo.server import MODEL
 from kascade_sglang.plan.schema import load_plan
 
 MASS = ("0.05", "0.1", "0.2")
@@ -138,9 +143,11 @@ def test_says_which_prompts_it_skips(
         (["--min-k", "8"], "min_k: expected"),
         (["--criterion", "loss"], "--criterion: expected one of ('error', 'mass'), got 'loss'"),
         (["--tiles", "0"], "--tiles: expected 1 or more"),
+        (["--seed", "-1"], "--seed: expected 0 or more, got -1"),
         (["--max-tokens", "4096"], "more than the model's context of 1024"),
         (["--max-tokens", "50"], "every prompt is too short to measure"),
         (["--device", "nonsense"], "--device nonsense: not usable"),
+        (["--device", "meta"], "--device meta: not usable"),
         (["--dtype", "int8"], "--dtype: expected one of"),
         (["--out", "/nowhere/plan.json"], "--out /nowhere/plan.json: expected a folder"),
         (["--prompts", "/nowhere/p.txt"], "/nowhere/p.txt: cannot read the prompts"),
@@ -166,6 +173,26 @@ def test_refusals_are_one_sentence(
     assert stderr[-1].startswith("kascade: ") and sentence in stderr[-1]
     assert not any("Traceback" in line for line in stderr)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("written, name", [("--report", "--out"), ("--out", "--prompts")])
+def test_no_output_replaces_another_file(
+    model_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    written: str,
+    name: str,
+) -> None:
+    mine = tmp_path / "plan.html"
+    mine.write_bytes(prompts.read_bytes())
+    given = mine if name == "--prompts" else prompts
+    (tmp_path / "link").symlink_to(tmp_path)
+    again = str(tmp_path / "link" / "plan.html")
+    assert calibrate(model_folder, given, mine, written, again) == 1
+    sentence = f"{written} {again}: expected a file of its own, got that of {name}; name another"
+    assert sentence in capsys.readouterr().err
+    assert mine.read_bytes() == prompts.read_bytes()
 
 
 def damaged(folder: Path, model_folder: Path, name: str, content: bytes | None) -> Path:
@@ -201,7 +228,11 @@ def test_tokenizer_of_a_larger_model(
             b'{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}',
             "hidden size .30. is not a multiple",
         ),
+        ("config.json", b"[]", "cannot read its configuration"),
+        ("config.json", b"null", "cannot read its configuration"),
         ("tokenizer.json", b"{", "cannot load its tokenizer"),
+        ("tokenizer.json", b"[]", "cannot load its tokenizer"),
+        ("tokenizer_config.json", b"[]", "cannot load its tokenizer"),
         ("model.safetensors", None, "cannot load its weights"),
         ("model.safetensors", b"\x10" + b"\0" * 7 + b"{", "cannot load its weights"),
     ],
@@ -210,7 +241,11 @@ def test_tokenizer_of_a_larger_model(
         "bad-config",
         "unknown-type",
         "odd-config",
+        "list-config",
+        "null-config",
         "bad-tokenizer",
+        "list-tokenizer",
+        "list-tokenizer-config",
         "no-weights",
         "bad-weights",
     ],
@@ -228,3 +263,46 @@ def test_unreadable_models(
     assert calibrate(model, prompts, tmp_path / "plan.json") == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"kascade: model {model}: ") and re.search(sentence, last)
+
+
+def renamed(model_folder: Path) -> tuple[str, bytes]:
+    tensors = load_file(model_folder / "model.safetensors")
+    tensors["other"] = tensors.pop("model.layers.2.self_attn.q_proj.weight")
+    return "model.safetensors", save(tensors, {"format": "pt"})
+
+
+def configured(**changes: int) -> Callable[[Path], tuple[str, bytes]]:
+    def change(model_folder: Path) -> tuple[str, bytes]:
+        config = json.loads((model_folder / "config.json").read_text())
+        return "config.json", json.dumps({**config, **changes}).encode()
+
+    return change
+
+
+@pytest.mark.parametrize("device_map", [None, "auto"])
+@pytest.mark.parametrize(
+    "change, first",
+    [
+        (renamed, "for 1, model.layers.2.self_attn.q_proj.weight the first"),
+        (configured(num_hidden_layers=5), "for 9, model.layers.4.input_layernorm.weight the"),
+        (configured(intermediate_size=96), "for 12, model.layers.0.mlp.down_proj.weight the"),
+    ],
+    ids=["renamed", "layers", "size"],
+)
+def test_weights_drawn_at_random_are_not_measured(
+    model_folder: Path,
+    tmp_path: Path,
+    change: Callable[[Path], tuple[str, bytes]],
+    first: str,
+    device_map: str | None,
+) -> None:
+    if device_map:
+        pytest.importorskip("accelerate")
+    model = damaged(tmp_path, model_folder, *change(model_folder))
+    with pytest.raises(CalibrationError, match=f"expected weights for all .* size {first}"):
+        load_model(str(model), "float32", torch.device("cpu"), device_map)
+
+
+def test_tied_weights_are_not_missing() -> None:
+    model = load_model(str(MODEL), "float32", torch.device("cpu"))
+    assert model.lm_head.weight is model.get_input_embeddings().weight

@@ -57,16 +57,17 @@ def test_bundled_text_is_cut_to_length() -> None:
         ({"split": "dev"}, "cannot load its 'dev' split"),
         ({"field": "story"}, "--field story: data set .* has the columns text, body"),
         ({"limit": 0}, "--limit: expected 1 or more"),
+        ({"dataset": ""}, "--dataset: expected a name, got none"),
         ({"max_tokens": 9}, "--max-tokens 9: more than the model's context of 2"),
         ({"field": "body", "limit": 40}, "row 0: a prompt of 3 tokens, more than .* of 2"),
     ],
-    ids=["split", "field", "limit", "max-tokens", "context"],
+    ids=["split", "field", "limit", "no-name", "max-tokens", "context"],
 )
 def test_refusals(
     tokenizer: PreTrainedTokenizerFast, dataset: str, options: dict, sentence: str
 ) -> None:
     with pytest.raises(CalibrationError, match=sentence):
-        PromptSource(dataset=dataset, **options).read(tokenizer, 2)
+        PromptSource(**{"dataset": dataset, **options}).read(tokenizer, 2)
 
 
 def test_an_unknown_data_set(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -128,7 +128,11 @@ def test_import(
     [
         (["--topk-ratio", "3"], "topk_ratio: expected"),
         (["--anchors", "0,3"], "layer 3 borrows from other heads"),
-        (["--out", "/nowhere/p.json"], "--out /nowhere/p.json: cannot write"),
+        (["--out", "/nowhere/p.json"], "--out /nowhere/p.json: expected a folder that exists"),
+        # Before the model is read.
+        (["--out", ".", "--model", "/nowhere"], "--out .: expected a file's name, got a folder"),
+        (["--out", ""], "expected a file's name, got a folder"),
+        (["--out", "/"], "--out /: expected a file's name, got a folder"),
         (["--model", "/nowhere"], "model /nowhere: cannot read its configuration"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -146,6 +150,41 @@ def test_import_refusals(
     assert main([*command, *more]) == 1
     assert sentence in error_of(capsys)
     assert not out.exists()
+
+
+def test_import_keeps_the_head_map(
+    npy: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "import", str(npy), "--model", str(model), "--out", str(npy)]) == 1
+    assert "expected a file of its own, got that of the head map; name" in error_of(capsys)
+    np.testing.assert_array_equal(np.load(npy), TABLE)
+
+
+def test_import_takes_head_maps_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "import", "--help"])
+    said = capsys.readouterr().out
+    assert "head map (.npy)" in said and "preset:" not in said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 0},
+        {"num_hidden_layers": 0},
+        {"head_dim": 0},
+        {"hidden_size": -96},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_models_without_a_shape(
+    plan_file: Path, model: Path, changes: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+    assert main(["plan", "check", str(plan_file), "--model", str(model)]) == 1
+    assert "configuration" in error_of(capsys)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 from kascade_sglang.plan import library
 from kascade_sglang.plan.library import PLAN_NAME, find_plan
+from kascade_sglang.plan.presets import preset
 from kascade_sglang.plan.schema import Plan, PlanError
 
 
@@ -30,21 +31,29 @@ def test_order_explicit_then_beside_then_shipped(plan: Plan, tmp_path: Path, shi
     assert find_plan(str(model), plan.shape, str(explicit)).provenance == {"from": "flag"}
 
 
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-8B", "/models/qwen3-8b/"])
+def test_a_shipped_plan_comes_before_a_preset(model: str, shipped: Path) -> None:
+    """Found as the preset is: by the last part of the name, and by the shape."""
+    known = preset("Qwen3-8B")
+    measured = replace(known, model="Qwen/Qwen3-8B", provenance={"from": "shipped"})
+    measured.save(shipped / "b.json")
+    smaller = replace(known.shape, hidden=2048)
+    replace(measured, shape=smaller, provenance={"from": "a smaller one"}).save(shipped / "a.json")
+    assert find_plan(model, known.shape, None).provenance == {"from": "shipped"}
+    assert find_plan(model, smaller, None).provenance == {"from": "a smaller one"}
+    with pytest.raises(PlanError, match="no Kascade plan"):
+        find_plan(model, replace(known.shape, hidden=1024), None)
+
+
 def test_none_says_how_to_calibrate(plan: Plan, shipped: Path) -> None:
     plan.save(shipped / "a.json")
     with pytest.raises(PlanError, match="no Kascade plan for org/other: .*kascade calibrate"):
         find_plan("org/other", plan.shape, None)
 
 
-@pytest.mark.parametrize("place", ["explicit", "beside", "shipped"])
-def test_a_plan_of_another_shape_is_refused(
-    plan: Plan, tmp_path: Path, shipped: Path, place: str
-) -> None:
-    path = {
-        "explicit": tmp_path / "p.json",
-        "beside": tmp_path / PLAN_NAME,
-        "shipped": shipped / "p.json",
-    }[place]
+@pytest.mark.parametrize("place", ["explicit", "beside"])
+def test_a_plan_of_another_shape_is_refused(plan: Plan, tmp_path: Path, place: str) -> None:
+    path = {"explicit": tmp_path / "p.json", "beside": tmp_path / PLAN_NAME}[place]
     replace(plan, model=str(tmp_path)).save(path)
     explicit = str(path) if place == "explicit" else None
     with pytest.raises(PlanError, match="hidden is 95, the plan has 96"):

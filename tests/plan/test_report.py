@@ -12,7 +12,7 @@ import pytest
 from kascade_sglang.cli import main
 from kascade_sglang.plan.measurements import measurements_of
 from kascade_sglang.plan.report import check_target, write_report
-from kascade_sglang.plan.schema import Plan, PlanError
+from kascade_sglang.plan.schema import Plan, PlanError, load_plan
 
 pytest.importorskip("matplotlib")
 
@@ -58,6 +58,12 @@ def test_one_page_the_same_every_time(
     assert (tmp_path / name).read_bytes() == content
     if name.endswith("html"):
         assert b"org/&lt;tiny&gt;" in content and b"<svg" in content and b"1.2500" in content
+
+
+def test_names_with_dollars(measured: Plan, tmp_path: Path) -> None:
+    named = {**measured.provenance, "prompts_file": "a$^b$.jsonl"}
+    write_report(replace(measured, model="$\\x$", provenance=named), tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
@@ -109,9 +115,15 @@ def test_command(measured: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "folder.png").mkdir()
     assert main([*command, str(tmp_path / "folder.png")]) == 1
     assert "expected a file's name, got a folder" in capsys.readouterr().err
+    # A plan whose name could be a page's.
+    same = tmp_path / "p.svg"
+    measured.save(same)
+    assert main(["plan", "report", str(same), "--out", f"{tmp_path}/../{tmp_path.name}/p.svg"]) == 1
+    assert "expected a file of its own, got that of the plan" in capsys.readouterr().err
+    assert load_plan(same) == measured
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PlanError, match="--report .*p.png: needs the matplotlib package; pip"):
-        check_target("--report", tmp_path / "p.png")
+        check_target("--report", tmp_path / "p.png", {})
