@@ -1,6 +1,7 @@
 r"""AIME from a local file of JSON lines with ``problem`` and ``answer``, answered in \boxed{}."""
 
 import random
+import re
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ ASK = "{problem}\n\nPlease reason step by step, and put your final answer within
 
 def _answer(path: Path, number: int, text: object) -> int:
     """Answers are whole numbers from 0 to 999, sometimes written with leading zeros."""
-    if not str(text).strip().isdecimal():
+    if not re.fullmatch(r"\d{1,3}", str(text).strip()):
         raise EvaluationError(f"{path}: answer of object {number}: expected 0 to 999, got {text!r}")
     return int(str(text))
 

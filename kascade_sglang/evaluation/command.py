@@ -1,6 +1,7 @@
 """``kascade eval``: options, and the run that they ask for. Heavy imports wait for the run."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ def add_eval(commands: "argparse._SubParsersAction") -> None:
     add("--temperature", type=float, default=0.0, help="of sampling (0)")
     add("--max-tokens", type=int, help="longest reply (what the benchmark prescribes)")
     add("--timeout", type=float, default=3600, help="seconds for one reply (3600)")
-    add("--plot", type=Path, help="also draw scores against lengths, such as scores.png")
+    add("--plot", type=Path, help="also draw scores against lengths, .png, .svg or .pdf")
     parser.set_defaults(run=evaluate)
 
 
@@ -59,16 +60,17 @@ def evaluate(args: argparse.Namespace) -> None:
     from kascade_sglang.evaluation.harness import Harness
     from kascade_sglang.evaluation.registry import groups, pick
     from kascade_sglang.evaluation.results import Results
-    from kascade_sglang.evaluation.show import plot, require_matplotlib, table
+    from kascade_sglang.evaluation.show import check_drawable, plot, table
     from kascade_sglang.evaluation.tokens import Tokens
 
-    if args.plot:
-        require_matplotlib()
     known = groups(args.squad, args.aime, args.longbench, args.text)
     tasks = pick([name.strip() for name in args.tasks.split(",") if name.strip()], known)
     endpoint = Endpoint.probe(args.url)
     tokens = Tokens.load(_tokenizer(args, endpoint))
     results = Results(args.out)
+    if args.plot is not None:
+        planned = [{"length": task.by_length, "metric": task.metric} for task in tasks]
+        check_drawable(args.plot, [*results.rows(), *planned])
     harness = Harness(endpoint, tokens, _settings(args, endpoint), results, _progress)
     try:
         rows = harness.run(tasks)
@@ -85,7 +87,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if row["note"].startswith("not sparse"):
             where = f"{row['task']} {row['length']}".strip()
             print(f"kascade: warning: {where}: {row['note']}", file=sys.stderr)
-    if args.plot:
+    if args.plot is not None:
         plot(results.rows(), args.plot)
 
 
@@ -93,16 +95,20 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse wrong options before anything is loaded or asked."""
     for name in ("samples", "concurrency", "max_tokens", "timeout"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             flag = name.replace("_", "-")
             raise EvaluationError(f"--{flag}: expected a number above 0, got {value}")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         raise EvaluationError(f"--temperature: expected 0 or more, got {args.temperature}")
     for length in args.lengths:
         if length < 256:
             raise EvaluationError(f"--lengths: expected at least 256 tokens, got {length}")
     if why := why_unwritable(args.out):
         raise EvaluationError(f"--out {args.out}: {why}")
+    if args.plot is not None:
+        from kascade_sglang.evaluation.show import check_target
+
+        check_target(args.plot)
 
 
 def _tokenizer(args: argparse.Namespace, endpoint: "Endpoint") -> str:

@@ -16,6 +16,8 @@ from kascade_sglang.evaluation.samples import Sample
 PROMPTS = ("chat_prefix", "chat", "completion")
 """How prompts are sent: as a chat whose reply starts with the benchmark's prefix (SGLang), as a
 chat whose user message ends with it (any server), or as text to continue."""
+MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
+"""What parsing raises where a reply is not what was asked for."""
 Result = TypeVar("Result")
 
 
@@ -54,21 +56,25 @@ class Endpoint:
         try:
             card = listed["data"][0]
             model, context = card["id"], card.get("max_model_len")
-        except (KeyError, IndexError, TypeError) as error:
+        except MALFORMED as error:
             raise EvaluationError(
                 f"--url {url}: expected an OpenAI-compatible server, but /v1/models names no model"
             ) from error
-        info = _get(f"{url}/model_info") or {}
-        settings = _get(f"{url}/server_info") or {}
+        info, settings = _get(f"{url}/model_info"), _get(f"{url}/server_info")
         tokenizer = info.get("tokenizer_path") or info.get("model_path")
         return cls(url, model, context, tokenizer, settings.get("attention_backend") or "server")
 
     def key_reads(self) -> KeyReads:
-        """Kascade's counters; empty where there are none."""
+        """Kascade's counters; empty where there are none. Raises EvaluationError."""
         try:
             return read_key_reads(self.url)
         except OSError:
             return {}
+        except MALFORMED as error:
+            raise EvaluationError(
+                f"{self.url}/metrics: expected Prometheus's text format, got another "
+                f"({_brief(error)}); give --url of the server itself"
+            ) from error
 
     def client(self, timeout: float) -> openai.AsyncOpenAI:
         """A client of the server; ``timeout`` in seconds, for one reply."""
@@ -106,22 +112,8 @@ class Endpoint:
         common = {"model": self.model, "temperature": temperature}
         if max_tokens is not None:
             common["max_tokens"] = max_tokens
-        if sample.raw or prompt == "completion":
-            text = f"{sample.prompt} {sample.prefix}".rstrip(" ")
-            made = await _awaited(self.url, client.completions.create(prompt=text, **common))
-            reply = made.choices[0].text
-        else:
-            messages, extra = _chat(sample, prompt)
-            call = client.chat.completions.create(messages=messages, extra_body=extra, **common)
-            made = await _awaited(self.url, call)
-            reply = made.choices[0].message.content or ""
-        usage = made.usage
-        return Reply(
-            text=reply.removeprefix(sample.prefix),
-            prompt_tokens=usage.prompt_tokens if usage else 0,
-            output_tokens=usage.completion_tokens if usage else 0,
-            seconds=time.monotonic() - started,
-        )
+        text, *counts = await _awaited(self.url, _reply(client, sample, prompt, common))
+        return Reply(text, *counts, time.monotonic() - started)
 
     async def _loss(self, sample: Sample, timeout: Any) -> float:
         """Mean loss of the sample's last tokens, from SGLang's /generate."""
@@ -156,15 +148,18 @@ def _headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {_api_key()}"}
 
 
-def _get(url: str, required: bool = False) -> Any:
-    """The JSON at an address; None where there is none, unless it is required."""
+def _get(url: str, required: bool = False) -> dict[str, Any]:
+    """The JSON object at an address; empty where there is none, unless it is required."""
     try:
         reply = httpx.get(url, timeout=30, headers=_headers())
         reply.raise_for_status()
-        return reply.json()
+        found = reply.json()
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, got {str(found)[:40]!r}")
+        return found
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         if not required:
-            return None
+            return {}
         raise EvaluationError(
             f"--url: no OpenAI-compatible server answers at {url} ({_brief(error)}); start one, "
             "for example with `sglang serve`, and wait until it is ready"
@@ -182,6 +177,23 @@ def _chat(sample: Sample, prompt: str) -> tuple[list[dict[str, str]], dict[str, 
     return [user, assistant], {"continue_final_message": True}
 
 
+async def _reply(
+    client: openai.AsyncOpenAI, sample: Sample, prompt: str, common: dict[str, Any]
+) -> tuple[str, int, int]:
+    """The reply's text after the prescribed start, and the tokens of prompt and reply."""
+    if sample.raw or prompt == "completion":
+        text = f"{sample.prompt} {sample.prefix}".rstrip(" ")
+        made = await client.completions.create(prompt=text, **common)
+        reply = made.choices[0].text
+    else:
+        messages, extra = _chat(sample, prompt)
+        made = await client.chat.completions.create(messages=messages, extra_body=extra, **common)
+        reply = made.choices[0].message.content or ""
+    usage = made.usage
+    counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    return reply.removeprefix(sample.prefix), *(int(count or 0) for count in counts)
+
+
 async def _awaited(url: str, call: Awaitable[Result]) -> Result:
     """Await a request; what goes wrong on the server's side ends as one sentence."""
     try:
@@ -194,6 +206,12 @@ async def _awaited(url: str, call: Awaitable[Result]) -> Result:
         raise EvaluationError(
             f"{url}: the server refused a request (status {error.response.status_code}): "
             f"{_brief(error)}"
+        ) from error
+    except EvaluationError:
+        raise
+    except MALFORMED as error:
+        raise EvaluationError(
+            f"{url}: expected a reply as OpenAI's or SGLang's, got another ({_brief(error)})"
         ) from error
 
 

@@ -31,11 +31,19 @@ def read_jsonl(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse(path: Path, number: int, line: str, fields: tuple[str, ...]) -> dict[str, Any]:
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON; raises EvaluationError, calling it ``where``, if that cannot be."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise EvaluationError(f"{path}, line {number}: no JSON ({error.msg})") from error
+        value = json.loads(text)
+        # Half a surrogate pair is JSON, but neither tokenizers nor servers take it.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"{where}: no JSON ({error})") from error
+    return value
+
+
+def _parse(path: Path, number: int, line: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    row = parse_json(line, f"{path}, line {number}")
     if not isinstance(row, dict):
         raise EvaluationError(f"{path}, line {number}: expected an object, got {line[:40]!r}")
     missing = [field for field in fields if field not in row]

@@ -26,7 +26,8 @@ def longest(
     """The draft of the largest size whose prompt and prefix have at most ``budget`` tokens.
 
     build: size -> draft; about proportional, and the same draft for the same size.
-    Returns the draft and its tokens. Raises EvaluationError where the smallest is too long.
+    Returns the draft and its tokens. Raises EvaluationError where the smallest is too long, and
+    ``build``'s own where the material for larger ones ends before the budget does.
     """
 
     def measured(size: int) -> tuple[Draft, int]:
@@ -37,20 +38,32 @@ def longest(
     if best[1] > budget:
         raise EvaluationError(f"the shortest prompt has {best[1]} tokens, {budget} are left for it")
     start, high = best[1], None
-    slope = max(measured(2 * smallest)[1] - start, 1) / smallest
+    lack: EvaluationError | None = None  # why ``high`` could not be built
+    slope = start / smallest
+    try:
+        slope = max(measured(2 * smallest)[1] - start, 1) / smallest
+    except EvaluationError as error:
+        high, lack = 2 * smallest, error
     for step in range(40):
         if high == low + 1 or budget - best[1] <= max(CLOSE * budget, 1):
             break
         guess = low + max(1, int((budget - best[1]) / slope))
         if high is not None:
             # Halving now and then, for sizes that are not proportional.
-            guess = (low + high) // 2 if step % 3 == 2 else min(guess, high - 1)
-        made = measured(guess)
+            halve = step % 3 == 2 or (lack is not None and guess >= high)
+            guess = (low + high) // 2 if halve else min(guess, high - 1)
+        try:
+            made = measured(guess)
+        except EvaluationError as error:
+            high, lack = guess, error
+            continue
         if made[1] <= budget:
             low, best = guess, made
         else:
-            high = guess
+            high, lack = guess, None
         slope = max(made[1] - start, 1) / max(guess - smallest, 1)
+    if lack is not None and budget - best[1] > max(CLOSE * budget, slope):
+        raise lack
     return best
 
 

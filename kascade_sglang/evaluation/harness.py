@@ -25,6 +25,7 @@ DENSE = 0.999
 """Share of keys attended from which on nothing is sparse; layer 0 always reads all."""
 NOT_SPARSE = "not sparse: every key was read, so this says nothing about Kascade"
 NO_COUNTERS = "no Kascade counters: another backend, or no --enable-metrics"
+RESUMED = "resumed: keys read were not counted"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Settings:
 class Harness:
     """Runs tasks and writes what comes out.
 
-    on_reply: called with (task, length, replies so far, samples) whenever one has come.
+    on_reply: called with (task, length, replies so far, samples) whenever one has come, and before
+        that with ("samples made", None, tasks so far, tasks).
     """
 
     def __init__(
@@ -68,7 +70,10 @@ class Harness:
         self._saved = results.saved()
 
     def run(self, tasks: Sequence[Task]) -> list[dict[str, Any]]:
-        """Run every task at every length; returns the rows, those of earlier runs included."""
+        """Run every task at every length; returns the rows, those of earlier runs included.
+
+        All samples are made first, so that what cannot be made is refused before any is asked.
+        """
         context = self._endpoint.context
         orders = [
             (task, length)
@@ -81,12 +86,22 @@ class Harness:
                     f"--lengths {length}: the server's context is {context} tokens; ask for at "
                     "most that, or serve the model with a longer --context-length"
                 )
-        return [self._run_one(task, length) for task, length in orders]
+        made = []
+        for task, length in orders:
+            made.append((task, length, self._make(task, length)))
+            self._on_reply("samples made", None, len(made), len(orders))
+        return [self._run_one(task, length, samples) for task, length, samples in made]
 
-    def _run_one(self, task: Task, length: int | None) -> dict[str, Any]:
+    def _make(self, task: Task, length: int | None) -> list[Sample]:
+        """Samples that fit the server's context; raises EvaluationError."""
         settings = self._settings
         order = Order(length, settings.samples, settings.seed, self._tokens, self._endpoint.context)
         samples = task.make(order)
+        for sample in samples:
+            self._endpoint.max_tokens(sample, self._tokens.overhead)
+        return samples
+
+    def _run_one(self, task: Task, length: int | None, samples: list[Sample]) -> dict[str, Any]:
         key = self._key(task, length, samples)
         done = self._results.find(key)
         if done is not None:
@@ -206,7 +221,9 @@ def _note(
     shares = [share for share in (prefill, decode) if share is not None]
     if not after:
         notes.append(NO_COUNTERS)
-    elif shares and min(shares) >= DENSE:
+    elif not shares:
+        notes.append(RESUMED)
+    elif min(shares) >= DENSE:
         notes.append(NOT_SPARSE)
     cut = sum(sample.cut for sample in samples)
     if cut:

@@ -53,15 +53,24 @@ def best_score(
 def _make(dataset: str, path: Path, order: Order) -> list[Sample]:
     rows = read_jsonl(path, FIELDS)
     for number, row in enumerate(rows, 1):
-        answers = row["answers"]
-        texts = isinstance(answers, list) and all(isinstance(a, str) for a in answers)
-        if not texts or not answers:
-            raise EvaluationError(f"{path}: answers of object {number}: expected a list of texts")
+        _check(row, datasets()[dataset]["metric"], f"{path}: object {number}")
     if order.count < len(rows):
         rows = random.Random(f"{dataset}-{order.seed}").sample(rows, order.count)
     if datasets()[dataset]["metric"].endswith("_zh"):
         metrics.qa_f1_zh("一", "一")  # refuses before anything is asked where jieba is missing
     return [_sample(dataset, row, order) for row in rows]
+
+
+def _check(row: dict[str, Any], metric: str, where: str) -> None:
+    """Refuse what could not be scored once a reply has come."""
+    for field in ("answers", "all_classes") if metric == "classification" else ("answers",):
+        texts = row[field]
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            raise EvaluationError(f"{where}: {field}: expected a list of texts, got {texts!r}")
+    if metric == "retrieval" and not all(metrics.DIGITS.search(text) for text in row["answers"]):
+        raise EvaluationError(
+            f"{where}: answers: expected a paragraph's number in each, got {row['answers']}"
+        )
 
 
 def _sample(dataset: str, row: dict[str, Any], order: Order) -> Sample:

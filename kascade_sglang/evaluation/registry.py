@@ -19,7 +19,7 @@ def groups(
 ) -> dict[str, list[Task]]:
     """{name: tasks} of every task and every group, given the files that there are.
 
-    Raises EvaluationError where a file or folder is given that cannot be used.
+    Raises EvaluationError where the folder cannot be used; files are read when samples are made.
     """
     ruler = [*ruler_tasks(), qa_task(squad)]
     found = {
@@ -38,7 +38,9 @@ def groups(
 
 
 def pick(names: list[str], known: dict[str, list[Task]]) -> list[Task]:
-    """The tasks that names stand for, each once; raises EvaluationError for an unknown name."""
+    """The tasks that names stand for, each once. Raises EvaluationError for none or unknown."""
+    if not names:
+        raise EvaluationError(f"--tasks: expected some of {', '.join(known)}, got no name")
     picked: dict[str, Task] = {}
     for name in names:
         if name not in known:

@@ -18,6 +18,8 @@ from kascade_sglang.evaluation.errors import EvaluationError
 COLUMNS = """label model task length n score low high metric prompt_tokens output_tokens
     prefill_attended decode_attended seconds prompt temperature seed samples data note version
     date""".split()
+NUMBERS = ("n", "score", "low", "high", "prompt_tokens", "output_tokens", "seconds")
+SHARES = ("prefill_attended", "decode_attended")
 KEY = ("label", "model", "task", "length", "prompt", "temperature", "samples")
 """Columns that say what was measured; ``samples`` is the fingerprint of all prompts."""
 
@@ -43,17 +45,21 @@ class LineFile:
     def _drop_torn_line(self) -> None:
         """Cut off what a crash left after the last end of line."""
         content = self.path.read_bytes()
-        first = content.split(b"\n", 1)[0]
-        if self._header and first and not self._header.encode().startswith(first):
-            raise EvaluationError(f"--out {self.path}: holds other columns; give a new file")
+        if self._header and content and content.split(b"\n", 1)[0] != self._header.encode():
+            raise self.foreign()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(self.path, whole)
 
+    def foreign(self) -> EvaluationError:
+        """What to raise where the file is not ours."""
+        return EvaluationError(f"--out {self.path}: holds other columns; give a new file")
+
     def lines(self) -> list[str]:
         """Every line, without its end."""
         try:
-            return self.path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines: cells may hold other ends of lines, such as U+2028.
+            return self.path.read_bytes().decode().split("\n")[:-1]
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"--out {self.path}: cannot read ({error})") from error
 
@@ -89,7 +95,7 @@ class SavedReply:
 
 
 class Results:
-    """The CSV at ``out`` and the replies beside it."""
+    """The CSV at ``out`` and the replies beside it; raises EvaluationError if they are not ours."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -98,12 +104,18 @@ class Results:
         self._replies = LineFile(out.with_suffix(".replies.jsonl"))
         if not self._csv.lines():
             self._csv.append(header)
+        self.rows()
 
     def rows(self) -> list[dict[str, str]]:
         """The rows so far; where a thing was measured twice, the newest."""
         rows = {}
-        for row in csv.DictReader(self._csv.lines()):
-            rows[tuple(row[name] for name in KEY)] = row
+        lines = self._csv.lines()
+        try:
+            for row in csv.DictReader(lines, strict=True):
+                _check_row(row)
+                rows[tuple(row[name] for name in KEY)] = row
+        except (ValueError, csv.Error) as error:
+            raise self._csv.foreign() from error
         return list(rows.values())
 
     def find(self, key: dict[str, str]) -> dict[str, str] | None:
@@ -122,8 +134,8 @@ class Results:
         for number, line in enumerate(self._replies.lines(), 1):
             try:
                 entry = json.loads(line)
-                found[entry["key"]] = SavedReply(entry["score"], Reply(**entry["reply"]))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                found[entry["key"]] = SavedReply(float(entry["score"]), Reply(**entry["reply"]))
+            except (ValueError, KeyError, TypeError) as error:
                 raise EvaluationError(
                     f"{self._replies.path}, line {number}: not a reply of an earlier run; remove "
                     "the file to start afresh"
@@ -134,3 +146,14 @@ class Results:
         """Write one reply."""
         entry = {"key": key, "task": task, "answers": answers, "score": saved.score}
         self._replies.append(json.dumps({**entry, "reply": vars(saved.reply)}, ensure_ascii=True))
+
+
+def _check_row(row: dict[Any, Any]) -> None:
+    """Raise ValueError for a row that could be neither shown nor drawn."""
+    if None in row or None in row.values():
+        raise ValueError("expected a cell for every column")
+    int(row["length"] or 0)
+    for name in NUMBERS:
+        float(row[name])
+    for name in SHARES:
+        float(row[name] or 0)

@@ -5,7 +5,6 @@ builder, a year, a town and a treasure, told apart by their names, between sente
 bundled books.
 """
 
-import json
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 from kascade_sglang.demo.vocabulary import ADJECTIVES, FIRST_NAMES, LAST_NAMES, NOUNS
 from kascade_sglang.evaluation import haystack
 from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.evaluation.files import parse_json, read_text
 from kascade_sglang.evaluation.fitting import Draft, fitted_sample
 from kascade_sglang.evaluation.metrics import string_match_part
 from kascade_sglang.evaluation.samples import Order, Sample, Task
@@ -91,32 +91,41 @@ def read_squad(path: Path) -> Collection:
 
     Raises EvaluationError where the file is missing, malformed or holds no question.
     """
+    where = f"--squad {path}"
+    content = parse_json(read_text(path, where), where)
     try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
         passages: dict[str, int] = {}
         questions = []
-        for article in articles:
-            texts = [paragraph["context"] for paragraph in article["paragraphs"]]
+        for article in content["data"]:
+            texts = [_text(paragraph["context"]) for paragraph in article["paragraphs"]]
             places = [passages.setdefault(text, len(passages)) for text in texts]
             for paragraph, place in zip(article["paragraphs"], places, strict=True):
                 related = tuple(sorted(set(places) - {place}))
                 questions += [
-                    Asked(qa["question"], tuple(a["text"] for a in qa["answers"]), place, related)
+                    Asked(_text(qa["question"]), _texts(qa["answers"]), place, related)
                     for qa in paragraph["qas"]
                     if not qa.get("is_impossible") and qa["answers"]
                 ]
-    except OSError as error:
-        raise EvaluationError(f"--squad {path}: cannot read ({error.strerror})") from error
-    except json.JSONDecodeError as error:
-        raise EvaluationError(f"--squad {path}: no JSON (line {error.lineno})") from error
-    except (KeyError, TypeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
+        got = f"no {error}" if isinstance(error, KeyError) else f"another ({error})"
         raise EvaluationError(
-            f"--squad {path}: expected SQuAD's format (data, paragraphs, context, qas, question, "
-            f"answers, text), got no {error}"
+            f"{where}: expected SQuAD's format (data, paragraphs, context, qas, question, "
+            f"answers, text), got {got}"
         ) from error
     if not questions:
-        raise EvaluationError(f"--squad {path}: holds no answerable question")
+        raise EvaluationError(f"{where}: holds no answerable question")
     return Collection(tuple(passages), tuple(questions))
+
+
+def _texts(answers: list[dict[str, object]]) -> tuple[str, ...]:
+    return tuple(_text(answer["text"]) for answer in answers)
+
+
+def _text(value: object) -> str:
+    """The text; raises TypeError for anything else and for "", which every reply would hold."""
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{value!r} where a text should be")
+    return value
 
 
 def _draft(collection: Collection, asked: Asked, seed: str, size: int) -> Draft:

@@ -1,14 +1,18 @@
 """From rows of ``kascade eval`` to a table and a plot; no measuring here."""
 
+import importlib.util
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.files import why_unwritable
 
 Row = dict[str, Any]
+KINDS = (".png", ".svg", ".pdf")
 
 
 def _percent(share: str) -> str:
@@ -45,12 +49,28 @@ def table(rows: list[Row]) -> Table:
     return shown
 
 
-def require_matplotlib() -> None:
-    """Refuse a plot before anything is asked where it could not be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise EvaluationError("--plot: needs `pip install matplotlib`") from error
+def check_target(picture: Path) -> None:
+    """Refuse a plot before anything is asked where it could not be written."""
+    if why := why_unwritable(picture):
+        raise EvaluationError(f"--plot {picture}: {why}")
+    if picture.suffix not in KINDS:
+        raise EvaluationError(
+            f"--plot {picture}: expected a name that ends in {', '.join(KINDS)}, got "
+            f"{picture.suffix or 'none'}; add one"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EvaluationError(f"--plot {picture}: needs `pip install matplotlib`")
+
+
+def check_drawable(picture: Path, rows: Iterable[Row]) -> list[Row]:
+    """Rows that a plot shows, by ``length`` and ``metric``; raises EvaluationError for none."""
+    drawn = [row for row in rows if row["length"] and row["metric"] != "perplexity"]
+    if not drawn:
+        raise EvaluationError(
+            f"--plot {picture}: expected a task with a score at a length, got none; drop --plot or "
+            "add a task such as niah_single_1"
+        )
+    return drawn
 
 
 def plot(rows: list[Row], picture: Path) -> None:
@@ -64,11 +84,8 @@ def plot(rows: list[Row], picture: Path) -> None:
     from matplotlib import pyplot
 
     lines: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["length"] and row["metric"] != "perplexity":
-            lines[row["label"], row["task"]].append(row)
-    if not lines:
-        raise EvaluationError(f"--plot {picture}: no task with a score at a length was run")
+    for row in check_drawable(picture, rows):
+        lines[row["label"], row["task"]].append(row)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     labels = {label for label, _ in lines}
     ticks = sorted({int(row["length"]) for points in lines.values() for row in points})

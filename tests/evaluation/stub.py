@@ -37,6 +37,7 @@ class Stub(ThreadingHTTPServer):
     """State of the server.
 
     answer: prompt as received -> reply. requests: bodies so far.
+    instead: {path: body} of what is sent with status 200 in place of the right thing.
     reads: counters shown, as {(phase, kind): keys}; each request adds ``growth``.
     """
 
@@ -48,6 +49,7 @@ class Stub(ThreadingHTTPServer):
         self.sglang: bool = settings.get("sglang", True)
         self.extra_tokens: int = settings.get("extra_tokens", 0)
         self.fail_after: int | None = settings.get("fail_after")
+        self.instead: dict[str, Any] = settings.get("instead", {})
         self.loss: float = settings.get("loss", 2.0)
         self.reads = dict.fromkeys(self.growth, 0)
         self.requests: list[dict[str, Any]] = []
@@ -73,7 +75,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         stub = self.server
-        if self.path == "/v1/models":
+        if self.path in stub.instead:
+            self.send(stub.instead[self.path])
+        elif self.path == "/v1/models":
             self.send({"data": [{"id": MODEL, "max_model_len": stub.context}]})
         elif self.path == "/metrics/":
             lines = [
@@ -94,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         stub.requests.append(body)
         for key, value in stub.growth.items():
             stub.reads[key] += value
+        if self.path in stub.instead:
+            return self.send(stub.instead[self.path])
         if self.path == "/generate":
             return self.generate(body)
         if self.path == "/v1/completions":

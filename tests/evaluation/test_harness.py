@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kascade_sglang.evaluation import command
-from kascade_sglang.evaluation.harness import NOT_SPARSE
+from kascade_sglang.evaluation.harness import NOT_SPARSE, RESUMED
 from kascade_sglang.evaluation.registry import groups, pick
 from kascade_sglang.evaluation.results import COLUMNS
 from kascade_sglang.evaluation.samples import Order, Sample
@@ -140,6 +140,39 @@ def test_replies_before_a_failure_are_not_asked_again(
         assert kascade_eval(stub, "vt", *options) == 0
         assert len(stub.requests) == 3
     assert rows(tmp_path)[0]["n"] == "3"
+
+
+def test_a_row_made_of_saved_replies_says_so(kascade_eval: Eval, tmp_path: Path) -> None:
+    out = tmp_path / "results.csv"
+    with serving(lambda prompt: "", growth=SPARSE) as stub:
+        assert kascade_eval(stub, "vt", "--lengths", "1024") == 0
+        (whole,) = rows(tmp_path)
+        out.write_text(out.read_text().splitlines()[0] + "\n")
+        assert kascade_eval(stub, "vt", "--lengths", "1024") == 0
+        assert len(stub.requests) == 3
+    (row,) = rows(tmp_path)
+    uncounted = {"prefill_attended": "", "decode_attended": "", "note": RESUMED}
+    assert row == {**whole, **uncounted}
+
+
+@pytest.mark.parametrize("line", ["oops", "[]", '{"key": "a", "score": "x", "reply": {}}'])
+def test_replies_of_something_else_are_refused(
+    line: str, kascade_eval: Eval, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.replies.jsonl").write_text(line + "\n")
+    with serving(lambda prompt: "") as stub:
+        assert kascade_eval(stub, "vt", "--lengths", "1024") == 1
+        assert stub.requests == []
+    assert "line 1: not a reply of an earlier run" in capsys.readouterr().err
+
+
+def test_a_label_may_hold_any_character(kascade_eval: Eval, tmp_path: Path) -> None:
+    label = "a\u2028b\x0b,c"
+    with serving(lambda prompt: "") as stub:
+        for _ in range(2):
+            assert kascade_eval(stub, "vt", "--lengths", "1024", "--label", label) == 0
+        assert len(stub.requests) == 3
+    assert [row["label"] for row in rows(tmp_path)] == [label]
 
 
 def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(

@@ -1,17 +1,30 @@
 """What ``kascade eval`` refuses: one sentence on stderr, exit status 1, and nothing asked."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.evaluation.results import COLUMNS
 from kascade_sglang.evaluation.tokens import Tokens
 from stub import serving
 
 Eval = Callable[..., int]
+HEADER = ",".join(COLUMNS)
+OTHER_COLUMNS = "holds other columns; give a new file"
 AIME = ["--aime", "FILE"]
+SQUAD = ["--squad", "FILE"]
+OUT = ["--out", "FILE"]
+QA = '[{"question": "Who?", "answers": [{"text": %s}]}]'
+PARAGRAPH = '{"data": [{"paragraphs": [{"context": "Ada.", "qas": %s}]}]}'
+LONG = '{"problem": "%s", "answer": 1}' % ("word " * 5000)
 ROW = '{"problem": "1 + 1?", "answer": "2"}\n'
+HALF = '{"problem": "\\ud800", "answer": 1}'
+
+
 REFUSALS = {
     "unknown task": ("nonsense", [], None, "--tasks nonsense: unknown; expected some of ruler"),
     "task without its file": ("aime", [], None, "--tasks aime: needs its data; give --aime"),
@@ -20,10 +33,16 @@ REFUSALS = {
     "not an object": ("aime", AIME, ROW + "\n[1]\n", "FILE, line 3: expected an object"),
     "missing field": ("aime", AIME, '{"problem": "x"}\n', "FILE, line 1: no field 'answer'"),
     "wrong answer": ("aime", AIME, '{"problem": "x", "answer": "two"}\n', "expected 0 to 999"),
+    "answer above 999": ("aime", AIME, '{"problem": "x", "answer": 5000}\n', "expected 0 to 999"),
+    "half a character": ("aime", AIME, HALF, "FILE, line 1: no JSON"),
     "empty file": ("aime", AIME, "", "FILE: empty; expected one JSON object a line"),
-    "broken squad": ("qa", ["--squad", "FILE"], "{", "--squad FILE: no JSON (line 1)"),
-    "no squad": ("qa", ["--squad", "FILE"], "{}", "--squad FILE: expected SQuAD's format"),
-    "empty squad": ("qa", ["--squad", "FILE"], '{"data": []}', "holds no answerable question"),
+    "broken squad": ("qa", SQUAD, "{", "--squad FILE: no JSON (Expecting"),
+    "question is a number": ("qa", SQUAD, PARAGRAPH % "[5]", "got another ('int' object has no"),
+    "answer is a number": ("qa", SQUAD, PARAGRAPH % (QA % 5), "got another (5 where"),
+    "answer is empty": ("qa", SQUAD, PARAGRAPH % (QA % '""'), "got another ('' where"),
+    "half a letter": ("qa", SQUAD, PARAGRAPH % (QA % '"\\udc00"'), "--squad FILE: no JSON ("),
+    "no squad": ("qa", SQUAD, "{}", "--squad FILE: expected SQuAD's format"),
+    "empty squad": ("qa", SQUAD, '{"data": []}', "holds no answerable question"),
     "no longbench": ("longbench", ["--longbench", "FILE"], None, "no such folder"),
     "empty text": ("perplexity", ["--text", "FILE"], " \n", "--text FILE: empty"),
     "short text": ("perplexity", ["--text", "FILE"], "a b c", "expected 32 to 3"),
@@ -33,7 +52,29 @@ REFUSALS = {
     "no folder": ("vt", ["--out", "/no/a.csv"], None, "--out /no/a.csv: expected a folder that"),
     "out is a folder": ("vt", ["--out", "/tmp"], None, "--out /tmp: expected a file's name"),
     "out is a device": ("vt", ["--out", "/dev/null"], None, "--out /dev/null: not a file"),
-    "foreign csv": ("vt", ["--out", "FILE"], "a,b\n1,2", "holds other columns; give a new file"),
+    "foreign csv": ("vt", OUT, "a,b\n1,2", OTHER_COLUMNS),
+    "csv of labels": ("vt", OUT, "label\nmine\nother\n", OTHER_COLUMNS),
+    "one word": ("vt", OUT, "label", OTHER_COLUMNS),
+    "torn header": ("vt", OUT, HEADER[:-5], OTHER_COLUMNS),
+    "blank first line": ("vt", OUT, "\nmine\n", OTHER_COLUMNS),
+    "short row": ("vt", OUT, f"{HEADER}\nmine\n", OTHER_COLUMNS),
+    "long row": ("vt", OUT, f"{HEADER}\n{',' * len(COLUMNS)}\n", OTHER_COLUMNS),
+    "no numbers": ("vt", OUT, f"{HEADER}\n{'x,' * (len(COLUMNS) - 1)}x\n", OTHER_COLUMNS),
+    "no task": ("", [], None, "--tasks: expected some of ruler, "),
+    "commas alone": (" , ", [], None, "--tasks: expected some of ruler, "),
+    "timeout nan": ("vt", ["--timeout", "nan"], None, "--timeout: expected a number above 0"),
+    "timeout inf": ("vt", ["--timeout", "inf"], None, "--timeout: expected a number above 0"),
+    "temperature nan": ("vt", ["--temperature", "nan"], None, "--temperature: expected 0 or more"),
+    "plot without a folder": ("vt", ["--plot", "/no/x.png"], None, "--plot /no/x.png: expected a"),
+    "plot is a folder": ("vt", ["--plot", "."], None, "--plot .: expected a file's name"),
+    "plot without a name": ("vt", ["--plot", ""], None, "--plot .: expected a file's name"),
+    "plot of no kind": ("vt", ["--plot", "scores"], None, "ends in .png, .svg, .pdf, got none"),
+    "nothing to draw": ("perplexity", ["--plot", "x.png"], None, "a score at a length, got none"),
+    "late missing file": ("vt,aime", AIME, None, "FILE: cannot read"),
+    "late missing squad": ("vt,qa", SQUAD, None, "--squad FILE: cannot read"),
+    "late missing text": ("vt,perplexity", ["--text", "FILE"], None, "--text FILE: cannot read"),
+    "late short length": ("vt", ["--lengths", "1024", "256"], None, "vt at 256 tokens: the short"),
+    "late long prompt": ("vt,aime", AIME, LONG, "exceed the server's context of 4096"),
 }
 
 
@@ -62,6 +103,34 @@ def test_no_server(kascade_eval: Eval, capsys: pytest.CaptureFixture[str]) -> No
     for url in ("http://127.0.0.1:9", "localhost", "http://"):
         assert kascade_eval(url, "vt") == 1
         assert "no OpenAI-compatible server answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dataset", "changed", "expected"),
+    [
+        ("passage_retrieval_en", {"answers": ["abc"]}, "answers: expected a paragraph's number"),
+        ("trec", {"all_classes": 5}, "all_classes: expected a list of texts, got 5"),
+        ("trec", {"all_classes": [1, 2]}, "all_classes: expected a list of texts, got [1, 2]"),
+        ("trec", {"all_classes": None}, "all_classes: expected a list of texts, got None"),
+        ("qasper", {"answers": []}, "answers: expected a list of texts, got []"),
+        ("qasper", {"answers": [1]}, "answers: expected a list of texts, got [1]"),
+    ],
+)
+def test_longbench_that_could_not_be_scored(
+    dataset: str,
+    changed: dict[str, Any],
+    expected: str,
+    data: Path,
+    kascade_eval: Eval,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = data / f"{dataset}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, [rows[0], {**rows[1], **changed}])))
+    with serving(lambda prompt: "") as stub:
+        assert kascade_eval(stub, f"vt,longbench_{dataset}", "--longbench", str(data)) == 1
+        assert stub.requests == []
+    assert f"{path}: object 2: {expected}" in capsys.readouterr().err
 
 
 def test_a_prompt_longer_than_the_context(

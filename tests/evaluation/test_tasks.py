@@ -1,5 +1,6 @@
 """Every generated task: the wanted length, the same prompts again, and what they hold."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -121,6 +122,16 @@ def test_squad_passages_hold_the_answer(data: Path) -> None:
     assert sample.prompt.endswith("Question: Who sang?")
     with pytest.raises(EvaluationError, match="passages are too few"):
         task.make(Order(32768, 1, 0, tokens))
+
+
+def test_a_squad_file_of_one_passage_may_fill_a_length(tmp_path: Path) -> None:
+    qas = [{"question": "Who sang?", "answers": [{"text": "Ada"}]}]
+    paragraph = {"context": "Ada sang. " * 400, "qas": qas}
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    (task,) = groups(path, None, None, None)["qa"]
+    (sample,) = task.make(Order(1024, 1, 0, Tokens(WordTokenizer())))
+    assert sample.prompt.count("Ada sang.") == 400
 
 
 def test_a_length_without_room_is_refused(tokens: Tokens) -> None:

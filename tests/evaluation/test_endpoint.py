@@ -1,0 +1,52 @@
+"""A server that sends something else than it was asked for: one sentence, not a traceback."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stub import serving
+
+Eval = Callable[..., int]
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+NO_REPLY = "expected a reply as OpenAI's or SGLang's, got another ("
+NO_LOSSES = {"meta_info": {"input_token_logprobs": [[1]]}}
+ODD_USAGE = {"choices": [{"text": "x"}], "usage": {"prompt_tokens": "many"}}
+MALFORMED = {
+    "models is a list": ("vt", "/v1/models", [], "no OpenAI-compatible server answers"),
+    "models holds texts": ("vt", "/v1/models", {"data": ["a"]}, "/v1/models names no model"),
+    "model is a list": ("vt", "/v1/models", {"data": [["a"]]}, "/v1/models names no model"),
+    "no metrics": ("vt", "/metrics/", "<html>not { metrics", "expected Prometheus's text format"),
+    "chat without choices": ("vt", CHAT, {"choices": []}, NO_REPLY),
+    "chat with null choices": ("vt", CHAT, {"choices": None}, NO_REPLY),
+    "chat with an error": ("vt", CHAT, {"error": {"message": "no"}}, NO_REPLY),
+    "chat that is no JSON": ("vt", CHAT, "<html>", NO_REPLY),
+    "chat without a message": ("vt", CHAT, {"choices": [{}]}, NO_REPLY),
+    "text without choices": ("vt", TEXT, {"choices": []}, NO_REPLY),
+    "text that is null": ("vt", TEXT, {"choices": [{"text": None}]}, NO_REPLY),
+    "text with odd usage": ("vt", TEXT, ODD_USAGE, NO_REPLY),
+    "losses without meta_info": ("perplexity", "/generate", {"text": "x"}, NO_REPLY),
+    "losses that are a list": ("perplexity", "/generate", [1], NO_REPLY),
+    "too few losses": ("perplexity", "/generate", NO_LOSSES, "expected 256 log probabilities"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_replies(
+    case: tuple[str, str, Any, str], kascade_eval: Eval, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, path, body, expected = case
+    prompt = "completion" if path == TEXT else "chat"
+    with serving(lambda prompt: "", instead={path: body}) as stub:
+        options = ["--lengths", "1024", "--prompt", prompt, "--concurrency", "1"]
+        assert kascade_eval(stub, task, *options) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("kascade: ") and expected in said
+
+
+def test_server_info_of_another_shape_is_no_sglang(kascade_eval: Eval, tmp_path: Path) -> None:
+    with serving(lambda prompt: "", instead={"/server_info": [1]}) as stub:
+        assert kascade_eval(stub, "vt", "--lengths", "1024") == 0
+    assert "\nserver,stub,vt," in (tmp_path / "results.csv").read_text()
