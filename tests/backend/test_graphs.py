@@ -32,6 +32,7 @@ class CapturedDecode:
             [torch.zeros(rows, h, HEAD_DIM, dtype=torch.float16, device=DEVICE) for h in heads]
             for _ in range(harness.layers)
         ]
+        backend.init_forward_metadata_out_graph(self.batch, in_capture=True)
         self.graph = torch.cuda.CUDAGraph()
         for _ in range(2):
             self._run()
@@ -41,7 +42,6 @@ class CapturedDecode:
 
     def _run(self) -> list[torch.Tensor]:
         backend = self.harness.backend
-        backend.init_forward_metadata_out_graph(self.batch, in_capture=True)
         backend.init_forward_metadata_in_graph(self.batch)
         outputs = []
         for layer_id, (q, k, v) in enumerate(self.inputs):
