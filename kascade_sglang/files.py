@@ -1,6 +1,7 @@
 """Write files that a full disk or a lost process leaves readable."""
 
 import csv
+import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,25 @@ def why_unwritable(path: Path, others: Mapping[str, Path | None] | None = None) 
         return f"expected a folder that exists, got {path.parent}; make it first"
     if not os.access(path.parent, os.W_OK):
         return f"expected a folder that can be written, got {path.parent}; name another"
+    return None
+
+
+def why_undrawable(
+    path: Path, kinds: Sequence[str], others: Mapping[str, Path | None] | None = None
+) -> str | None:
+    """Say why no picture can be drawn to a path and how to fix it; None where it can.
+
+    kinds: suffixes that it may have. others: see ``why_unwritable``.
+    """
+    if why := why_unwritable(path, others):
+        return why
+    if path.suffix not in kinds:
+        return (
+            f"expected a name that ends in {', '.join(kinds)}, got {path.suffix or 'none'}; "
+            "give it one of these"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        return "needs the matplotlib package; pip install matplotlib"
     return None
 
 

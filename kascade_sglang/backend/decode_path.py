@@ -176,7 +176,7 @@ class DecodePath:
         values: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> None:
-        shape, budget = self._shape, self._config.budget
+        shape, budget, buffers = self._shape, self._config.budget, self._buffers
         for first, last, rows, spans, shared in self._launches:
             scratch = ScoreScratch.allocate(
                 last - first, shape.q_heads, shape.lists, shape.context, self._arena.cut()
@@ -184,21 +184,20 @@ class DecodePath:
             decode_scores(
                 q[first:last],
                 keys,
-                self._buffers.table,
+                buffers.table,
                 rows,
                 spans,
                 shared,
                 budget,
                 layer.scaling,
                 scratch,
-                self._buffers.parts,
+                buffers.parts,
                 values,
                 None if out is None else out[first:last],
             )
-            lists = self._buffers.of_rows(first, last)
-            table = self._buffers.table
-            select_slots(scratch.codes, table, rows, budget, lists, append_own=True)
-        self._store.put(layer.layer_id, self._buffers.of_rows(0, len(q)))
+            lists = buffers.of_rows(first, last)
+            select_slots(scratch.codes, buffers.table, rows, budget, lists, append_own=True)
+        self._store.put(layer.layer_id, buffers.of_rows(0, len(q)))
 
     def attend(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         """Attend every request to the lists of its anchor."""

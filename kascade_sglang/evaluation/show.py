@@ -1,6 +1,5 @@
 """From rows of ``kascade eval`` to a table and a plot; no measuring here."""
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from kascade_sglang.evaluation.errors import EvaluationError
-from kascade_sglang.files import why_unwritable
+from kascade_sglang.files import why_undrawable
 
 Row = dict[str, Any]
 KINDS = (".png", ".svg", ".pdf")
@@ -51,15 +50,8 @@ def table(rows: list[Row]) -> Table:
 
 def check_target(picture: Path) -> None:
     """Refuse a plot before anything is asked where it could not be written."""
-    if why := why_unwritable(picture):
+    if why := why_undrawable(picture, KINDS):
         raise EvaluationError(f"--plot {picture}: {why}")
-    if picture.suffix not in KINDS:
-        raise EvaluationError(
-            f"--plot {picture}: expected a name that ends in {', '.join(KINDS)}, got "
-            f"{picture.suffix or 'none'}; add one"
-        )
-    if importlib.util.find_spec("matplotlib") is None:
-        raise EvaluationError(f"--plot {picture}: needs `pip install matplotlib`")
 
 
 def check_drawable(picture: Path, rows: Iterable[Row]) -> list[Row]:

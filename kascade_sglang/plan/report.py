@@ -4,7 +4,6 @@
 """
 
 import html
-import importlib.util
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kascade_sglang.files import why_unwritable, write_atomically
+from kascade_sglang.files import why_undrawable, write_atomically
 from kascade_sglang.plan.measurements import Measurements, measurements_of
 from kascade_sglang.plan.schema import Plan, PlanError
 from kascade_sglang.plan.table import choice_table, describe, rank_table
@@ -32,12 +31,8 @@ def check_target(option: str, path: Path, others: Mapping[str, Path | None]) -> 
 
     others: see ``why_unwritable``.
     """
-    if path.suffix not in KINDS:
-        raise PlanError(f"{option} {path}: expected a name that ends in {', '.join(KINDS)}")
-    if why := why_unwritable(path, others):
+    if why := why_undrawable(path, KINDS, others):
         raise PlanError(f"{option} {path}: {why}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise PlanError(f"{option} {path}: needs the matplotlib package; pip install matplotlib")
 
 
 def write_report(plan: Plan, path: Path) -> None:

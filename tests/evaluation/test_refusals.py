@@ -23,8 +23,6 @@ PARAGRAPH = '{"data": [{"paragraphs": [{"context": "Ada.", "qas": %s}]}]}'
 LONG = '{"problem": "%s", "answer": 1}' % ("word " * 5000)
 ROW = '{"problem": "1 + 1?", "answer": "2"}\n'
 HALF = '{"problem": "\\ud800", "answer": 1}'
-
-
 REFUSALS = {
     "unknown task": ("nonsense", [], None, "--tasks nonsense: unknown; expected some of ruler"),
     "task without its file": ("aime", [], None, "--tasks aime: needs its data; give --aime"),

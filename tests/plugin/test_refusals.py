@@ -227,9 +227,7 @@ def test_dense_backend_that_needs_other_pages(make_model: MakeModel, name: str) 
     assert f"fa3, flashinfer, triton, torch_native, got {name!r}" in sentence
 
 
-def test_flashinfer_where_bits_must_not_depend_on_the_cache(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flashinfer_where_bits_must_not_depend_on_the_cache(make_model: MakeModel) -> None:
     args = parse(make_model(), "--enable-deterministic-inference")
     object.__setattr__(args, "dtype", "bfloat16")
     config = replace(checks.check_server_args(args), dense_backend="flashinfer")
