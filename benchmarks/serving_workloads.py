@@ -95,7 +95,7 @@ WORKLOADS = {
     "rag-8-prefixes": Workload(64, 16 * K + 512, 256, "ttft_p99_ms", 1.2, 16 * K, 8, 0.8),
     "chat": Workload(64, K, 256, "output_tokens_per_s", 0.97),
     "reasoning": Workload(16, 2 * K, 8 * K, "output_tokens_per_s", 1.05),
-    "host": Workload(1, K, 512, "itl_p50_ms", 0.95),
+    "host": Workload(1, K, 8 * K, "itl_p50_ms", 0.95),
     **{f"prefill-{n}K": Workload(1, n * K, 8, "ttft_p50_ms", 0, warmups=1) for n in (4, 16, 64)},
     **{f"decode-8x{n}K": Workload(8, n * K, 128, "itl_p50_ms", 0) for n in (2, 8)},
     **{f"decode-{n}x32K": Workload(n, 32 * K, 128, "itl_p50_ms", 0) for n in (1, 2, 4)},
