@@ -1,11 +1,13 @@
 """Kascade beside SGLang's own backends in real servers: ``make bench-serving``.
 
 One server after the other, the same flags but the backend; SGLang's own client asks. A run counts
-only if every request got the tokens that it asked for.
+only if every request got the tokens that it asked for. Servers of a small model can stand side by
+side and be asked in turn, round after round: what else the machine does then meets all alike.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -29,6 +31,7 @@ from benchmarks.serving_workloads import (
     WORKLOADS,
     Workload,
     compare,
+    medians,
 )
 from kascade_sglang.counters import read_samples
 from kascade_sglang.demo.server import Server, stop_servers_on_sigterm
@@ -194,8 +197,8 @@ def arrival_rate(name: str, rows: list[dict[str, Any]]) -> float:
     return share * next(limits)
 
 
-def run_backend(
-    backend: str,
+def run_group(
+    backends: list[str],
     model: Path,
     options: argparse.Namespace,
     folder: Path,
@@ -203,16 +206,22 @@ def run_backend(
     stamp: dict[str, str],
     bar: Any,
 ) -> None:
-    """Start one server and run every workload on it; rows grow, and the CSV with them."""
-    arguments = server_arguments(model, backend, options)
-    with Server(arguments, folder / f"{backend}.log") as server:
-        ask(server, model, WARM_UP, WARM_UP_RATE, folder)
-        for name in options.workloads:
+    """Start these servers and ask them in turn; rows grow, and the CSV with them."""
+    arguments = {backend: server_arguments(model, backend, options) for backend in backends}
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for backend in backends:
+            log = folder / f"{backend}.log"
+            servers[backend] = stack.enter_context(Server(arguments[backend], log))
+            ask(servers[backend], model, WARM_UP, WARM_UP_RATE, folder)
+        for _, backend, name in itertools.product(
+            range(options.rounds), backends, options.workloads
+        ):
             bar.set_description(f"{backend}, {name}")
-            workload = WORKLOADS[name]
+            server, workload = servers[backend], WORKLOADS[name]
             named = {"workload": name, "backend": backend, "model": options.model}
             figures = measure(server, model, workload, arrival_rate(name, rows), folder)
-            rows.append({**named, **figures, "flags": " ".join(arguments[4:])})
+            rows.append({**named, **figures, "flags": " ".join(arguments[backend][4:])})
             append_csv(options.out, COLUMNS, [rows[-1] | stamp])
             if name in options.profile:
                 # Apart from the run that is timed, because the profiler slows what it watches.
@@ -225,7 +234,7 @@ def run_backend(
 def print_ratios(rows: list[dict[str, Any]]) -> None:
     """Print Kascade against the best of the others, where both were measured."""
     for name, workload in WORKLOADS.items():
-        found = {row["backend"]: row[workload.figure] for row in rows if row["workload"] == name}
+        found = medians((row for row in rows if row["workload"] == name), workload)
         if "kascade" not in found or len(found) < 2:
             continue
         best, ratio = compare(found, workload)
@@ -250,11 +259,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=WORKLOADS,
         help=f"trace kernels of these as well: {PROFILE} beside --out",
     )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="start all servers at once, and ask each in turn N times; for models that fit so",
+    )
     parser.add_argument("--commit", help="what to write as the commit, outside a repository")
     parser.add_argument(
         "server_flags", nargs="*", help="after --: more flags for every server (memory, pages)"
     )
     options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     for place, name in enumerate(options.workloads):
         if WORKLOADS[name].arrivals and f"{name}-limit" not in options.workloads[:place]:
             parser.error(f"--workloads {name}: expected {name}-limit before it, got none")
@@ -274,10 +292,11 @@ def main() -> int:
     model = options.model_path or make_shape(options.model, folder)
     stamp = gpu_provenance(options.commit)
     rows: list[dict[str, Any]] = []
-    total = len(options.backends) * len(options.workloads)
+    total = options.rounds * len(options.backends) * len(options.workloads)
+    together = options.rounds > 1
     with tqdm(total=total, unit="run") as bar:
-        for backend in options.backends:
-            run_backend(backend, model, options, folder, rows, stamp, bar)
+        for group in [options.backends] if together else [[name] for name in options.backends]:
+            run_group(group, model, options, folder, rows, stamp, bar)
     print_ratios(rows)
     plot(options.out, options.out.with_suffix(".png"), options.model)
     return 0

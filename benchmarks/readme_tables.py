@@ -14,7 +14,7 @@ from pathlib import Path
 
 from plot_kernels import newest
 from serving_profile import STEPS
-from serving_workloads import WORKLOADS, compare
+from serving_workloads import WORKLOADS, compare, medians
 
 from kascade_sglang.evaluation.report import mean_accuracy, read_rows
 
@@ -78,19 +78,22 @@ FIGURES = {
 
 
 def serving_table(results: str = "serving_h100.csv") -> str:
-    """``make bench-serving``: the figure of workloads with a target, Kascade against the best."""
+    """``make bench-serving``: the figure of workloads with a target, Kascade against the best.
+
+    Of each backend, the median of the newest commit's rows.
+    """
+    latest: dict[tuple[str, ...], list[dict[str, str]]] = {}
     with open(RESULTS / results, newline="") as file:
-        names = ("model", "workload", "backend")
-        rows = {tuple(row[name] for name in names): row for row in csv.DictReader(file)}
+        for row in csv.DictReader(file):
+            key = (row["model"], row["workload"], row["backend"])
+            same = [old for old in latest.get(key, []) if old["commit"] == row["commit"]]
+            latest[key] = [*same, row]
     lines = []
     for model, (name, workload) in itertools.product(
-        dict.fromkeys(key[0] for key in rows), WORKLOADS.items()
+        dict.fromkeys(key[0] for key in latest), WORKLOADS.items()
     ):
-        found = {
-            backend: float(row[workload.figure])
-            for (*of, backend), row in rows.items()
-            if of == [model, name]
-        }
+        rows = (row for key in latest if key[:2] == (model, name) for row in latest[key])
+        found = medians(rows, workload)
         if "kascade" not in found or len(found) < 2 or not workload.must:
             continue
         best, ratio = compare(found, workload)

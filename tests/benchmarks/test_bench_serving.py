@@ -1,5 +1,6 @@
 """The serving benchmark on a small scale: a real server, SGLang's own client, exact lengths."""
 
+import contextlib
 import csv
 import gzip
 import importlib
@@ -9,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from kascade_sglang.errors import KascadeError
 from models import LLAMA, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
+STAMP = ("gpu", "versions", "commit", "date")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,39 @@ def test_every_request_gets_what_it_asks_for(bench: ModuleType, tmp_path: Path) 
     assert set(bench.COLUMNS) >= set(rag_row)
 
 
+@pytest.mark.parametrize(("rounds", "up"), [(1, 1), (2, 2)], ids=["one-by-one", "in-turn"])
+def test_servers_of_several_rounds_stand_side_by_side(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, up: int
+) -> None:
+    running, asked = [], []
+
+    @contextlib.contextmanager
+    def server(arguments: list[str], log: Path) -> Iterator[str]:
+        running.append(log.stem)
+        yield log.stem
+        running.remove(log.stem)
+
+    def measure(server: str, *others: object) -> dict[str, float]:
+        asked.append(server)
+        assert server in running and len(running) == up
+        return {"itl_p50_ms": float(len(asked))}
+
+    out = tmp_path / "rows.csv"
+    monkeypatch.setattr(bench, "Server", server)
+    monkeypatch.setattr(bench, "ask", mock.Mock())
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "gpu_provenance", lambda commit: dict.fromkeys(STAMP, ""))
+    monkeypatch.setattr(bench, "plot", mock.Mock())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments = ["--model", "four-layers", "--backends", "fa3", "kascade", "--workloads", "host"]
+    arguments = [*arguments, "--rounds", str(rounds), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_serving", *arguments])
+    assert bench.main() == 0
+    assert asked == rounds * ["fa3", "kascade"] and not running
+    with open(out, newline="") as file:
+        assert [row["backend"] for row in csv.DictReader(file)] == asked
+
+
 @pytest.mark.parametrize("result", [(2, [4, 3]), (1, [4])], ids=["short", "lost"])
 def test_runs_count_only_with_every_token(bench: ModuleType, result: tuple[int, list[int]]) -> None:
     completed, lengths = result
@@ -60,9 +96,10 @@ def test_runs_count_only_with_every_token(bench: ModuleType, result: tuple[int, 
 def test_ratios_are_to_the_best_of_the_others(
     bench: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    speeds = [("kascade", 290.0), ("fa3", 150.0), ("triton", 100.0), ("kascade", 310.0)]
     rows = [
         {"workload": "chat", "backend": name, "output_tokens_per_s": speed}
-        for name, speed in (("kascade", 300.0), ("fa3", 150.0), ("triton", 100.0))
+        for name, speed in speeds
     ]
     rows += [
         {"workload": "prefill-32K", "backend": name, "ttft_p50_ms": ms}
@@ -89,6 +126,9 @@ def test_refuses_arrivals_without_their_limit(
     with pytest.raises(SystemExit):
         bench.parse_arguments(["--workloads", *reversed(names)])
     assert "expected rag-8-prefixes-limit before it, got none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.parse_arguments(["--rounds", "0"])
+    assert "--rounds: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_curves_are_drawn_of_what_was_measured(bench: ModuleType, tmp_path: Path) -> None:
@@ -120,7 +160,7 @@ def test_a_profile_says_what_ran_and_what_did_not(bench: ModuleType, tmp_path: P
     events.append({"cat": "cpu_op", "name": "aten::add", "ts": 0, "dur": 9e6})
     with gzip.open(tmp_path / "1-TP-0-DECODE.trace.json.gz", "wt") as file:
         json.dump({"traceEvents": events}, file)
-    stamp = {"gpu": "none", "versions": "", "commit": "", "date": ""}
+    stamp = dict.fromkeys(STAMP, "")
     named = {"workload": "chat", "backend": "kascade", "model": "tiny"}
     serving_profile.write_profile(tmp_path / "out.csv", tmp_path, named, stamp)
     with open(tmp_path / "out.csv", newline="") as file:
