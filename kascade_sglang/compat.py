@@ -167,6 +167,11 @@ def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
             f"KV pool: expected SGLang's MHATokenToKVPool, got {type(pool).__name__}; "
             "serve this model with another attention backend"
         )
+    if pool.post_capture_active:
+        raise KascadeError(
+            "KV cache: expected its final size before graphs are captured, got a later one; unset "
+            "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
+        )
     keys = pool.get_key_buffer(pool.start_layer)
     if keys.dtype != dtype:
         raise KascadeError(

@@ -108,7 +108,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.plot is not None:
         from kascade_sglang.evaluation.show import check_target
 
-        check_target(args.plot)
+        check_target(args.plot, args.out)
 
 
 def _tokenizer(args: argparse.Namespace, endpoint: "Endpoint") -> str:

@@ -48,9 +48,9 @@ def table(rows: list[Row]) -> Table:
     return shown
 
 
-def check_target(picture: Path) -> None:
-    """Refuse a plot before anything is asked where it could not be written."""
-    if why := why_undrawable(picture, KINDS):
+def check_target(picture: Path, results: Path) -> None:
+    """Refuse a plot before anything is asked where it could not be written, or not beside them."""
+    if why := why_undrawable(picture, KINDS, {"--out": results}):
         raise EvaluationError(f"--plot {picture}: {why}")
 
 

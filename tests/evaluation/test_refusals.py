@@ -67,6 +67,7 @@ REFUSALS = {
     "plot is a folder": ("vt", ["--plot", "."], None, "--plot .: expected a file's name"),
     "plot without a name": ("vt", ["--plot", ""], None, "--plot .: expected a file's name"),
     "plot of no kind": ("vt", ["--plot", "scores"], None, "ends in .png, .svg, .pdf, got none"),
+    "plot over results": ("vt", ["--out", "x.png", "--plot", "./x.png"], None, "that of --out"),
     "nothing to draw": ("perplexity", ["--plot", "x.png"], None, "a score at a length, got none"),
     "late missing file": ("vt,aime", AIME, None, "FILE: cannot read"),
     "late missing squad": ("vt,qa", SQUAD, None, "--squad FILE: cannot read"),

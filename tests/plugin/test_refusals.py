@@ -263,6 +263,14 @@ def test_kv_pool_of_another_dtype() -> None:
         compat.require_plain_pool(make_pool(torch.float8_e4m3fn), torch.bfloat16)
 
 
+def test_kv_pool_whose_size_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of keys, and what is reserved for graphs, are sized with the pool."""
+    pool = make_pool(torch.bfloat16)
+    monkeypatch.setattr(pool, "post_capture_active", True)
+    with pytest.raises(KascadeError, match="unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"):
+        compat.require_plain_pool(pool, torch.bfloat16)
+
+
 def test_kv_pool_of_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
     with pytest.raises(KascadeError, match=r"expected \[48, KV heads, .*SGLANG_USE_HND_KVCACHE"):
