@@ -10,6 +10,17 @@ RESULTS = Path(__file__).parent / "results/serving_h100.csv"
 Row = dict[str, str]
 
 
+def newest_runs(path: Path) -> dict[tuple[str, str, str], list[Row]]:
+    """{(model, workload, backend): rows}, in order, of the commit that was measured last."""
+    runs: dict[tuple[str, str, str], list[Row]] = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            key = (row["model"], row["workload"], row["backend"])
+            same = [old for old in runs.get(key, []) if old["commit"] == row["commit"]]
+            runs[key] = [*same, row]
+    return runs
+
+
 def inputs(row: Row) -> float:
     """Prompt tokens of one request, in thousands."""
     return int(row["input_tokens"]) / int(row["requests"]) / 1024
@@ -66,9 +77,7 @@ def plot(path: Path, picture: Path, model: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["model"] == model]
-    newest = {(row["workload"], row["backend"]): row for row in rows}.values()
+    newest = [rows[-1] for (of, *_), rows in newest_runs(path).items() if of == model]
     figure, panels = pyplot.subplots(1, len(CURVES), figsize=(14, 4.5), layout="constrained")
     for axes, curve in zip(panels, CURVES, strict=True):
         for backend in sorted({row["backend"] for row in newest}):

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from plot_kernels import newest
+from plot_serving import newest_runs
 from serving_profile import STEPS
 from serving_workloads import WORKLOADS, compare, medians
 
@@ -82,17 +83,11 @@ def serving_table(results: str = "serving_h100.csv") -> str:
 
     Of each backend, the median of the newest commit's rows.
     """
-    latest: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    with open(RESULTS / results, newline="") as file:
-        for row in csv.DictReader(file):
-            key = (row["model"], row["workload"], row["backend"])
-            same = [old for old in latest.get(key, []) if old["commit"] == row["commit"]]
-            latest[key] = [*same, row]
-    lines = []
+    runs, lines = newest_runs(RESULTS / results), []
     for model, (name, workload) in itertools.product(
-        dict.fromkeys(key[0] for key in latest), WORKLOADS.items()
+        dict.fromkeys(key[0] for key in runs), WORKLOADS.items()
     ):
-        rows = (row for key in latest if key[:2] == (model, name) for row in latest[key])
+        rows = (row for key in runs if key[:2] == (model, name) for row in runs[key])
         found = medians(rows, workload)
         if "kascade" not in found or len(found) < 2 or not workload.must:
             continue

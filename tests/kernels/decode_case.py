@@ -98,9 +98,14 @@ class DecodeCase:
         scratch: ScoreScratch,
         parts: Parts,
         values: torch.Tensor | None = None,
+        shared: SharedPrefix | None = None,
     ) -> torch.Tensor | None:
-        """Score these rows' candidates, and attend to all keys where ``values`` are given."""
-        where = (self.req_to_token, self.rows, spans, self.shared(spans), budget, self.scale)
+        """Score these rows' candidates, and attend to all keys where ``values`` are given.
+
+        shared: what is taken for common to rows; None finds it.
+        """
+        shared = self.shared(spans) if shared is None else shared
+        where = (self.req_to_token, self.rows, spans, shared, budget, self.scale)
         return decode_scores(self.q, keys, *where, scratch, parts, values)
 
     def empty_selection(self, lists: int, budget: Budget) -> Selection:

@@ -7,7 +7,7 @@ from decode_case import DecodeCase, lists_of
 from kascade_kernels import shared_prefix as module
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
-from kascade_kernels.decode_scores import ScoreScratch, decode_scores
+from kascade_kernels.decode_scores import ScoreScratch
 from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.launch import padded_group
 from kascade_kernels.merge_parts import Parts
@@ -102,12 +102,10 @@ def score(
     scratch = ScoreScratch.allocate(rows, q_heads, lists, max(LENGTHS), empty_on(DEVICE))
     scratch.codes.codes.zero_()
     spans = case.spans(BUDGET)
-    parts, where = Parts.allocate(spans, q_heads, dim), (case.req_to_token, case.rows)
-    out = decode_scores(
-        case.q, keys, *where, spans, shared, BUDGET, case.scale, scratch, parts, values
-    )
+    parts = Parts.allocate(spans, q_heads, dim)
+    out = case.score(keys, spans, BUDGET, scratch, parts, values, shared)
     selection = case.empty_selection(lists, BUDGET)
-    select_slots(scratch.codes, *where, BUDGET, selection, append_own=True)
+    select_slots(scratch.codes, case.req_to_token, case.rows, BUDGET, selection, append_own=True)
     return selection, scratch, out
 
 
