@@ -171,7 +171,7 @@ def reserved_memory(server_args: Any) -> ReservedMemory:
     """Return what the kernels allocate beside the KV pool; nothing where they do not run."""
     from kascade_sglang import compat
     from kascade_sglang.backend.decode_path import DecodeBuffers, list_room
-    from kascade_sglang.backend.key_copies import KeyCopies
+    from kascade_sglang.backend.kv import KeyValues
     from kascade_sglang.backend.rank_shape import RankShape
 
     config = check_server_args(server_args)

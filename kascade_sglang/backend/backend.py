@@ -3,59 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic
 
 import torch
 
-from kascade_sglang.backend.metrics import KeyCounter
+from kascade_sglang.backend.key_counter import KeyCounter
+from kascade_sglang.backend.path import Path, SelectedT, StepT
 from kascade_sglang.backend.paths import build_paths
-from kascade_sglang.compat import (
+from kascade_sglang.backend.warm_up import warm_up
+from kascade_sglang.config import KascadeConfig
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.runtime import (
     AttentionBackend,
     build_dense_backend,
     is_plain_decoder_layer,
-    key_value_caches,
-    write_kv,
 )
-from kascade_sglang.config import KascadeConfig
-from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.steps import Batch, Layer, Rank
 from kascade_sglang.plan.schema import LayerRole
 
 if TYPE_CHECKING:
-    from kascade_sglang.compat import ForwardBatch, ModelRunner, RadixAttention
+    from kascade_sglang.host.runtime import ForwardBatch, ModelRunner, RadixAttention
+
+
+@dataclass(frozen=True)
+class Running(Generic[StepT, SelectedT]):
+    """The step that layers run in, and the path that computes it."""
+
+    path: Path[StepT, SelectedT]
+    step: StepT
 
 
 class KascadeAttnBackend(AttentionBackend):
     """Anchor layers select keys, reuse layers attend to them, layer 0 attends to everything.
 
-    One instance serves one model runner. State between layers lives here for one step.
+    One instance serves one model runner. State between layers lives here for one step: the step
+    in ``running``, the last anchor's selection in ``paths.store``.
     """
 
     def __init__(self, runner: ModelRunner, config: KascadeConfig) -> None:
         super().__init__()
+        rank = Rank.of(runner)
         self.config = config
         self.dense = build_dense_backend(runner, config.dense_backend)
+        # SGLang reads these off a backend.
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.max_context_len = runner.model_config.context_len
-        self.paths = build_paths(runner, config)
-        self.path = self.paths.extend
+        self.paths = build_paths(rank, runner.token_to_kv_pool, config)
+        self.running: Running | None = None
         # What decodes without the host needs no lengths there; the delegate may, for prefill.
-        self.needs_cpu_seq_lens = self.paths.decode.delegates_dense or self.dense.needs_cpu_seq_lens
-        shape = self.paths.shape
-        # Tensor-parallel ranks read alike, so the first one counts for all.
-        counts = runner.server_args.enable_metrics and 0 in shape.heads
-        self.counter = KeyCounter(config, shape.layers, shape.context) if counts else None
+        decodes_alone = self.paths.decode.attends_densely
+        self.needs_cpu_seq_lens = not decodes_alone or self.dense.needs_cpu_seq_lens
+        counts = rank.reports_metrics
+        self.counter = KeyCounter(config, rank.layers, self.paths.sizes.context) if counts else None
+        anchors = [layer for layer in config.plan.anchors if layer in rank.layers]
+        if anchors and rank.device.startswith("cuda"):
+            warm_up(self.paths, anchors[0])
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""
         if forward_batch.forward_mode.is_idle():
             return
-        decode = forward_batch.forward_mode.is_decode()
-        self._enter(self.paths.decode if decode else self.paths.extend)
-        if self.path.delegates_dense:
+        batch = Batch.of(forward_batch)
+        path = self._path(batch)
+        if not path.attends_densely:
             self.dense.init_forward_metadata(forward_batch)
-        self.path.begin(forward_batch)
-        self._count(forward_batch)
+        path.prepare(batch)
+        self._begin(path, batch)
+        self._count(batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Allocate what captured decode steps of up to ``max_bs`` requests use."""
@@ -69,20 +85,24 @@ class KascadeAttnBackend(AttentionBackend):
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
         """Take from SGLang's slot table what a replay needs; the graph reads lengths itself."""
-        self.paths.decode.copy_slots(forward_batch)
+        batch = Batch.of(forward_batch)
+        self._path(batch).prepare(batch)
         if not in_capture:
-            self._count(forward_batch)
+            self._count(batch)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Record the rest of a decode step's preparation."""
-        self._enter(self.paths.decode)
-        self.path.begin_in_graph(forward_batch)
+        batch = Batch.of(forward_batch)
+        self._begin(self._path(batch), batch)
 
-    def _enter(self, path: Any) -> None:
-        self.path = path
+    def _path(self, batch: Batch) -> Path:
+        return self.paths.decode if batch.decode else self.paths.extend
+
+    def _begin(self, path: Path, batch: Batch) -> None:
         self.paths.store.clear()
+        self.running = Running(path, path.record(batch))
 
-    def _count(self, batch: ForwardBatch) -> None:
+    def _count(self, batch: Batch) -> None:
         if self.counter is not None:
             self.counter.add(batch)
 
@@ -94,7 +114,7 @@ class KascadeAttnBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> torch.Tensor:
         """Attention of one new token a request: [tokens, query heads * head dim]."""
         dense = self.dense.forward_decode
@@ -108,7 +128,7 @@ class KascadeAttnBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> torch.Tensor:
         """Attention of new tokens after a cached prefix: [tokens, query heads * head dim]."""
         dense = self.dense.forward_extend
@@ -123,29 +143,39 @@ class KascadeAttnBackend(AttentionBackend):
         layer: RadixAttention,
         batch: ForwardBatch,
         save_kv_cache: bool,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> torch.Tensor:
         if not is_plain_decoder_layer(layer) or k is None or kwargs:
             raise KascadeError(
                 f"layer {layer.layer_id}: expected plain causal self-attention, got "
                 f"{sorted(kwargs) or 'another kind'}; serve with another --attention-backend"
             )
-        role = self.config.plan.role(layer.layer_id)
+        role, facts = self.config.plan.role(layer.layer_id), Layer.of(layer)
+        path, step = self.running.path, self.running.step
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        if role is LayerRole.DENSE and self.path.delegates_dense:
+        if role is LayerRole.DENSE and not path.attends_densely:
             out = dense_forward(q, k, v, layer, batch, save_kv_cache)
-            self._copy_keys(layer, batch)
-            self.path.select(queries, layer)
+            self._select(queries, facts, batch.out_cache_loc)
             return out
         if save_kv_cache:
-            write_kv(self.token_to_kv_pool, layer, batch, k, v)
-        self._copy_keys(layer, batch)
+            self.paths.kv.write(layer, batch, k, v)
         if role is LayerRole.DENSE:
-            return self.path.attend_all(queries, layer).view_as(q)
+            all_keys = torch.empty_like(queries)
+            self._select(queries, facts, batch.out_cache_loc, all_keys)
+            return all_keys.view_as(q)
         if role is LayerRole.ANCHOR:
-            self.path.select(queries, layer)
-        return self.path.attend(queries, layer).view_as(q)
+            self._select(queries, facts, batch.out_cache_loc)
+        selected, head_map = self.paths.store.get(facts.index)
+        return path.attend(step, queries, facts, selected, head_map).view_as(q)
 
-    def _copy_keys(self, layer: RadixAttention, batch: ForwardBatch) -> None:
-        keys, _ = key_value_caches(self.token_to_kv_pool, layer.layer_id)
-        self.paths.copies.write(layer.layer_id, keys, batch.out_cache_loc)
+    def _select(
+        self,
+        q: torch.Tensor,
+        layer: Layer,
+        written: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        """Select an anchor's keys and keep them; with ``out`` also attend to every key."""
+        self.paths.kv.copy(layer.index, written)
+        selected = self.running.path.select(self.running.step, q, layer, out)
+        self.paths.store.put(layer.index, selected)

@@ -1,14 +1,15 @@
 """The keys that this step's anchors selected, as KV slots."""
 
-from typing import Any
+from typing import Generic
 
 import torch
 
+from kascade_sglang.backend.path import SelectedT
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
 
 
-class IndexStore:
+class IndexStore(Generic[SelectedT]):
     """Hands an anchor's selection to the layers that reuse it, with the head map to read it by.
 
     A head map is int32 [KV heads]: which of the selection's lists each head attends to. An
@@ -28,20 +29,19 @@ class IndexStore:
         table = torch.tensor(list(map(list, maps)), dtype=torch.int32, device=device)
         self._head_maps = torch.zeros_like(table) if one_list else table
         self._anchor_of = plan.anchor_of
-        self._anchor: int | None = None
-        self._selection: Any = None
+        self._kept: tuple[int, SelectedT] | None = None
 
     def clear(self) -> None:
         """Forget the last step."""
-        self._anchor = self._selection = None
+        self._kept = None
 
-    def put(self, anchor: int, selection: Any) -> None:
+    def put(self, anchor: int, selected: SelectedT) -> None:
         """Keep an anchor's selection; the one before it is no longer needed."""
-        self._anchor, self._selection = anchor, selection
+        self._kept = anchor, selected
 
-    def get(self, layer: int) -> tuple[Any, torch.Tensor]:
+    def get(self, layer: int) -> tuple[SelectedT, torch.Tensor]:
         """Return what ``layer`` attends to, its own selection or its anchor's, and its head map."""
         anchor = self._anchor_of[layer]
-        if anchor != self._anchor:
+        if self._kept is None or self._kept[0] != anchor:
             raise KascadeError(f"layer {layer} ran before its anchor, layer {anchor}, in this step")
-        return self._selection, self._head_maps[layer]
+        return self._kept[1], self._head_maps[layer]

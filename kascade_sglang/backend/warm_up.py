@@ -4,52 +4,50 @@ from __future__ import annotations
 
 import logging
 import time
-from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from triton.runtime.errors import OutOfResources
 
 from kascade_kernels.budget import TILE
-from kascade_sglang.compat import key_value_caches
-from kascade_sglang.config import KascadeConfig
+from kascade_sglang.backend.paths import Paths
 from kascade_sglang.errors import KascadeError
-
-if TYPE_CHECKING:
-    from kascade_sglang.backend.paths import Paths
-    from kascade_sglang.compat import ModelRunner
+from kascade_sglang.host.steps import Batch, Layer
 
 logger = logging.getLogger(__name__)
 
 
-def warm_up(paths: Paths, runner: ModelRunner, config: KascadeConfig) -> None:
+def warm_up(paths: Paths, anchor: int) -> None:
     """Run one anchor's prefill step at the end of the context, for nothing but its compilation.
 
     Raises KascadeError where a kernel does not fit the GPU.
     All positions are the padding's slot 0, whose 8-bit copy is the only thing written. Decode
     kernels are compiled when graphs are captured.
     """
-    shape = paths.shape
-    anchors = [layer for layer in config.plan.anchors if layer in shape.layers]
-    if not anchors:
-        return
-    started = time.monotonic()
-    layer = SimpleNamespace(layer_id=anchors[0], scaling=1.0)
-    keys, _ = key_value_caches(runner.token_to_kv_pool, layer.layer_id)
-    slot = torch.zeros(1, dtype=torch.int64, device=shape.device)
-    span = (max(0, shape.context - TILE - 1), shape.context)
-    size = (span[1] - span[0], shape.q_heads, shape.head_dim)
-    q = torch.zeros(size, dtype=keys.dtype, device=shape.device)
+    sizes, started, layer = paths.sizes, time.monotonic(), Layer(anchor, 1.0)
+    keys, _ = paths.kv.of(anchor)
+    first = torch.zeros(1, dtype=torch.int64, device=keys.device)
+    begin = max(0, sizes.context - TILE - 1)
+    batch = Batch(
+        decode=False,
+        requests=first,
+        ends=first + sizes.context,
+        written=first,
+        ends_cpu=np.array([sizes.context]),
+        prefixes_cpu=[begin],
+    )
+    shape = (sizes.context - begin, sizes.q_heads, sizes.head_dim)
+    q = torch.zeros(shape, dtype=keys.dtype, device=keys.device)
+    head_map = torch.zeros(sizes.kv_heads, dtype=torch.int32, device=keys.device)
     try:
-        paths.copies.write(layer.layer_id, keys, slot)
-        paths.extend.begin_spans([span], slot)
-        paths.extend.select(q, layer)
-        paths.extend.attend(q, layer)
+        paths.kv.copy(anchor, batch.written)
+        step = paths.extend.record(batch)
+        selected = paths.extend.select(step, q, layer)
+        paths.extend.attend(step, q, layer, selected, head_map)
     except OutOfResources as error:
         raise KascadeError(
-            f"model: expected {shape.q_heads // shape.kv_heads} query heads a KV head of "
-            f"{shape.head_dim} dimensions to fit this GPU, got {error}; drop --kascade-exact where "
-            "it is set, or serve with another --attention-backend"
+            f"model: expected {sizes.group} query heads a KV head of {sizes.head_dim} dimensions "
+            f"to fit this GPU, got {error}; drop --kascade-exact where it is set, or serve with "
+            "another --attention-backend"
         ) from error
-    paths.store.clear()
     logger.info("kascade: prefill kernels were ready after %.1f s", time.monotonic() - started)

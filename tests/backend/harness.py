@@ -6,12 +6,13 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from kascade_kernels.budget import Budget
-from kascade_kernels.structs import Selection
+from kascade_kernels.budget import TILE, Budget
+from kascade_kernels.structs import Lists
 from kascade_sglang.backend.backend import KascadeAttnBackend
-from kascade_sglang.backend.metadata import StepMetadata, TileRow
-from kascade_sglang.backend.paths import runs_kernels
+from kascade_sglang.backend.reference import ReferencePath, Tile
+from kascade_sglang.backend.sizes import runs_kernels
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.host.steps import Batch
 from kascade_sglang.plan.schema import ModelShape, Plan
 from shapes import DEVICE
 
@@ -160,7 +161,8 @@ class Harness:
                 [self.req_to_token[r + 1, b:e].to(torch.int64) for r, b, e in spans]
             ),
         )
-        self.batch_tiles = StepMetadata.build(batch, self.req_to_token, self.config.budget)
+        reference = ReferencePath(self.config, self.req_to_token, self.backend.paths.kv)
+        self.batch_tiles = list(reference.record(Batch.of(batch)))
         self.backend.init_forward_metadata(batch)
         for layer_id in range(self.layers):
             self._layer(layer_id, spans, batch)
@@ -195,25 +197,26 @@ class Harness:
     def _record(self, layer_id: int, spans: list[tuple[int, int, int]]) -> None:
         """Translate the selected slots back to positions."""
         selection, head_map = self.backend.paths.store.get(layer_id)
-        for index, row in enumerate(self.batch_tiles.rows):
-            request = spans[row.request][0]
+        for index, tile in enumerate(self.batch_tiles):
+            request = spans[tile.request][0]
             position_of = torch.full((self.slots,), -1, device=DEVICE)
             table = self.req_to_token[request + 1, : self.lengths[request]].to(torch.int64)
             position_of[table] = torch.arange(len(table), device=DEVICE)
-            if isinstance(selection, Selection):
-                slots = self._lists(selection, index, row)
+            if isinstance(selection, Lists):
+                slots = self._slots(selection, index, tile)
             else:
                 slots = selection[index]
             positions = position_of[slots[head_map]].cpu()
-            self.selections[layer_id][request][row.tile, row.position] = positions
+            first = tile.end - (tile.queries.stop - tile.queries.start)
+            self.selections[layer_id][request][tile.own_start // TILE, first] = positions
 
-    def _lists(self, selection: Selection, index: int, row: TileRow) -> torch.Tensor:
-        """A row's selected slots; decoding also lists the own tile."""
-        count, offset = int(selection.counts[index]), int(selection.offsets[index])
-        end = offset + selection.heads * count
-        lists = selection.slots[offset:end].view(selection.heads, count).to(torch.int64)
-        assert count in (row.selected, row.selected + row.end - row.own_start)
-        return lists[:, : row.selected]
+    def _slots(self, lists: Lists, index: int, tile: Tile) -> torch.Tensor:
+        """A tile's selected slots, int64 [lists, selected]; decoding also lists the own tile."""
+        counts, offsets = lists.counts[index].tolist(), lists.offsets[index].tolist()
+        own = tile.end - tile.own_start
+        assert set(counts) <= {tile.selected, tile.selected + own} and len(set(counts)) == 1
+        slots = [lists.slots[offset : offset + tile.selected] for offset in offsets]
+        return torch.stack(slots).to(torch.int64)
 
     def prefill(self, request: int, chunk: int, begin: int = 0) -> None:
         """Run one request from ``begin`` to its end in chunks."""

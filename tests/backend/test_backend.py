@@ -11,9 +11,10 @@ from harness import DEVICE, DTYPE, HEAD_DIM, Harness, expected_output
 from kascade_kernels.budget import Budget
 from kascade_kernels.reference import anchor_scores
 from kascade_sglang.backend import paths
-from kascade_sglang.backend.decode_path import DecodeBuffers
+from kascade_sglang.backend.decode import DecodeBuffers, DecodeStep
 from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.steps import Batch
 from shapes import INTERPRETED
 
 KERNELS = DEVICE == "cuda" or INTERPRETED
@@ -141,7 +142,7 @@ def test_requests_on_one_prefix_decode_as_if_each_had_its_own() -> None:
         harness.step([(request, 0, n - 1) for request, n in enumerate(lengths)])
         harness.step([(request, n - 1, n) for request, n in enumerate(lengths)])
     if KERNELS:
-        assert together.backend.paths.decode._buffers.shared.keys.tolist() == [*[prefix] * 3, 0]
+        assert together.backend.running.step.buffers.shared.keys.tolist() == [*[prefix] * 3, 0]
     for request, length in enumerate(lengths):
         assert_same(apart, together, request, begin=length - 1)
 
@@ -218,8 +219,7 @@ def test_kernels_refuse_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not KERNELS, reason="nothing is compiled")
 def test_warming_up_changes_no_result() -> None:
     plain, warmed = Harness([161], exact=False), Harness([161], exact=False)
-    runner = SimpleNamespace(token_to_kv_pool=warmed.pool)
-    warm_up(warmed.backend.paths, runner, warmed.config)
+    warm_up(warmed.backend.paths, anchor=0)
     with pytest.raises(KascadeError, match="before its anchor"):
         warmed.backend.paths.store.get(1)
     for harness in (plain, warmed):
@@ -236,13 +236,13 @@ def test_a_decode_step_reads_its_own_copy_of_the_slot_table(
     kept, rewritten = Harness([161, 100], exact=False), Harness([161, 100], exact=False)
     table, path = rewritten.req_to_token, rewritten.backend.paths.decode
     rewritten.req_to_token = table.clone()
-    begin = path.begin_in_graph
+    record = path.record
 
-    def begin_late(batch: SimpleNamespace) -> None:
+    def record_late(batch: Batch) -> DecodeStep:
         table.zero_()
-        begin(batch)
+        return record(batch)
 
-    monkeypatch.setattr(path, "begin_in_graph", begin_late)
+    monkeypatch.setattr(path, "record", record_late)
     for harness in (kept, rewritten):
         harness.step([(0, 0, 160), (1, 0, 99)])
         harness.step([(0, 160, 161), (1, 99, 100)])
@@ -255,17 +255,18 @@ def test_a_decode_step_reads_its_own_copy_of_the_slot_table(
 def test_batches_of_all_sizes_share_buffers_of_a_known_size(batch_invariant: bool) -> None:
     lengths = [33, 34, 35, 36, 37]
     harness = Harness(lengths, batch_invariant=batch_invariant)
-    path, found = harness.backend.paths.decode, set()
+    found = set()
     harness.step([(request, 0, 30) for request in range(5)])
     for size in (5, 1, 3, 4):
         harness.step([(request, 30, 31) for request in range(size)])
-        found.add(id(path._buffers))
+        buffers = harness.backend.running.step.buffers
+        found.add(id(buffers))
     assert len(found) == 1
-    buffers = path._buffers
-    tensors = [buffers.slots, buffers.table, buffers.steps, *buffers.parts, *buffers.shared]
-    taken = sum(tensor.nbytes for tensor in tensors)
-    reserved = DecodeBuffers.bytes(buffers.rows, harness.backend.paths.shape, harness.config)
-    assert 0 <= taken - reserved < 400 * buffers.rows
+    made = [value for value in vars(buffers).values() if value is not buffers.rows]
+    flat = [tensor for value in made for tensor in (value if isinstance(value, tuple) else [value])]
+    taken = sum(tensor.nbytes for tensor in flat)
+    sizes = harness.backend.paths.sizes
+    assert DecodeBuffers(buffers.rows, sizes, harness.config, "meta").nbytes == taken
 
 
 def test_prompts_shorter_than_a_tile_share_little_memory_for_scores() -> None:
@@ -278,13 +279,12 @@ def test_prompts_shorter_than_a_tile_share_little_memory_for_scores() -> None:
 def test_kernels_that_do_not_fit_the_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = Harness([40])
 
-    def select(q: torch.Tensor, layer: SimpleNamespace) -> None:
+    def select(*arguments: object) -> None:
         raise OutOfResources(328192, 232448, "shared memory")
 
     monkeypatch.setattr(harness.backend.paths.extend, "select", select)
-    runner = SimpleNamespace(token_to_kv_pool=harness.pool)
     with pytest.raises(KascadeError, match="to fit this GPU, got out of resource.*kascade-exact"):
-        warm_up(harness.backend.paths, runner, harness.config)
+        warm_up(harness.backend.paths, anchor=0)
 
 
 @pytest.mark.skipif(KERNELS, reason="the kernels can be captured: test_graphs.py")

@@ -1,16 +1,15 @@
 """Counters of key reads against a loop over layers, queries and keys."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from harness import make_plan
 from kascade_kernels.budget import Budget
-from kascade_sglang.backend.metrics import KEY_READS, KINDS, KeyCounter
+from kascade_sglang.backend.key_counter import KEY_READS, KINDS, KeyCounter
 from kascade_sglang.backend.selectors import SELECTORS
 from kascade_sglang.config import KascadeConfig, every_layer_an_anchor
+from kascade_sglang.host.steps import Batch
 from kascade_sglang.sparsity import key_reads
 
 POSITIONS = np.array([*range(40, 300), 5, 95, 95, 700])
@@ -39,12 +38,15 @@ def test_key_reads(method: str, layers: range | None) -> None:
     assert (reads.attended, reads.scored, reads.dense) == (attended, scored, dense)
 
 
-def counted(counter: KeyCounter, phase: str, batch: SimpleNamespace) -> list[float]:
-    """What one batch adds to the published counters."""
+def counted(counter: KeyCounter, ends: list[int], prefixes: list[int] | None) -> list[float]:
+    """What one batch adds to the published counters; decoding has no prefixes, and 2 pad it."""
+    phase = "decode" if prefixes is None else "prefill"
     children = [KEY_READS.labels(phase, kind) for kind in KINDS]
     before = [child._value.get() for child in children]
-    batch.forward_mode = SimpleNamespace(is_decode=lambda: phase == "decode")
-    counter.add(batch)
+    unread = torch.empty(0)
+    padding = 2 if prefixes is None else 0
+    ends_cpu = np.array(ends, dtype=np.int64)
+    counter.add(Batch(prefixes is None, unread, unread, unread, ends_cpu, prefixes, padding))
     return [child._value.get() - old for child, old in zip(children, before, strict=True)]
 
 
@@ -58,9 +60,6 @@ def test_counters_grow_by_the_reads_of_a_step() -> None:
         reads = key_reads(config, np.array(positions, dtype=np.int64))
         return [getattr(reads, kind) for kind in KINDS]
 
-    decode = SimpleNamespace(seq_lens_cpu=torch.tensor([1024, 33, 1, 1]), num_padding=2)
-    assert counted(counter, "decode", decode) == expected([1023, 32])
-    extend = SimpleNamespace(extend_prefix_lens_cpu=[0, 500], extend_seq_lens_cpu=[70, 3])
-    assert counted(counter, "prefill", extend) == expected([*range(70), 500, 501, 502])
-    extend = SimpleNamespace(extend_prefix_lens_cpu=[], extend_seq_lens_cpu=[])
-    assert counted(counter, "prefill", extend) == [0, 0, 0]
+    assert counted(counter, [1024, 33, 1, 1], None) == expected([1023, 32])
+    assert counted(counter, [70, 503], [0, 500]) == expected([*range(70), 500, 501, 502])
+    assert counted(counter, [], []) == [0, 0, 0]

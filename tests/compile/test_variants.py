@@ -1,7 +1,6 @@
 """A server compiles its prefill kernels once: no length and no batch asks for another variant."""
 
-from types import SimpleNamespace
-
+import numpy as np
 import pytest
 
 # First, because it replaces functions of Triton that kernels might call.
@@ -14,32 +13,20 @@ from kascade_kernels.budget import Budget
 from kascade_sglang.backend.paths import build_paths
 from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.host.steps import Batch, Layer, Rank
 from kascade_sglang.plan.schema import ModelShape, Plan
 
 HEADS, GROUP, DIM, CONTEXT, SLOTS = 2, 4, 64, 70_000, 256
-ANCHOR = SimpleNamespace(layer_id=0, scaling=1.0)
-REUSE = SimpleNamespace(layer_id=1, scaling=1.0)
+ANCHOR, REUSE = Layer(0, 1.0), Layer(1, 1.0)
 
 
 class Pool:
-    start_layer, layer_num, page_size, size = 0, 2, 1, SLOTS - 1
     keys = torch.zeros(SLOTS, HEADS, DIM, dtype=torch.bfloat16)
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         return self.keys
 
     get_value_buffer = get_key_buffer
-
-
-def make_runner() -> SimpleNamespace:
-    return SimpleNamespace(
-        device="cpu",
-        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(8, CONTEXT, dtype=torch.int32)),
-        token_to_kv_pool=Pool(),
-        model_config=SimpleNamespace(get_num_kv_heads=lambda ranks: HEADS),
-        server_args=SimpleNamespace(tp_size=1),
-        ps=SimpleNamespace(tp_rank=0),
-    )
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["default", "exact"])
@@ -51,18 +38,23 @@ def test_warming_up_compiles_all_that_prefill_launches(
     shape = ModelShape(2, HEADS * GROUP, HEADS, DIM, 64)
     plan = Plan("test", shape, (0,), {1: ((0.1, 0.9), (0.8, 0.2))})
     config = KascadeConfig(plan, Budget(), heads, exact=exact, score_memory=2**21)
-    runner = make_runner()
-    paths = build_paths(runner, config)
+    table = torch.zeros(8, CONTEXT, dtype=torch.int32)
+    rank = Rank(range(HEADS), range(2), table, slots=len(Pool.keys), device="cpu")
+    paths = build_paths(rank, Pool(), config)
     batches = [[(0, 5)], [(0, 2000)], [(96, 3000), (7, 9)], [(65_000, 65_001)] * 3, [(31, 9_999)]]
     with launched_variants(90) as compiled:
-        warm_up(paths, runner, config)
+        warm_up(paths, anchor=0)
     with launched_variants(90) as launched:
         for spans in batches:
             tokens = sum(end - begin for begin, end in spans)
             q = torch.zeros(tokens, HEADS * GROUP, DIM, dtype=torch.bfloat16)
-            paths.copies.write(0, Pool.keys, torch.zeros(tokens, dtype=torch.int64))
-            paths.extend.begin_spans(spans, torch.arange(len(spans)))
-            paths.extend.select(q, ANCHOR)
-            paths.extend.attend(q, REUSE)
+            begins, ends = np.array(spans).T
+            requests = torch.arange(len(spans))
+            written = torch.zeros(tokens, dtype=torch.int64)
+            batch = Batch(False, requests, torch.from_numpy(ends), written, ends, begins.tolist())
+            paths.kv.copy(0, batch.written)
+            step = paths.extend.record(batch)
+            selected = paths.extend.select(step, q, ANCHOR)
+            paths.extend.attend(step, q, REUSE, selected, torch.zeros(HEADS, dtype=torch.int32))
     assert len(launched) >= 9
     assert launched - compiled == set()

@@ -6,17 +6,13 @@ Published through prometheus_client, so SGLang's ``/metrics`` (``--enable-metric
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 import numpy as np
 from prometheus_client import Counter
 
-from kascade_sglang.backend.metadata import new_spans
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.host.steps import Batch
 from kascade_sglang.sparsity import KeyReads, reads_by_query
-
-if TYPE_CHECKING:
-    from kascade_sglang.compat import ForwardBatch
 
 KEY_READS = Counter(
     "kascade_key_reads",
@@ -44,17 +40,11 @@ class KeyCounter:
             for phase in ("prefill", "decode")
         }
 
-    def add(self, batch: ForwardBatch) -> None:
+    def add(self, batch: Batch) -> None:
         """Count one step; requests that pad a batch to a graph's size are left out."""
-        decode = batch.forward_mode.is_decode()
-        if decode:
-            ends = batch.seq_lens_cpu.numpy()
-            begins = ends - 1
-        else:
-            begins, ends = np.array(new_spans(batch), dtype=np.int64).reshape(-1, 2).T
-        real = len(ends) - getattr(batch, "num_padding", 0)
-        before = self._reads_before
+        begins, ends = batch.spans
+        real, before = len(ends) - batch.padding, self._reads_before
         reads = (before[:, ends[:real]] - before[:, begins[:real]]).sum(axis=1)
-        counters = self._counters["decode" if decode else "prefill"]
+        counters = self._counters["decode" if batch.decode else "prefill"]
         for counter, count in zip(counters, reads.tolist(), strict=True):
             counter.inc(count)

@@ -1,0 +1,195 @@
+"""A decode step through the kernels, safe to capture in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from kascade_kernels.arena import Arena
+from kascade_kernels.decode_attention import decode_attention
+from kascade_kernels.decode_lists import Spans, decode_lists
+from kascade_kernels.decode_scores import ScoreScratch, decode_scores
+from kascade_kernels.merge_parts import Parts, most_parts
+from kascade_kernels.row_slots import allocate_row_slots, copy_row_slots
+from kascade_kernels.select_slots import select_slots
+from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
+from kascade_kernels.structs import Lists, Rows
+from kascade_sglang.backend.kv import KeyValues
+from kascade_sglang.backend.sizes import Sizes
+from kascade_sglang.config import KascadeConfig
+from kascade_sglang.host.steps import Batch, Layer
+
+
+class DecodeBuffers:
+    """What a step of up to ``rows`` requests writes, at addresses that a graph may keep.
+
+    Steps of fewer requests use the same: they run one after the other.
+    """
+
+    def __init__(self, rows: int, sizes: Sizes, config: KascadeConfig, device: str) -> None:
+        self.rows = rows
+        count, room = rows * sizes.lists, sizes.longest_list
+        lists = torch.arange(count, device=device).view(rows, sizes.lists)
+        slots = torch.empty(count * room, dtype=torch.int32, device=device)
+        self.lists = Lists(slots, lists * room, torch.empty_like(lists, dtype=torch.int32))
+        self.table = allocate_row_slots(rows, sizes.context, device)
+        self.requests = torch.arange(rows, device=device)
+        self.shared = SharedPrefix.allocate(rows, sizes.group, device)
+        self.steps = torch.empty(2, rows, dtype=torch.int32, device=device)
+        parts = most_parts(
+            rows, sizes.kv_heads, sizes.q_heads, batch_invariant=config.batch_invariant
+        )
+        self.parts = Parts.empty(parts, sizes.head_dim, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        tensors = (self.table, self.requests, self.steps, *self.lists, *self.shared, *self.parts)
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The rows [first, last) of a step, scored together; what follows is of these rows."""
+
+    first: int
+    last: int
+    rows: Rows
+    lists: Lists
+    spans: Spans
+    shared: SharedPrefix
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One step's rows, one a request, and where they write.
+
+    lists: of all rows; their counts are decided, their slots come from ``select``.
+    groups: the rows in as few groups as have room for their scores.
+    """
+
+    lists: Lists
+    spans: Spans
+    groups: tuple[RowGroup, ...]
+    buffers: DecodeBuffers
+
+
+class DecodePath:
+    """One new token a request. Layer 0 attends to everything and scores in the same pass.
+
+    Positions become slots through a copy of SGLang's table. The scheduler rewrites the row of a
+    request that has ended as soon as a graph runs, and the request's last token, which that step
+    still computes, stays in the prefix cache.
+    table: int32 [requests, context], SGLang's. arena: room for the scores of one group of rows.
+    """
+
+    attends_densely = True
+
+    def __init__(
+        self, config: KascadeConfig, sizes: Sizes, table: torch.Tensor, kv: KeyValues, arena: Arena
+    ) -> None:
+        self._config, self._sizes = config, sizes
+        self._table, self._kv, self._arena = table, kv, arena
+        per_row = ScoreScratch.bytes_per_row(sizes.q_heads, sizes.lists, sizes.context)
+        self._rows_scored_at_once = arena.size // per_row
+        self._graph_buffers: DecodeBuffers | None = None
+        self._eager_buffers: DecodeBuffers | None = None
+
+    def reserve(self, rows: int) -> None:
+        """Allocate what graphs of up to ``rows`` requests use."""
+        self._graph_buffers = self._allocate(rows)
+
+    def prepare(self, batch: Batch) -> None:
+        """Copy the requests' slots, before SGLang lets the scheduler go on: outside a graph."""
+        rows = Rows(batch.requests, batch.ends)
+        copy_row_slots(self._table, rows, self._buffers_for(len(rows.ends)).table)
+
+    def record(self, batch: Batch) -> DecodeStep:
+        """Decide how long lists are and how rows are cut, from lengths on the device alone."""
+        count, heads, invariant = len(batch.ends), self._sizes.kv_heads, self._config.batch_invariant
+        buffers = self._buffers_for(count)
+        rows = Rows(buffers.requests[:count], batch.ends)
+        lists = buffers.lists.rows(0, count)
+        spans = Spans.within(buffers.steps, count, heads, batch_invariant=invariant)
+        budget = self._config.budget
+        decode_lists(rows.ends, heads, budget, spans, lists.counts, batch_invariant=invariant)
+        groups = tuple(self._cut(rows, lists, spans, buffers.shared))
+        for group in groups:
+            find_shared_prefixes(buffers.table, group.rows, group.spans, group.shared)
+        return DecodeStep(lists, spans, groups, buffers)
+
+    def _cut(
+        self, rows: Rows, lists: Lists, spans: Spans, shared: SharedPrefix
+    ) -> Iterator[RowGroup]:
+        count = len(rows.ends)
+        step = -(-count // -(-count // self._rows_scored_at_once))
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            yield RowGroup(
+                first,
+                last,
+                Rows(rows.requests[first:last], rows.ends[first:last]),
+                lists.rows(first, last),
+                spans.rows(first, last),
+                shared.rows(first, last),
+            )
+
+    def _buffers_for(self, rows: int) -> DecodeBuffers:
+        if self._graph_buffers is not None and rows <= self._graph_buffers.rows:
+            return self._graph_buffers
+        if self._eager_buffers is None or rows > self._eager_buffers.rows:
+            self._eager_buffers = None
+            room = min(triton.next_power_of_2(rows), self._table.shape[0])
+            self._eager_buffers = self._allocate(room)
+        return self._eager_buffers
+
+    def _allocate(self, rows: int) -> DecodeBuffers:
+        return DecodeBuffers(rows, self._sizes, self._config, str(self._table.device))
+
+    def select(
+        self, step: DecodeStep, q: torch.Tensor, layer: Layer, out: torch.Tensor | None = None
+    ) -> Lists:
+        """Select for every request; with ``out`` the pool's own keys are read, for both."""
+        keys, values = self._kv.of(layer.index)
+        if out is None:
+            keys, values = self._kv.scoring_keys(layer.index), None
+        sizes, table = self._sizes, step.buffers.table
+        for group in step.groups:
+            count, mine = group.last - group.first, slice(group.first, group.last)
+            scratch = ScoreScratch.allocate(
+                count, sizes.q_heads, sizes.lists, sizes.context, self._arena.cut()
+            )
+            decode_scores(
+                q[mine],
+                keys,
+                table,
+                group.rows,
+                group.lists,
+                group.spans,
+                group.shared,
+                layer.scale,
+                scratch,
+                step.buffers.parts,
+                values=values,
+                out=None if out is None else out[mine],
+            )
+            select_slots(scratch.codes, table, group.rows, group.lists, append_own=True)
+        return step.lists
+
+    def attend(
+        self,
+        step: DecodeStep,
+        q: torch.Tensor,
+        layer: Layer,
+        selected: Lists,
+        head_map: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend every request to the lists of its anchor."""
+        keys, values = self._kv.of(layer.index)
+        parts = step.buffers.parts
+        return decode_attention(
+            q, keys, values, selected, step.spans, head_map, layer.scale, parts
+        )

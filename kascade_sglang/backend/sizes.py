@@ -1,0 +1,57 @@
+"""Sizes that buffers depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+
+from kascade_kernels.budget import TILE, tile_of
+from kascade_sglang.config import KascadeConfig
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one rank computes.
+
+    kv_heads, q_heads: heads of a layer on this rank. context: positions a request may have.
+    lists: selections per query tile: one for each KV head, or 1 where they are pooled.
+    longest_list: slots on the list of the context's last position, own tile included.
+    """
+
+    kv_heads: int
+    q_heads: int
+    head_dim: int
+    context: int
+    lists: int
+    longest_list: int
+
+    @staticmethod
+    def of(config: KascadeConfig, kv_heads: int, context: int) -> Sizes:
+        """Return the sizes of a rank that holds ``kv_heads`` of the model's KV heads."""
+        model = config.plan.shape
+        return Sizes(
+            kv_heads=kv_heads,
+            q_heads=kv_heads * model.q_heads // model.kv_heads,
+            head_dim=model.head_dim,
+            context=context,
+            lists=1 if config.pooled else kv_heads,
+            longest_list=config.budget.selected(tile_of(context - 1)) + TILE,
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.q_heads // self.kv_heads
+
+
+def runs_kernels(device: str, config: KascadeConfig) -> bool:
+    """Whether steps run through the kernels: on a GPU or in Triton's interpreter."""
+    return config.selection == "topk" and (
+        device.startswith("cuda") or triton.knobs.runtime.interpret
+    )
+
+
+def copied_layers(config: KascadeConfig, layers: range) -> list[int]:
+    """Layers that score with 8-bit copies of their keys."""
+    return [] if config.exact else [layer for layer in config.plan.anchors if layer in layers]
