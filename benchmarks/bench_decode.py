@@ -5,7 +5,6 @@ Every measurement is the replay of a CUDA graph, L2 cold, slots in random order 
 
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import torch
 from kernel_common import (
@@ -17,15 +16,15 @@ from kernel_common import (
     MODES,
     Q_HEADS,
     SCALE,
+    LayerRuns,
     Pool,
     Row,
     command_line,
     composites,
-    layer,
     make_paths,
     measure,
+    new_tokens,
     run,
-    sparse_steps,
 )
 from rivals import (
     fa3_decode,
@@ -38,12 +37,12 @@ from rivals import (
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget, tile_of
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
-from kascade_kernels.decode_spans import Spans, decode_spans
+from kascade_kernels.decode_lists import Spans, decode_lists
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from kascade_kernels.structs import Rows
-from kascade_sglang.backend.paths import Paths
+from kascade_sglang.host.steps import Batch
 
 K = 1024
 CONTEXT = 128 * K
@@ -74,15 +73,6 @@ HEAVY_TAILED = ("16x128K", "64x32K")
 TOKEN_BYTES = KV_HEADS * DIM * 2
 
 
-def decode_batch(lengths: list[int], pool: Pool) -> SimpleNamespace:
-    """A step in which every request's last token is new."""
-    ends = torch.tensor(lengths, device=DEVICE)
-    requests = torch.arange(len(lengths), device=DEVICE)
-    batch = SimpleNamespace(req_pool_indices=requests, seq_lens=ends)
-    batch.out_cache_loc = pool.table[requests, ends - 1].long()
-    return batch
-
-
 def bytes_read(lengths: list[int], kind: str, mode: str) -> float:
     """Bytes of keys and values that a layer has to read."""
     keys = sum(lengths)
@@ -99,66 +89,63 @@ def measure_case(case: str, lengths: list[int], inputs: str, rivals: bool) -> It
     """Measure the three kinds of layer in both modes, and the plans."""
     shared = SHARED.get(case, 0)
     pool = Pool(lengths, inputs, shared, CONTEXT)
-    batch, q = decode_batch(lengths, pool), pool.queries(len(lengths))
-    fa3_ms = measure(fa3_decode(q, pool, batch.seq_lens))
+    spans = [(length - 1, length) for length in lengths]
+    batch, q = new_tokens(pool, spans, decode=True), pool.queries(len(lengths))
+    fa3_ms = measure(fa3_decode(q, pool, batch.ends))
     if shared and rivals:
         cascade = measure(flashinfer_cascade(q, pool, lengths, shared))
         yield Row(case, "dense", "exact", cascade, fa3_ms, method="flashinfer_cascade")
     for mode in MODES:
         paths = make_paths(pool, exact=mode == "exact")
-        path = paths.decode
-        path.reserve(len(lengths))
-        path.begin(batch)
+        paths.decode.reserve(len(lengths))
+        layers = LayerRuns(paths, paths.decode, batch, q)
 
-        def layer0(paths=paths, path=path) -> None:
-            paths.copies.write(LAYER0, pool.k, batch.out_cache_loc)
-            path.attend_all(q, layer(LAYER0))
+        def layer0(layers=layers) -> None:
+            layers.select(LAYER0, out=torch.empty_like(q))
+
+        def prepare(paths=paths) -> None:
+            paths.decode.prepare(batch)
+            paths.decode.record(batch)
 
         kinds = {}
-        steps = {"layer0": layer0, **sparse_steps(paths, path, pool, batch, q)}
+        steps = {"layer0": layer0, "anchor": layers.anchor, "reuse": layers.reuse}
         for kind, step in steps.items():
             read = 0 if shared else bytes_read(lengths, kind, mode)
             kinds[kind] = Row(case, kind, mode, measure(step), fa3_ms, inputs, bytes=read)
             yield kinds[kind]
-        yield from composites(kinds, measure(lambda path=path: path.begin(batch)))
+        yield from composites(kinds, measure(prepare))
         if mode == "exact" and rivals and not shared:
-            yield from measure_rivals(case, pool, batch, q, paths, fa3_ms)
+            yield from measure_rivals(case, pool, batch, q, layers, fa3_ms)
 
 
 def measure_rivals(
-    case: str,
-    pool: Pool,
-    batch: SimpleNamespace,
-    q: torch.Tensor,
-    paths: Paths,
-    fa3_ms: float,
+    case: str, pool: Pool, batch: Batch, q: torch.Tensor, layers: LayerRuns, fa3_ms: float
 ) -> Iterator[Row]:
     """An anchor's pieces, and other libraries' selection and attention to what is selected."""
-    count, budget, context = len(q), Budget(), int(batch.seq_lens.max())
-    rows = Rows(batch.req_pool_indices, batch.seq_lens)
+    count, budget, context = len(q), Budget(), int(batch.ends.max())
+    rows, lists = Rows(batch.requests, batch.ends), layers.step.lists
     spans = Spans.allocate(count, KV_HEADS, DEVICE)
-    decode_spans(rows.ends, KV_HEADS, budget, spans)
+    decode_lists(rows.ends, KV_HEADS, budget, spans, lists.counts)
     shared = SharedPrefix.allocate(count, Q_HEADS // KV_HEADS, DEVICE)
     find_shared_prefixes(pool.table, rows, spans, shared)
     parts = Parts.allocate(spans, Q_HEADS, DIM)
     scratch = ScoreScratch.allocate(count, Q_HEADS, KV_HEADS, context, empty_on(DEVICE))
 
     def score() -> None:
-        decode_scores(q, pool.k, pool.table, rows, spans, shared, budget, SCALE, scratch, parts)
+        decode_scores(q, pool.k, pool.table, rows, lists, spans, shared, SCALE, scratch, parts)
 
     score()
-    paths.decode.select(q, layer(ANCHOR))
-    selection, _ = paths.store.get(ANCHOR)
+    layers.select(ANCHOR)
     codes, most = scratch.codes, budget.selected(tile_of(context - 1))
     steps = {
         ("score", "kascade"): score,
         ("select", "kascade"): lambda: select_slots(
-            codes, pool.table, rows, budget, selection, append_own=True
+            codes, pool.table, rows, lists, append_own=True
         ),
         ("select", "torch"): torch_select(codes.codes, most),
         ("select", "flashinfer"): flashinfer_select(codes.codes, pool.table, rows.ends, most),
-        ("attend", "kascade"): lambda: paths.decode.attend(q, layer(ANCHOR)),
-        ("attend", "flashinfer"): flashinfer_attend(q, pool, selection, tensor_cores=True),
+        ("attend", "kascade"): lambda: layers.attend(ANCHOR),
+        ("attend", "flashinfer"): flashinfer_attend(q, pool, lists, tensor_cores=True),
     }
     for (kind, method), step in steps.items():
         yield Row(case, kind, "exact", measure(step), fa3_ms, method=method)

@@ -9,18 +9,19 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from plot_kernels import plot
 from tqdm import tqdm
 
 from kascade_kernels.budget import TILE, Budget
-from kascade_kernels.key_copy import copy_keys
+from kascade_sglang.backend import path as contract
 from kascade_sglang.backend.paths import Paths, build_paths
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.files import append_csv
+from kascade_sglang.host.steps import Batch, Layer, Rank
 from kascade_sglang.plan.schema import ModelShape, Plan
 from kascade_sglang.provenance import gpu_provenance
 
@@ -51,7 +52,7 @@ class Pool:
     context: positions of the slot table, the longest request's where not given.
     """
 
-    start_layer, layer_num, page_size = 0, 3, 1
+    page_size = 1
 
     def __init__(
         self, lengths: list[int], inputs: str, shared: int = 0, context: int | None = None
@@ -102,9 +103,23 @@ class Pool:
         return self.v
 
 
-def layer(index: int) -> SimpleNamespace:
-    """What the paths read of a layer."""
-    return SimpleNamespace(layer_id=index, scaling=SCALE)
+def layer(index: int) -> Layer:
+    """One of the benchmark's three layers."""
+    return Layer(index, SCALE)
+
+
+def new_tokens(pool: Pool, spans: list[tuple[int, int]], *, decode: bool) -> Batch:
+    """A step in which these positions are new, one span a request."""
+    slots = [pool.table[row, begin:end] for row, (begin, end) in enumerate(spans)]
+    begins, ends = np.array(spans, dtype=np.int64).T
+    return Batch(
+        decode=decode,
+        requests=torch.arange(len(spans), device=DEVICE),
+        ends=torch.from_numpy(ends.copy()).to(DEVICE),
+        written=torch.cat(slots).long(),
+        ends_cpu=ends,
+        prefixes_cpu=None if decode else begins.tolist(),
+    )
 
 
 def make_paths(pool: Pool, exact: bool) -> Paths:
@@ -112,36 +127,40 @@ def make_paths(pool: Pool, exact: bool) -> Paths:
     maps = torch.rand(KV_HEADS, KV_HEADS, generator=torch.Generator().manual_seed(0)).tolist()
     shape = ModelShape(3, Q_HEADS, KV_HEADS, DIM, Q_HEADS * DIM)
     plan = Plan("benchmark", shape, (LAYER0, ANCHOR), {REUSE: tuple(map(tuple, maps))})
-    runner = SimpleNamespace(
-        device=DEVICE,
-        req_to_token_pool=SimpleNamespace(req_to_token=pool.table),
-        token_to_kv_pool=pool,
-        model_config=SimpleNamespace(get_num_kv_heads=lambda ranks: KV_HEADS),
-        server_args=SimpleNamespace(tp_size=1),
-        ps=SimpleNamespace(tp_rank=0),
-    )
-    paths = build_paths(runner, KascadeConfig(plan, Budget(), "per_head", exact=exact))
+    rank = Rank(range(KV_HEADS), range(3), pool.table, pool.size + pool.page_size, DEVICE)
+    paths = build_paths(rank, pool, KascadeConfig(plan, Budget(), "per_head", exact=exact))
     for index in (LAYER0, ANCHOR):
-        copy = paths.copies.scoring_keys(index, pool.k)
-        if copy is not pool.k:
-            copy_keys(pool.k, torch.arange(pool.size, device=DEVICE), copy)
+        paths.kv.copy(index, torch.arange(pool.size, device=DEVICE))
     return paths
 
 
-def sparse_steps(
-    paths: Paths, path: Any, pool: Pool, batch: SimpleNamespace, q: torch.Tensor
-) -> dict[str, Step]:
-    """What the backend does in the layers after layer 0, in the order in which it may run.
+class LayerRuns:
+    """One step of a path, and what the backend does in the layers after layer 0."""
 
-    path: the one of ``paths`` that the step takes.
-    """
+    def __init__(self, paths: Paths, path: contract.Path, batch: Batch, q: torch.Tensor) -> None:
+        self._paths, self._path, self._batch, self._q = paths, path, batch, q
+        path.prepare(batch)
+        self.step = path.record(batch)
 
-    def anchor() -> None:
-        paths.copies.write(ANCHOR, pool.k, batch.out_cache_loc)
-        path.select(q, layer(ANCHOR))
-        path.attend(q, layer(ANCHOR))
+    def select(self, index: int, out: torch.Tensor | None = None) -> None:
+        """Copy a layer's new keys, select and keep; with ``out`` also attend to every key."""
+        self._paths.kv.copy(index, self._batch.written)
+        selected = self._path.select(self.step, self._q, layer(index), out)
+        self._paths.store.put(index, selected)
 
-    return {"anchor": anchor, "reuse": lambda: path.attend(q, layer(REUSE))}
+    def attend(self, index: int) -> torch.Tensor:
+        """Attend to what a layer's anchor selected."""
+        kept = self._paths.store.get(index)
+        return self._path.attend(self.step, self._q, layer(index), *kept)
+
+    def anchor(self) -> None:
+        """Run an anchor."""
+        self.select(ANCHOR)
+        self.attend(ANCHOR)
+
+    def reuse(self) -> None:
+        """Run a layer that reuses the anchor's selection."""
+        self.attend(REUSE)
 
 
 def measure(step: Step, repeats: int = 11) -> float:

@@ -3,7 +3,7 @@
 import torch
 from kernel_common import DEVICE, DIM, DTYPE, GROUP, KV_HEADS, SCALE, Pool, Step
 
-from kascade_kernels.structs import Selection
+from kascade_kernels.structs import Lists
 
 
 def fa3_decode(q: torch.Tensor, pool: Pool, lengths: torch.Tensor) -> Step:
@@ -66,9 +66,7 @@ def flashinfer_select(
     return lambda: top_k_page_table_transform(scores, width, keys, k, row_to_batch=batch)
 
 
-def flashinfer_attend(
-    q: torch.Tensor, pool: Pool, selection: Selection, *, tensor_cores: bool
-) -> Step:
+def flashinfer_attend(q: torch.Tensor, pool: Pool, lists: Lists, *, tensor_cores: bool) -> Step:
     """FlashInfer's paged decode, the pool seen as pages of one key of one KV head.
 
     Its plan needs every list's length on the host, so a captured graph would not fit the next
@@ -77,29 +75,25 @@ def flashinfer_attend(
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     rows = len(q)
-    counts = selection.counts.repeat_interleave(KV_HEADS)
-    heads = torch.arange(KV_HEADS, device=DEVICE).repeat(rows)
-    first = selection.offsets.repeat_interleave(KV_HEADS) + heads * counts
-    pages = [
-        selection.slots[at : at + n] * KV_HEADS + head
-        for at, n, head in zip(first.tolist(), counts.tolist(), heads.tolist(), strict=True)
-    ]
+    counts, heads = lists.counts.flatten(), list(range(KV_HEADS)) * rows
+    where = zip(lists.offsets.flatten().tolist(), counts.tolist(), heads, strict=True)
+    pages = [lists.slots[at : at + n] * KV_HEADS + head for at, n, head in where]
     indptr = torch.tensor([0, *counts.tolist()]).cumsum(0).int().to(DEVICE)
     workspace = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
     indices = torch.cat(pages).int()
-    lists = rows * KV_HEADS
+    requests = rows * KV_HEADS
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
         workspace,
         "NHD",
         use_cuda_graph=True,
         use_tensor_cores=tensor_cores,
-        paged_kv_indptr_buffer=torch.empty(lists + 1, dtype=torch.int32, device=DEVICE),
+        paged_kv_indptr_buffer=torch.empty(requests + 1, dtype=torch.int32, device=DEVICE),
         paged_kv_indices_buffer=torch.empty_like(indices),
-        paged_kv_last_page_len_buffer=torch.empty(lists, dtype=torch.int32, device=DEVICE),
+        paged_kv_last_page_len_buffer=torch.empty(requests, dtype=torch.int32, device=DEVICE),
     )
-    ones = torch.ones(lists, dtype=torch.int32, device=DEVICE)
+    ones = torch.ones(requests, dtype=torch.int32, device=DEVICE)
     wrapper.plan(indptr, indices, ones, GROUP, 1, DIM, 1, q_data_type=DTYPE, kv_data_type=DTYPE)
-    queries = q.view(lists, GROUP, DIM)
+    queries = q.view(requests, GROUP, DIM)
     paged = tuple(cache.view(-1, 1, 1, DIM) for cache in (pool.k, pool.v))
     return lambda: wrapper.run(queries, paged)
 

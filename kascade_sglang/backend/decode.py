@@ -109,7 +109,11 @@ class DecodePath:
 
     def record(self, batch: Batch) -> DecodeStep:
         """Decide how long lists are and how rows are cut, from lengths on the device alone."""
-        count, heads, invariant = len(batch.ends), self._sizes.kv_heads, self._config.batch_invariant
+        count, heads, invariant = (
+            len(batch.ends),
+            self._sizes.kv_heads,
+            self._config.batch_invariant,
+        )
         buffers = self._buffers_for(count)
         rows = Rows(buffers.requests[:count], batch.ends)
         lists = buffers.lists.rows(0, count)
@@ -190,6 +194,4 @@ class DecodePath:
         """Attend every request to the lists of its anchor."""
         keys, values = self._kv.of(layer.index)
         parts = step.buffers.parts
-        return decode_attention(
-            q, keys, values, selected, step.spans, head_map, layer.scale, parts
-        )
+        return decode_attention(q, keys, values, selected, step.spans, head_map, layer.scale, parts)
