@@ -36,8 +36,8 @@ from rivals import (
 
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget, tile_of
-from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.decode_lists import Spans, decode_lists
+from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes

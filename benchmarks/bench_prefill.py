@@ -20,6 +20,7 @@ from kernel_common import (
     LayerRuns,
     Pool,
     Row,
+    Step,
     command_line,
     composites,
     make_paths,

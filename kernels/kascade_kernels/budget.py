@@ -58,9 +58,7 @@ class Budget:
 
     def selected(self, tile: int) -> int:
         """Number of keys selected before the tile: min(max(min_k, floor(ratio L)) - 32, 32t)."""
-        length = TILE * (tile + 1)
-        wanted = max(self.min_k, length * self.ratio_ppm // PPM) - TILE
-        return min(wanted, self.candidates(tile))
+        return int(self.selected_counts(np.array(tile)))
 
     def selected_counts(self, tiles: np.ndarray) -> np.ndarray:
         """``selected`` of many tiles, int64."""

@@ -2,6 +2,8 @@
 
 import torch
 
+from kascade_kernels.structs import Lists
+
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless the shape matches; None matches any size."""
@@ -43,3 +45,23 @@ def require_same_stride(name: str, tensor: torch.Tensor, other: torch.Tensor) ->
         raise ValueError(
             f"{name}: expected the keys' stride of {other.stride(0)}, got {tensor.stride(0)}"
         )
+
+
+def require_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless elements lie side by side in order."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
+def require_lists(lists: Lists, rows: int, per_row: tuple[int, ...]) -> None:
+    """Raise ValueError unless there are lists for each row, as many as one of ``per_row``."""
+    require_shape("lists.counts", lists.counts, (rows, None))
+    if lists.per_row not in per_row:
+        wanted = " or ".join(map(str, sorted(set(per_row))))
+        raise ValueError(f"lists: expected {wanted} a row, got {lists.per_row}")
+    require_shape("lists.offsets", lists.offsets, tuple(lists.counts.shape))
+    require_dtype("lists.slots", lists.slots, torch.int32)
+    require_dtype("lists.offsets", lists.offsets, torch.int64)
+    require_dtype("lists.counts", lists.counts, torch.int32)
+    require_contiguous("lists.offsets", lists.offsets)
+    require_contiguous("lists.counts", lists.counts)

@@ -6,13 +6,14 @@ from kascade_kernels._triton._decode_attention import decode_attention_kernel
 from kascade_kernels.checks import (
     require_dtype,
     require_heads_together,
+    require_lists,
     require_same_stride,
     require_shape,
 )
-from kascade_kernels.decode_spans import STEP, Spans
+from kascade_kernels.decode_lists import STEP, Spans
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
-from kascade_kernels.structs import Selection
+from kascade_kernels.structs import Lists
 
 LAUNCH = {"num_warps": 4, "num_stages": 4}
 
@@ -21,7 +22,7 @@ def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    selection: Selection,
+    lists: Lists,
     spans: Spans,
     head_map: torch.Tensor,
     scale: float,
@@ -31,8 +32,8 @@ def decode_attention(
     """Attend every row to the list of each KV head's anchor head.
 
     q: [rows, Hq, D]. k_cache, v_cache: [slots, H, D]; keys are gathered straight from the pool.
-    selection: lists that include the query's own tile, so every key on them is visible.
-    head_map: int32 [H], which of the selection's lists a KV head reads.
+    lists: with the query's own tile, so every key on them is visible.
+    head_map: int32 [H], which of a row's lists a KV head reads.
     Returns [rows, Hq, D]. Not checked: that slots and head map are within range.
     """
     count, q_heads, dim = q.shape
@@ -43,23 +44,26 @@ def decode_attention(
     require_shape("v_cache", v_cache, (None, kv_heads, dim))
     require_same_stride("v_cache", v_cache, k_cache)
     require_dtype("head_map", head_map, torch.int32)
+    require_shape("head_map", head_map, (kv_heads,))
+    require_lists(lists, count, (1, kv_heads))
     splits = spans.attend_splits
     group = q_heads // kv_heads
     decode_attention_kernel[(kv_heads, count, splits)](
-        q,
-        k_cache,
-        v_cache,
-        selection.slots,
-        selection.offsets,
-        selection.counts,
-        spans.attend,
-        head_map,
-        parts.lse,
-        parts.out,
-        scale * LOG2_E,
-        q.stride(0),
-        k_cache.stride(0),
+        q=q,
+        k=k_cache,
+        v=v_cache,
+        slots=lists.slots,
+        offsets=lists.offsets,
+        counts=lists.counts,
+        spans=spans.attend,
+        head_map=head_map,
+        part_lse=parts.lse,
+        part_out=parts.out,
+        scale_log2=scale * LOG2_E,
+        stride_q=q.stride(0),
+        stride_slot=k_cache.stride(0),
         HEADS=kv_heads,
+        LISTS=lists.per_row,
         GROUP=group,
         GROUP_PAD=padded_group(group),
         D=dim,
@@ -68,4 +72,4 @@ def decode_attention(
         **LAUNCH,
     )
     out = torch.empty_like(q) if out is None else out
-    return merge_parts(parts, splits, selection.counts, spans.attend, out)
+    return merge_parts(parts, splits, lists.counts, spans.attend, out, head_map)

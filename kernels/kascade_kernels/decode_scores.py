@@ -9,19 +9,19 @@ import triton
 
 from kascade_kernels._triton._decode_scores import decode_scores_kernel, pool_scores_kernel
 from kascade_kernels.arena import Empty
-from kascade_kernels.budget import Budget
 from kascade_kernels.checks import (
     require_dtype,
     require_heads_together,
+    require_lists,
     require_same_stride,
     require_shape,
 )
-from kascade_kernels.decode_spans import STEP, Spans
+from kascade_kernels.decode_lists import STEP, Spans
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
 from kascade_kernels.select_slots import CHUNK, CodeBuffer, programs_per_list
 from kascade_kernels.shared_prefix import SharedPrefix
-from kascade_kernels.structs import KeyCopy, Rows
+from kascade_kernels.structs import KeyCopy, Lists, Rows
 
 BLOCK = STEP
 LAUNCH = {
@@ -72,9 +72,9 @@ def decode_scores(
     keys: torch.Tensor | KeyCopy,
     req_to_token: torch.Tensor,
     rows: Rows,
+    lists: Lists,
     spans: Spans,
     shared: SharedPrefix,
-    budget: Budget,
     scale: float,
     scratch: ScoreScratch,
     parts: Parts,
@@ -86,7 +86,8 @@ def decode_scores(
     q: [rows, Hq, D]. keys: [slots, H, D], or their 8-bit copy.
     shared: of these rows; what several have in common is read once.
     values: [slots, H, D]; where given, every row also attends to all its keys, and the result,
-        [rows, Hq, D], goes to ``out``. rows whose budget covers all candidates get no codes.
+        [rows, Hq, D], goes to ``out``.
+    lists: their counts say which need scores: those that hold all keys get no codes.
     Codes order like the post-softmax mass, summed over the group (section 3.3) or, where the
     scratch has one list, over all heads. Logits are rounded to half precision, less the
     maximum of their block of 64.
@@ -106,31 +107,32 @@ def decode_scores(
     require_shape("scratch.logits", scratch.logits, (None, q_heads, None))
     if count > scratch.logits.shape[0]:
         raise ValueError(f"q: expected at most {scratch.logits.shape[0]} rows, got {count}")
+    require_lists(lists, count, (scratch.codes.codes.shape[1],))
     splits = spans.score_splits
     group = q_heads // kv_heads
     decode_scores_kernel[(kv_heads, count, splits)](
-        q,
-        cache,
-        keys.scales if eight_bit else cache,
-        cache if values is None else values,
-        req_to_token,
-        rows.requests,
-        rows.ends,
-        spans.score,
-        shared.keys,
-        shared.members,
-        scratch.logits,
-        scratch.block_max,
-        parts.lse,
-        parts.out,
-        scale * LOG2_E,
-        budget.ratio_ppm,
-        budget.min_k,
-        q.stride(0),
-        cache.stride(0),
-        req_to_token.stride(0),
-        scratch.logits.shape[2],
+        q=q,
+        k=cache,
+        k_scales=keys.scales if eight_bit else cache,
+        v=cache if values is None else values,
+        table=req_to_token,
+        requests=rows.requests,
+        ends=rows.ends,
+        counts=lists.counts,
+        spans=spans.score,
+        shared_keys=shared.keys,
+        shared_rows=shared.members,
+        logits=scratch.logits,
+        block_max=scratch.block_max,
+        part_lse=parts.lse,
+        part_out=parts.out,
+        scale_log2=scale * LOG2_E,
+        stride_q=q.stride(0),
+        stride_slot=cache.stride(0),
+        stride_table=req_to_token.stride(0),
+        stride_logits=scratch.logits.shape[2],
         HEADS=kv_heads,
+        LISTS=lists.per_row,
         GROUP=group,
         GROUP_PAD=padded_group(group),
         MEMBERS=shared.members.shape[1],
@@ -141,29 +143,28 @@ def decode_scores(
         ATTEND=values is not None,
         **LAUNCH[kind],
     )
-    _pool(rows, budget, scratch, parts, splits)
+    _pool(rows, lists, scratch, parts, splits)
     if values is None:
         return None
     out = torch.empty_like(q) if out is None else out
-    return merge_parts(parts, splits, rows.ends, spans.score, out)
+    return merge_parts(parts, splits, rows.ends.unsqueeze(1), spans.score, out)
 
 
-def _pool(rows: Rows, budget: Budget, scratch: ScoreScratch, parts: Parts, splits: int) -> None:
+def _pool(rows: Rows, lists: Lists, scratch: ScoreScratch, parts: Parts, splits: int) -> None:
     """Turn logits into codes: normalise each query head's, sum them, and count high bytes."""
-    count, (_, lists, chunks, _) = rows.ends.shape[0], scratch.codes.high.shape
+    count, (_, per_row, chunks, _) = rows.ends.shape[0], scratch.codes.high.shape
     _, q_heads, stride = scratch.logits.shape
-    pool_scores_kernel[(programs_per_list(lists * count, chunks), lists, count)](
-        scratch.logits,
-        scratch.block_max,
-        parts.lse,
-        rows.ends,
-        scratch.codes.codes,
-        scratch.codes.high,
-        budget.ratio_ppm,
-        budget.min_k,
-        stride,
-        LISTS=lists,
-        POOLED=q_heads // lists,
+    pool_scores_kernel[(programs_per_list(per_row * count, chunks), per_row, count)](
+        logits=scratch.logits,
+        block_max=scratch.block_max,
+        part_lse=parts.lse,
+        ends=rows.ends,
+        counts=lists.counts,
+        codes=scratch.codes.codes,
+        high_counts=scratch.codes.high,
+        stride_logits=stride,
+        LISTS=per_row,
+        POOLED=q_heads // per_row,
         BLOCK=BLOCK,
         SPLITS=splits,
         CHUNKS=chunks,

@@ -25,11 +25,11 @@ def copy_keys(k_cache: torch.Tensor, written: torch.Tensor, copy: KeyCopy) -> No
     require_heads_together("k_cache", k_cache)
     require_shape("copy.values", copy.values, (None, heads, dim))
     copy_keys_kernel[(written.shape[0],)](
-        k_cache,
-        written,
-        copy.values,
-        copy.scales,
-        k_cache.stride(0),
+        k=k_cache,
+        written=written,
+        values=copy.values,
+        scales=copy.scales,
+        stride_slot=k_cache.stride(0),
         HEADS=heads,
         HEADS_PAD=triton.next_power_of_2(heads),
         D=dim,

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from kascade_kernels._triton._merge_parts import merge_parts_kernel
-from kascade_kernels.decode_spans import STEP, Spans, most_splits
+from kascade_kernels.checks import require_contiguous
+from kascade_kernels.decode_lists import STEP, Spans, most_splits
 
 
 class Parts(NamedTuple):
@@ -44,24 +45,33 @@ def most_parts(rows: int, heads: int, q_heads: int, *, batch_invariant: bool) ->
 
 
 def merge_parts(
-    parts: Parts, splits: int, lengths: torch.Tensor, spans: torch.Tensor, out: torch.Tensor
+    parts: Parts,
+    splits: int,
+    lengths: torch.Tensor,
+    spans: torch.Tensor,
+    out: torch.Tensor,
+    head_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Merge the parts of every row and head into ``out``, [rows, Hq, D].
 
-    splits: room for parts of one row and head; lengths: [rows], the keys they were cut from, and
-    spans: int32 [rows], steps of one part, say how many were written.
+    splits: room for parts of one row and head. lengths: [rows, 1 or lists], the keys they were
+    cut from, and spans: int32 [rows], steps of one part, say how many were written.
+    head_map: int32 [H], which of a row's lengths each KV head has, where there are several.
     """
     rows, q_heads, dim = out.shape
-    if not out.is_contiguous():
-        raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+    require_contiguous("out", out)
+    heads = 1 if head_map is None else len(head_map)
     merge_parts_kernel[(q_heads, rows)](
-        parts.out,
-        parts.lse,
-        lengths,
-        spans,
-        out,
+        part_out=parts.out,
+        part_lse=parts.lse,
+        lengths=lengths,
+        spans=spans,
+        head_map=spans if head_map is None else head_map,
+        out=out,
         STEP=STEP,
         Q_HEADS=q_heads,
+        GROUP=q_heads // heads,
+        LISTS=lengths.shape[1],
         D=dim,
         SPLITS=splits,
         BLOCK=min(splits, 4),

@@ -28,12 +28,12 @@ def copy_row_slots(req_to_token: torch.Tensor, rows: Rows, copy: torch.Tensor) -
     if count > copy.shape[0]:
         raise ValueError(f"copy: expected at least {count} rows, got {copy.shape[0]}")
     copy_row_slots_kernel[(count, PROGRAMS)](
-        req_to_token,
-        rows.requests,
-        rows.ends,
-        copy,
-        req_to_token.stride(0),
-        copy.stride(0),
+        table=req_to_token,
+        requests=rows.requests,
+        ends=rows.ends,
+        copy=copy,
+        stride_table=req_to_token.stride(0),
+        stride_copy=copy.stride(0),
         CHUNK=CHUNK,
         num_warps=4,
     )

@@ -15,9 +15,8 @@ from kascade_kernels._triton._select_slots import (
     find_low_kernel,
 )
 from kascade_kernels.arena import Empty
-from kascade_kernels.budget import Budget
-from kascade_kernels.checks import require_dtype, require_shape
-from kascade_kernels.structs import Rows, Selection
+from kascade_kernels.checks import require_dtype, require_lists, require_shape
+from kascade_kernels.structs import Lists, Rows
 
 CHUNK = 2048
 """Codes that are counted together; their counts fit 16 bits."""
@@ -67,71 +66,71 @@ def programs_per_list(lists: int, chunks: int) -> int:
     return min(chunks, triton.cdiv(CHUNK_PROGRAMS, lists))
 
 
-def count_high(buffer: CodeBuffer, rows: Rows, budget: Budget) -> None:
-    """Count the codes' high bytes into ``buffer.high``, where scoring has not done so."""
-    _, lists, chunks, _ = buffer.high.shape
+def count_high(buffer: CodeBuffer, rows: Rows, lists: Lists) -> None:
+    """Count the codes' high bytes into ``buffer.high``, where scoring has not done so.
+
+    lists: without own tiles; those that hold all candidates are not counted.
+    """
+    _, per_row, chunks, _ = buffer.high.shape
     count = rows.ends.shape[0]
-    count_high_kernel[(programs_per_list(lists * count, chunks), lists, count)](
-        buffer.codes,
-        rows.ends,
-        buffer.high,
-        budget.ratio_ppm,
-        budget.min_k,
-        chunks,
-        buffer.codes.stride(1),
-        LISTS=lists,
+    require_lists(lists, count, (per_row,))
+    count_high_kernel[(programs_per_list(per_row * count, chunks), per_row, count)](
+        codes=buffer.codes,
+        ends=rows.ends,
+        counts=lists.counts,
+        high_counts=buffer.high,
+        room=chunks,
+        stride_codes=buffer.codes.stride(1),
+        LISTS=per_row,
         CHUNK=CHUNK,
+        APPEND_OWN=False,
         **LAUNCH,
     )
 
 
 def select_slots(
-    buffer: CodeBuffer,
-    req_to_token: torch.Tensor,
-    rows: Rows,
-    budget: Budget,
-    selection: Selection,
-    *,
-    append_own: bool,
+    buffer: CodeBuffer, req_to_token: torch.Tensor, rows: Rows, lists: Lists, *, append_own: bool
 ) -> None:
-    """Write every row's lists and their length into ``selection``.
+    """Fill every row's lists.
 
-    Each list holds the ``budget.selected`` candidates with the largest codes, ascending by
-    position; ties go to the lower position. Rows whose budget covers all candidates list them
-    all, and read no codes.
-    append_own: whether the list also holds the row's own tile, up to its last query.
-    Not checked: that ``selection.slots`` has room at ``selection.offsets``.
+    Each list holds the candidates with the largest codes, as many as ``lists.counts`` says,
+    ascending by position; ties go to the lower position. Lists that hold all candidates read no
+    codes. append_own: whether a list also holds, and its count counts, the row's own tile up to
+    its last query.
+    Not checked: that ``lists.slots`` has room, and that counts are no more than there are keys.
     """
-    _, lists, chunks, _ = buffer.high.shape
+    _, per_row, chunks, _ = buffer.high.shape
     count = rows.ends.shape[0]
     require_dtype("buffer.codes", buffer.codes, torch.uint16)
-    require_shape("buffer.codes", buffer.codes, (None, selection.heads, None))
-    require_dtype("selection.slots", selection.slots, torch.int32)
-    require_dtype("selection.offsets", selection.offsets, torch.int64)
-    numbers = (budget.ratio_ppm, budget.min_k, chunks)
-    sizes = {"LISTS": lists, "CHUNK": CHUNK, **LAUNCH}
-    grid = (programs_per_list(lists * count, chunks), lists, count)
+    require_shape("buffer.codes", buffer.codes, (None, per_row, None))
+    require_lists(lists, count, (per_row,))
     codes, high, low, thresholds, before = buffer
-    find_high_kernel[(lists, count)](rows.ends, high, low, thresholds, *numbers, PART=PART, **sizes)
-    count_low_kernel[grid](
-        codes, rows.ends, thresholds, low, *numbers, codes.stride(1), FEW=FEW, **sizes
+    programs = (programs_per_list(per_row * count, chunks), per_row, count)
+    common = {
+        "ends": rows.ends,
+        "counts": lists.counts,
+        "thresholds": thresholds,
+        "room": chunks,
+        "LISTS": per_row,
+        "CHUNK": CHUNK,
+        "APPEND_OWN": append_own,
+        **LAUNCH,
+    }
+    find_high_kernel[(per_row, count)](high_counts=high, low_counts=low, PART=PART, **common)
+    count_low_kernel[programs](
+        codes=codes, low_counts=low, stride_codes=codes.stride(1), FEW=FEW, **common
     )
-    find_low_kernel[(lists, count)](
-        rows.ends, high, low, thresholds, before, *numbers, PART=PART, **sizes
+    find_low_kernel[(per_row, count)](
+        high_counts=high, low_counts=low, before=before, PART=PART, **common
     )
-    emit_slots_kernel[grid](
-        codes,
-        req_to_token,
-        rows.requests,
-        rows.ends,
-        thresholds,
-        before,
-        selection.slots,
-        selection.offsets,
-        selection.counts,
-        *numbers,
-        codes.stride(1),
-        req_to_token.stride(0),
-        APPEND_OWN=append_own,
-        **sizes,
+    emit_slots_kernel[programs](
+        codes=codes,
+        table=req_to_token,
+        requests=rows.requests,
+        before=before,
+        slots=lists.slots,
+        offsets=lists.offsets,
+        stride_codes=codes.stride(1),
+        stride_table=req_to_token.stride(0),
+        **common,
     )

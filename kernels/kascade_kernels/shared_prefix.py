@@ -12,7 +12,7 @@ import torch
 import triton
 
 from kascade_kernels._triton._shared_prefix import compare_slots_kernel, group_rows_kernel
-from kascade_kernels.decode_spans import Spans
+from kascade_kernels.decode_lists import Spans
 from kascade_kernels.launch import padded_group
 from kascade_kernels.structs import Rows
 
@@ -58,24 +58,24 @@ def find_shared_prefixes(
     if members == 1:
         return
     group_rows_kernel[(count,)](
-        req_to_token,
-        rows.requests,
-        rows.ends,
-        spans.score,
-        shared.members,
-        shared.keys,
-        req_to_token.stride(0),
-        count,
+        table=req_to_token,
+        requests=rows.requests,
+        ends=rows.ends,
+        spans=spans.score,
+        members=shared.members,
+        keys=shared.keys,
+        stride_table=req_to_token.stride(0),
+        rows=count,
         ROWS=triton.next_power_of_2(count),
         MEMBERS=members,
         num_warps=1,
     )
     compare_slots_kernel[(count, PROGRAMS)](
-        req_to_token,
-        rows.requests,
-        shared.members,
-        shared.keys,
-        req_to_token.stride(0),
+        table=req_to_token,
+        requests=rows.requests,
+        members=shared.members,
+        keys=shared.keys,
+        stride_table=req_to_token.stride(0),
         MEMBERS=members,
         CHUNK=CHUNK,
         num_warps=4,

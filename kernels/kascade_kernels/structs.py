@@ -1,5 +1,7 @@
 """What a step's kernels share."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
@@ -11,13 +13,13 @@ class Rows(NamedTuple):
     requests: int32 or int64 [rows], row of the slot table.
     ends: int32 or int64 [rows], keys that the row's last query sees: its position + 1.
     starts: int32 [rows], the row's first query in q; None where row i has the one query i.
-    counts: int32 [rows], the row's queries, 1 to 32; None with ``starts``.
+    tokens: int32 [rows], the row's queries, 1 to 32; None with ``starts``.
     """
 
     requests: torch.Tensor
     ends: torch.Tensor
     starts: torch.Tensor | None = None
-    counts: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
 
 class KeyCopy(NamedTuple):
@@ -31,16 +33,26 @@ class KeyCopy(NamedTuple):
     scales: torch.Tensor
 
 
-class Selection(NamedTuple):
-    """An anchor's selection, as KV slots, ascending by position.
+class Lists(NamedTuple):
+    """An anchor's selected keys, as KV slots, ascending by position.
 
-    slots: int32 [total]; row r's list of KV head h starts at offsets[r] + h * counts[r].
-    offsets: int64 [rows].
-    counts: int32 [rows], keys in each of the row's lists.
-    heads: lists per row: the KV heads, or 1 where one selection serves all.
+    Each row has one list for each KV head, or one for all. How long lists are is decided before
+    they are filled: by the host in prefill, by ``decode_lists`` in decoding. A list that holds
+    all that its row sees needs no scores.
+    slots: int32 [total]; list l of row r starts at offsets[r, l].
+    offsets: int64 [rows, lists].
+    counts: int32 [rows, lists], keys on each list; in decoding the query's own tile included.
     """
 
     slots: torch.Tensor
     offsets: torch.Tensor
     counts: torch.Tensor
-    heads: int
+
+    @property
+    def per_row(self) -> int:
+        """Lists of each row: the KV heads, or 1 where one list serves all."""
+        return self.counts.shape[1]
+
+    def rows(self, first: int, last: int) -> Lists:
+        """Return the lists of some of the rows."""
+        return Lists(self.slots, self.offsets[first:last], self.counts[first:last])

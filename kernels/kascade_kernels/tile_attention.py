@@ -6,9 +6,14 @@ import torch
 import triton
 
 from kascade_kernels._triton._tile_attention import tile_attention_kernel
-from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
+from kascade_kernels.checks import (
+    require_dtype,
+    require_last_dim_contiguous,
+    require_lists,
+    require_shape,
+)
 from kascade_kernels.launch import LOG2_E
-from kascade_kernels.structs import Rows, Selection
+from kascade_kernels.structs import Lists, Rows
 from kascade_kernels.tile_scores import (
     Launch,
     check_tiles,
@@ -32,7 +37,7 @@ def tile_attention(
     v_cache: torch.Tensor,
     req_to_token: torch.Tensor,
     rows: Rows,
-    selection: Selection,
+    lists: Lists,
     head_map: torch.Tensor,
     scale: float,
     *,
@@ -42,8 +47,8 @@ def tile_attention(
 
     q: [tokens, Hq, D]. k_cache, v_cache: [slots, H, D].
     req_to_token: int32 [requests, max context].
-    selection: KV head h attends to list ``head_map[h]``, which holds no key of the own tile.
-    head_map: int32 [H], entries below ``selection.heads``.
+    lists: KV head h attends to list ``head_map[h]``, which holds no key of the own tile.
+    head_map: int32 [H], entries below ``lists.per_row``.
     out: like q; queries that no row holds are left as they are.
     Accumulates in float32, own tile first, then the list in its order: a row's result depends
     neither on the rest of the batch nor on where its keys lie.
@@ -53,10 +58,7 @@ def tile_attention(
     require_shape("v_cache", v_cache, tuple(k_cache.shape))
     require_dtype("v_cache", v_cache, k_cache.dtype)
     require_last_dim_contiguous("v_cache", v_cache)
-    require_dtype("selection.slots", selection.slots, torch.int32)
-    require_shape("selection.offsets", selection.offsets, (count,))
-    require_dtype("selection.offsets", selection.offsets, torch.int64)
-    require_shape("selection.counts", selection.counts, (count,))
+    require_lists(lists, count, (1, kv_heads))
     require_shape("head_map", head_map, (kv_heads,))
     require_dtype("head_map", head_map, torch.int32)
     if scale <= 0:
@@ -67,25 +69,30 @@ def tile_attention(
     require_last_dim_contiguous("out", out)
     launch = attention_launch(q.shape[-1], q.element_size(), is_hopper(q.device))
     tile_attention_kernel[(kv_heads * triton.cdiv(group, 4), count)](
-        q,
-        k_cache,
-        v_cache,
-        req_to_token,
-        rows.requests,
-        rows.ends,
-        rows.starts,
-        rows.counts,
-        selection.slots,
-        selection.offsets,
-        selection.counts,
-        head_map,
-        out,
-        scale * LOG2_E,
-        *q.stride()[:2],
-        *k_cache.stride()[:2],
-        *v_cache.stride()[:2],
-        req_to_token.stride(0),
-        *out.stride()[:2],
+        q_ptr=q,
+        k_ptr=k_cache,
+        v_ptr=v_cache,
+        table_ptr=req_to_token,
+        request_ptr=rows.requests,
+        end_ptr=rows.ends,
+        start_ptr=rows.starts,
+        count_ptr=rows.tokens,
+        slot_ptr=lists.slots,
+        offset_ptr=lists.offsets,
+        selected_ptr=lists.counts,
+        head_map_ptr=head_map,
+        out_ptr=out,
+        scale=scale * LOG2_E,
+        q_token_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        k_slot_stride=k_cache.stride(0),
+        k_head_stride=k_cache.stride(1),
+        v_slot_stride=v_cache.stride(0),
+        v_head_stride=v_cache.stride(1),
+        table_stride=req_to_token.stride(0),
+        out_token_stride=out.stride(0),
+        out_head_stride=out.stride(1),
+        LISTS=lists.per_row,
         GROUP=group,
         DIM=q.shape[-1],
         BLOCK_K=launch.block_k,

@@ -17,10 +17,16 @@ from kascade_kernels._triton._tile_scores import (
     tile_lse_kernel,
     tile_scores_kernel,
 )
-from kascade_kernels.budget import TILE, Budget
-from kascade_kernels.checks import require_dtype, require_last_dim_contiguous, require_shape
+from kascade_kernels.budget import TILE
+from kascade_kernels.checks import (
+    require_contiguous,
+    require_dtype,
+    require_last_dim_contiguous,
+    require_lists,
+    require_shape,
+)
 from kascade_kernels.launch import LOG2_E
-from kascade_kernels.structs import KeyCopy, Rows
+from kascade_kernels.structs import KeyCopy, Lists, Rows
 
 EDGE = 128
 """Candidates at either end that a sampled log-sum-exp reads one by one."""
@@ -79,8 +85,8 @@ def tile_lse(
     k_cache: torch.Tensor,
     req_to_token: torch.Tensor,
     rows: Rows,
+    lists: Lists,
     scale: float,
-    budget: Budget,
     *,
     stride: int = 1,
     max_end: int | None = None,
@@ -92,12 +98,14 @@ def tile_lse(
     stride: 1 is exact. A larger one reads the first and last 128 candidates and the own tile in
         full and every stride-th key between, each for all that were left out: an estimate that is
         a function of the tile alone.
+    lists: their counts say which need scores: those that hold all candidates get none.
     max_end: bound on ``rows.ends`` known to the host; it only saves empty programs.
     Returns float32 [rows, H, 32 * group] of logits * scale * log2(e), +inf where a partial tile
-    has no query. Rows whose budget covers all candidates are not written.
+    has no query. Heads whose list holds all candidates are not written.
     Not checked: that slots, requests and tokens lie within their tensors.
     """
     count, kv_heads, group = check_tiles(q, k_cache, req_to_token, rows)
+    require_lists(lists, count, (1, kv_heads))
     shape = (count, kv_heads, TILE * group)
     if stride < 1:
         raise ValueError(f"stride: expected at least 1, got {stride}")
@@ -109,31 +117,36 @@ def tile_lse(
     parts = torch.empty(count, kv_heads, spans, TILE * group, dtype=torch.float32, device=q.device)
     blocks = triton.cdiv(group, 4)
     launch = lse_launch(q.shape[-1], q.element_size())
-    sizes = {"HEADS": kv_heads, "GROUP": group, "STRIDE": stride, "SPAN": LSE_SPAN}
+    common = {
+        "end_ptr": rows.ends,
+        "count_ptr": rows.tokens,
+        "selected_ptr": lists.counts,
+        "part_ptr": parts,
+        "spans": spans,
+        "HEADS": kv_heads,
+        "LISTS": lists.per_row,
+        "GROUP": group,
+        "STRIDE": stride,
+        "SPAN": LSE_SPAN,
+    }
     tile_lse_kernel[(count, kv_heads * blocks, spans)](
-        q,
-        k_cache,
-        req_to_token,
-        rows.requests,
-        rows.ends,
-        rows.starts,
-        rows.counts,
-        parts,
-        scale * LOG2_E,
-        budget.ratio_ppm,
-        budget.min_k,
-        spans,
-        *q.stride()[:2],
-        *k_cache.stride()[:2],
-        req_to_token.stride(0),
+        q_ptr=q,
+        k_ptr=k_cache,
+        table_ptr=req_to_token,
+        request_ptr=rows.requests,
+        start_ptr=rows.starts,
+        scale=scale * LOG2_E,
+        q_token_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        k_slot_stride=k_cache.stride(0),
+        k_head_stride=k_cache.stride(1),
+        table_stride=req_to_token.stride(0),
         DIM=q.shape[-1],
         BLOCK_K=launch.block_k,
-        **sizes,
+        **common,
         **launch.options(),
     )
-    merge_lse_kernel[(count, kv_heads)](
-        parts, rows.ends, rows.counts, out, budget.ratio_ppm, budget.min_k, spans, **sizes
-    )
+    merge_lse_kernel[(count, kv_heads)](lse_ptr=out, **common)
     return out
 
 
@@ -142,9 +155,9 @@ def tile_scores(
     keys: torch.Tensor | KeyCopy,
     req_to_token: torch.Tensor,
     rows: Rows,
+    lists: Lists,
     lse: torch.Tensor,
     scale: float,
-    budget: Budget,
     *,
     pooled: bool = False,
     out: torch.Tensor,
@@ -156,8 +169,7 @@ def tile_scores(
     lse: float32 [rows, H, 32 * group], from ``tile_lse``.
     out: uint16 [rows, H, keys], or [rows, 1, keys] where ``pooled``, summed over KV heads.
         out[r, h, j] = encode_score(sum over queries and group of exp2(logit - lse)), j a
-        candidate. Not written: entries from the own tile on, and rows whose budget covers all
-        candidates.
+        candidate. Not written: entries from the own tile on, and lists that hold all candidates.
     sums: float32 [rows, keys], scratch for ``pooled``; allocated where None.
     """
     eight_bit = isinstance(keys, KeyCopy)
@@ -168,6 +180,7 @@ def tile_scores(
     require_dtype("out", out, torch.uint16)
     require_last_dim_contiguous("out", out)
     pooled = pooled and kv_heads > 1
+    require_lists(lists, count, (1 if pooled else kv_heads,))
     room = out.shape[2]
     if sums is None:
         sums = torch.empty(count, room if pooled else 0, dtype=torch.float32, device=q.device)
@@ -184,28 +197,32 @@ def tile_scores(
         triton.cdiv(room, SCORE_SPAN),
     )
     tile_scores_kernel[grid](
-        q,
-        cache,
-        key_scales,
-        req_to_token,
-        rows.requests,
-        rows.ends,
-        rows.starts,
-        rows.counts,
-        lse,
-        sums,
-        out,
-        scale * LOG2_E,
-        budget.ratio_ppm,
-        budget.min_k,
-        count,
-        *q.stride()[:2],
-        *cache.stride()[:2],
-        *key_scales.stride()[:2],
-        req_to_token.stride(0),
-        sums.stride(0),
-        *out.stride()[:2],
+        q_ptr=q,
+        k_ptr=cache,
+        k_scale_ptr=key_scales,
+        table_ptr=req_to_token,
+        request_ptr=rows.requests,
+        end_ptr=rows.ends,
+        start_ptr=rows.starts,
+        count_ptr=rows.tokens,
+        selected_ptr=lists.counts,
+        lse_ptr=lse,
+        sum_ptr=sums,
+        code_ptr=out,
+        scale=scale * LOG2_E,
+        rows=count,
+        q_token_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        k_slot_stride=cache.stride(0),
+        k_head_stride=cache.stride(1),
+        k_scale_slot_stride=key_scales.stride(0),
+        k_scale_head_stride=key_scales.stride(1),
+        table_stride=req_to_token.stride(0),
+        sum_row_stride=sums.stride(0),
+        code_row_stride=out.stride(0),
+        code_head_stride=out.stride(1),
         HEADS=kv_heads,
+        LISTS=lists.per_row,
         GROUP=group,
         DIM=q.shape[-1],
         SPAN=SCORE_SPAN,
@@ -239,8 +256,8 @@ def check_tiles(
     least = 32 if eight_bit else 16
     if dim & (dim - 1) or dim < least:
         raise ValueError(f"q: expected a power of two from {least} on as head dimension, got {dim}")
-    if rows.starts is None or rows.counts is None:
-        raise ValueError("rows: expected starts and counts, got None")
+    if rows.starts is None or rows.tokens is None:
+        raise ValueError("rows: expected starts and tokens, got None")
     count = rows.ends.shape[0]
     for name, tensor in zip(Rows._fields, rows, strict=True):
         require_shape(f"rows.{name}", tensor, (count,))
@@ -250,5 +267,4 @@ def check_tiles(
 def _require_lse(name: str, lse: torch.Tensor, shape: tuple[int, int, int]) -> None:
     require_shape(name, lse, shape)
     require_dtype(name, lse, torch.float32)
-    if not lse.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {lse.stride()}")
+    require_contiguous(name, lse)

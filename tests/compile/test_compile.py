@@ -34,17 +34,17 @@ def launch_decode(dtype: torch.dtype, dim: int, group: int) -> None:
     """Launch what a decode step launches, both ways of scoring."""
     case, budget = DecodeCase.make([65, 9], HEADS, group, dim, dtype=dtype), Budget()
     q_heads, spans = HEADS * group, case.spans(budget)
+    lists = case.lists(case.counts(HEADS, budget), append_own=True)
     parts = Parts.allocate(spans, q_heads, dim)
     scratch = ScoreScratch.allocate(2, q_heads, HEADS, CONTEXT, empty_on("cpu"))
     copy = allocate_key_copy(len(case.k), HEADS, dim, "cpu")
     copy_keys(case.k, torch.arange(2), copy)
     copy_row_slots(case.req_to_token, case.rows, allocate_row_slots(2, CONTEXT, "cpu"))
     for keys, values in ((case.k, None), (copy, None), (case.k, case.v)):
-        case.score(keys, spans, budget, scratch, parts, values)
-    selection = case.empty_selection(HEADS, budget)
-    select_slots(scratch.codes, case.req_to_token, case.rows, budget, selection, append_own=True)
+        case.score(keys, spans, lists, scratch, parts, values)
+    select_slots(scratch.codes, case.req_to_token, case.rows, lists, append_own=True)
     head_map = torch.zeros(HEADS, dtype=torch.int32)
-    decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
+    decode_attention(case.q, case.k, case.v, lists, spans, head_map, case.scale, parts)
 
 
 def launch_prefill(dtype: torch.dtype, dim: int, group: int) -> None:
@@ -56,16 +56,16 @@ def launch_prefill(dtype: torch.dtype, dim: int, group: int) -> None:
     table, scale = case.req_to_token, case.scale
     copy = allocate_key_copy(len(case.k), HEADS, dim, "cpu")
     scratch = ScoreScratch.allocate(2, HEADS * group, HEADS, CONTEXT, empty_on("cpu")).codes
-    lse = tile_lse(case.q, case.k, table, rows, scale, budget, max_end=CONTEXT)
+    lists, one = (case.lists(case.counts(n, budget), append_own=False) for n in (HEADS, 1))
+    lse = tile_lse(case.q, case.k, table, rows, lists, scale, max_end=CONTEXT)
     for keys in (case.k, copy):
-        tile_scores(case.q, keys, table, rows, lse, scale, budget, out=scratch.codes)
+        tile_scores(case.q, keys, table, rows, lists, lse, scale, out=scratch.codes)
         pooled = scratch.codes[:, :1]
-        tile_scores(case.q, keys, table, rows, lse, scale, budget, pooled=True, out=pooled)
-    count_high(scratch, rows, budget)
-    selection = case.empty_selection(HEADS, budget)
-    select_slots(scratch, table, rows, budget, selection, append_own=False)
+        tile_scores(case.q, keys, table, rows, one, lse, scale, pooled=True, out=pooled)
+    count_high(scratch, rows, lists)
+    select_slots(scratch, table, rows, lists, append_own=False)
     head_map = torch.zeros(HEADS, dtype=torch.int32)
-    tile_attention(case.q, case.k, case.v, table, rows, selection, head_map, scale)
+    tile_attention(case.q, case.k, case.v, table, rows, lists, head_map, scale)
 
 
 def launch_as_on(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_kernels.decode_lists import Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
-from kascade_kernels.decode_spans import Spans, decode_spans
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.reference import anchor_scores, pool_heads
 from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
-from kascade_kernels.structs import KeyCopy, Rows, Selection
+from kascade_kernels.structs import KeyCopy, Lists, Rows
 from shapes import DEVICE
 
 
@@ -80,7 +80,8 @@ class DecodeCase:
         """How a step over these rows is cut into programs."""
         heads, invariant = self.k.shape[1], batch_invariant
         spans = Spans.allocate(len(self.lengths), heads, DEVICE, batch_invariant=invariant)
-        decode_spans(self.rows.ends, heads, budget, spans, batch_invariant=batch_invariant)
+        counts = torch.empty(len(self.lengths), heads, dtype=torch.int32, device=DEVICE)
+        decode_lists(self.rows.ends, heads, budget, spans, counts, batch_invariant=batch_invariant)
         return spans
 
     def shared(self, spans: Spans) -> SharedPrefix:
@@ -94,7 +95,7 @@ class DecodeCase:
         self,
         keys: torch.Tensor | KeyCopy,
         spans: Spans,
-        budget: Budget,
+        lists: Lists,
         scratch: ScoreScratch,
         parts: Parts,
         values: torch.Tensor | None = None,
@@ -105,23 +106,37 @@ class DecodeCase:
         shared: what is taken for common to rows; None finds it.
         """
         shared = self.shared(spans) if shared is None else shared
-        where = (self.req_to_token, self.rows, spans, shared, budget, self.scale)
+        where = (self.req_to_token, self.rows, lists, spans, shared, self.scale)
         return decode_scores(self.q, keys, *where, scratch, parts, values)
 
-    def empty_selection(self, lists: int, budget: Budget) -> Selection:
-        """Room for the longest list of every row; unwritten slots are -1."""
-        room = lists * max(budget.selected(tile_of(n - 1)) + TILE for n in self.lengths)
-        rows = len(self.lengths)
-        return Selection(
-            torch.full((rows * room,), -1, dtype=torch.int32, device=DEVICE),
-            torch.arange(rows, device=DEVICE) * room,
-            torch.full((rows,), -1, dtype=torch.int32, device=DEVICE),
-            lists,
+    def counts(self, per_row: int, budget: Budget) -> list[list[int]]:
+        """Keys before the own tile that each list of each row holds by a budget."""
+        return [[budget.selected(tile_of(length - 1))] * per_row for length in self.lengths]
+
+    def own(self, row: int) -> int:
+        """Keys of a row's own tile, up to its query."""
+        return (self.lengths[row] - 1) % TILE + 1
+
+    def lists(self, counts: list[list[int]], *, append_own: bool) -> Lists:
+        """Lists that hold so many keys before the own tile; unwritten slots are -1."""
+        own = [self.own(row) if append_own else 0 for row in range(len(counts))]
+        held = torch.tensor(
+            [[n + more for n in row] for row, more in zip(counts, own, strict=True)]
+        )
+        room = int(held.max()) + TILE
+        return Lists(
+            torch.full((held.numel() * room,), -1, dtype=torch.int32, device=DEVICE),
+            torch.arange(held.numel(), device=DEVICE).view_as(held) * room,
+            held.to(torch.int32).to(DEVICE),
         )
 
 
-def lists_of(selection: Selection, row: int) -> torch.Tensor:
-    """A row's lists, int64 [heads, count]."""
-    count, offset = int(selection.counts[row]), int(selection.offsets[row])
-    end = offset + selection.heads * count
-    return selection.slots[offset:end].view(selection.heads, count).to(torch.int64)
+def list_of(lists: Lists, row: int, index: int) -> torch.Tensor:
+    """One list's slots, int64 [count]."""
+    offset, count = int(lists.offsets[row, index]), int(lists.counts[row, index])
+    return lists.slots[offset : offset + count].to(torch.int64)
+
+
+def lists_of(lists: Lists, row: int) -> torch.Tensor:
+    """A row's lists where they are of one length, int64 [lists, count]."""
+    return torch.stack([list_of(lists, row, index) for index in range(lists.per_row)])

@@ -17,8 +17,8 @@ def add_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def leave_out_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split rows less finely: programs without keys take the interpreter milliseconds, too."""
-    monkeypatch.setattr("kascade_kernels.decode_spans.SCORE_SPLITS", 8)
-    monkeypatch.setattr("kascade_kernels.decode_spans.ATTEND_SPLITS", 8)
+    monkeypatch.setattr("kascade_kernels.decode_lists.SCORE_SPLITS", 8)
+    monkeypatch.setattr("kascade_kernels.decode_lists.ATTEND_SPLITS", 8)
     monkeypatch.setattr("kascade_kernels.shared_prefix.PROGRAMS", 1)
 
 

@@ -5,32 +5,30 @@ import torch
 
 from decode_case import DecodeCase
 from kascade_kernels.decode_attention import decode_attention
-from kascade_kernels.decode_spans import STEP, Spans
+from kascade_kernels.decode_lists import STEP, Spans
 from kascade_kernels.merge_parts import Parts
-from kascade_kernels.structs import Selection
+from kascade_kernels.structs import Lists
 from shapes import DEVICE, needs_kernels, shapes
 
 pytestmark = needs_kernels
 
 
-def make_lists(counts: list[int], lists: int, slots: int) -> tuple[Selection, list[torch.Tensor]]:
-    """Lists of distinct slots, any order."""
-    drawn = [torch.stack([torch.randperm(slots)[:n] for _ in range(lists)]) for n in counts]
-    offsets = torch.tensor([0, *(lists * n for n in counts)]).cumsum(0)[:-1]
-    flat = torch.cat([one.flatten() for one in drawn]).to(torch.int32)
-    selection = Selection(
-        flat.to(DEVICE),
-        offsets.to(DEVICE),
-        torch.tensor(counts, dtype=torch.int32, device=DEVICE),
-        lists,
-    )
-    return selection, drawn
+def make_lists(
+    counts: list[int] | list[list[int]], per_row: int, slots: int
+) -> tuple[Lists, list[list[torch.Tensor]]]:
+    """Lists of distinct slots, any order; counts: of each row, or of each of its lists."""
+    held = torch.tensor(counts, dtype=torch.int32)
+    held = held if held.dim() == 2 else held[:, None].expand(-1, per_row).contiguous()
+    drawn = [[torch.randperm(slots)[:n] for n in row] for row in held.tolist()]
+    flat = torch.cat([one for row in drawn for one in row]).to(torch.int32)
+    offsets = (held.flatten().cumsum(0) - held.flatten()).view_as(held)
+    return Lists(flat.to(DEVICE), offsets.to(torch.int64).to(DEVICE), held.to(DEVICE)), drawn
 
 
-def spans_of(selection: Selection) -> Spans:
+def spans_of(lists: Lists) -> Spans:
     """One to four programs a list."""
-    share = (selection.counts.max() + 3) // 4
-    steps = ((share + STEP - 1) // STEP).expand(len(selection.counts)).to(torch.int32)
+    share = (lists.counts.max() + 3) // 4
+    steps = ((share + STEP - 1) // STEP).expand(len(lists.counts)).to(torch.int32)
     return Spans(steps.contiguous(), steps.contiguous(), 4, 4)
 
 
@@ -50,13 +48,13 @@ def attention(
 def test_equals_float64(group: int, dim: int, dtype: torch.dtype) -> None:
     counts = [1, 31, 32, 64, 65, 200]
     case = DecodeCase.make(counts, group=group, dim=dim, dtype=dtype)
-    selection, drawn = make_lists(counts, 2, case.k.shape[0])
+    lists, drawn = make_lists(counts, 2, case.k.shape[0])
     head_map = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
-    spans = spans_of(selection)
+    spans = spans_of(lists)
     parts = Parts.allocate(spans, case.q.shape[1], dim)
-    out = decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
+    out = decode_attention(case.q, case.k, case.v, lists, spans, head_map, case.scale, parts)
     for row, slots in enumerate(drawn):
-        mapped = slots.flip(0).to(DEVICE)
+        mapped = torch.stack(slots).flip(0).to(DEVICE)
         q, k, v = case.q[row], case.k, case.v
         exact = attention(q.double(), k.double(), v.double(), mapped, case.scale)
         eager = attention(q, k, v, mapped, case.scale)
@@ -66,17 +64,38 @@ def test_equals_float64(group: int, dim: int, dtype: torch.dtype) -> None:
 
 def test_one_list_for_all_heads() -> None:
     case = DecodeCase.make([90, 7])
-    selection, drawn = make_lists([90, 7], 1, case.k.shape[0])
+    lists, drawn = make_lists([90, 7], 1, case.k.shape[0])
     head_map = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    spans = spans_of(selection)
+    spans = spans_of(lists)
     parts = Parts.allocate(spans, case.q.shape[1], 32)
-    out = decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
+    out = decode_attention(case.q, case.k, case.v, lists, spans, head_map, case.scale, parts)
     for row, slots in enumerate(drawn):
-        mapped = slots.expand(2, -1).to(DEVICE)
+        mapped = slots[0].expand(2, -1).to(DEVICE)
         exact = attention(
             case.q[row].double(), case.k.double(), case.v.double(), mapped, case.scale
         )
         torch.testing.assert_close(out[row].double(), exact, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.memcheck
+def test_lists_of_one_row_differ_in_length() -> None:
+    """A head with few keys uses fewer programs than the row's longest list has."""
+    counts = [[1, 200], [300, 64], [65, 2]]
+    case = DecodeCase.make([300, 200, 100])
+    lists, drawn = make_lists(counts, 2, case.k.shape[0])
+    spans = spans_of(lists)
+    parts = Parts.allocate(spans, case.q.shape[1], 32)
+    for part in parts:
+        part.fill_(float("nan"))
+    for head_map in ([0, 1], [1, 0], [0, 0]):
+        mapped = torch.tensor(head_map, dtype=torch.int32, device=DEVICE)
+        out = decode_attention(case.q, case.k, case.v, lists, spans, mapped, case.scale, parts)
+        for row in range(3):
+            for head, chosen in enumerate(head_map):
+                group, slots = slice(4 * head, 4 * head + 4), drawn[row][chosen].to(DEVICE)
+                q, k, v = case.q[row, group], case.k[:, [head]], case.v[:, [head]]
+                exact = attention(q.double(), k.double(), v.double(), slots[None], case.scale)
+                torch.testing.assert_close(out[row, group].double(), exact, rtol=2e-3, atol=2e-3)
 
 
 def test_keys_of_infinite_logits_are_left_out() -> None:
@@ -85,15 +104,14 @@ def test_keys_of_infinite_logits_are_left_out() -> None:
     slots = case.slots_of(0)
     case.k[slots[64:128]] = -torch.inf
     case.q.abs_()
-    selection = Selection(
+    lists = Lists(
         slots.to(torch.int32),
-        torch.zeros(1, dtype=torch.int64, device=DEVICE),
-        torch.full((1,), 200, dtype=torch.int32, device=DEVICE),
-        1,
+        torch.zeros(1, 1, dtype=torch.int64, device=DEVICE),
+        torch.full((1, 1), 200, dtype=torch.int32, device=DEVICE),
     )
-    spans, head_map = spans_of(selection), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    spans, head_map = spans_of(lists), torch.zeros(1, dtype=torch.int32, device=DEVICE)
     parts = Parts.allocate(spans, 4, 32)
-    out = decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
+    out = decode_attention(case.q, case.k, case.v, lists, spans, head_map, case.scale, parts)
     finite = torch.cat([slots[:64], slots[128:]])[None]
     exact = attention(case.q[0].double(), case.k.double(), case.v.double(), finite, case.scale)
     torch.testing.assert_close(out[0].double(), exact, rtol=2e-3, atol=2e-3)
@@ -101,21 +119,21 @@ def test_keys_of_infinite_logits_are_left_out() -> None:
 
 def test_wrong_head_map_type() -> None:
     case = DecodeCase.make([9])
-    selection, _ = make_lists([9], 2, case.k.shape[0])
-    head_map, spans = torch.zeros(2, device=DEVICE), spans_of(selection)
+    lists, _ = make_lists([9], 2, case.k.shape[0])
+    head_map, spans = torch.zeros(2, device=DEVICE), spans_of(lists)
     parts = Parts.allocate(spans, 8, 32)
     with pytest.raises(ValueError, match="head_map: expected int32, got float32"):
-        decode_attention(case.q, case.k, case.v, selection, spans, head_map, case.scale, parts)
+        decode_attention(case.q, case.k, case.v, lists, spans, head_map, case.scale, parts)
 
 
 def test_tensors_that_the_kernel_would_misread() -> None:
     case = DecodeCase.make([9])
-    selection, _ = make_lists([9], 2, case.k.shape[0])
-    head_map, spans = torch.zeros(2, dtype=torch.int32, device=DEVICE), spans_of(selection)
+    lists, _ = make_lists([9], 2, case.k.shape[0])
+    head_map, spans = torch.zeros(2, dtype=torch.int32, device=DEVICE), spans_of(lists)
     parts = Parts.allocate(spans, 8, 32)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **out: torch.Tensor) -> None:
-        decode_attention(q, k, v, selection, spans, head_map, case.scale, parts, **out)
+        decode_attention(q, k, v, lists, spans, head_map, case.scale, parts, **out)
 
     def apart(tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor, tensor], dim=2)[:, :, :32]

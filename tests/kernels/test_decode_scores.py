@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from decode_case import DecodeCase, lists_of
-from kascade_kernels import decode_spans as module
+from decode_case import DecodeCase, list_of, lists_of
+from kascade_kernels import decode_lists as module
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.codes import decode
@@ -14,7 +14,7 @@ from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
-from kascade_kernels.structs import KeyCopy, Rows, Selection
+from kascade_kernels.structs import KeyCopy, Lists, Rows
 from shapes import DEVICE, needs_kernels, shapes
 
 pytestmark = needs_kernels
@@ -32,18 +32,19 @@ def run(
     copy: KeyCopy | None = None,
     attend: bool = False,
     batch_invariant: bool = False,
-) -> tuple[Selection, torch.Tensor | None, ScoreScratch]:
+    counts: list[list[int]] | None = None,
+) -> tuple[Lists, torch.Tensor | None, ScoreScratch]:
     rows, q_heads, dim = case.q.shape
-    lists = 1 if pooled else case.k.shape[1]
-    scratch = ScoreScratch.allocate(rows, q_heads, lists, max(case.lengths), empty_on(DEVICE))
+    per_row = 1 if pooled else case.k.shape[1]
+    lists = case.lists(counts or case.counts(per_row, budget), append_own=True)
+    scratch = ScoreScratch.allocate(rows, q_heads, per_row, max(case.lengths), empty_on(DEVICE))
     spans = case.spans(budget, batch_invariant)
     parts = Parts.allocate(spans, q_heads, dim)
     keys = case.k if copy is None else copy
     values = case.v if attend else None
-    out = case.score(keys, spans, budget, scratch, parts, values)
-    selection = case.empty_selection(lists, budget)
-    select_slots(scratch.codes, case.req_to_token, case.rows, budget, selection, append_own=True)
-    return selection, out, scratch
+    out = case.score(keys, spans, lists, scratch, parts, values)
+    select_slots(scratch.codes, case.req_to_token, case.rows, lists, append_own=True)
+    return lists, out, scratch
 
 
 def positions(case: DecodeCase, row: int, slots: torch.Tensor) -> torch.Tensor:
@@ -64,7 +65,7 @@ def eager_scores(case: DecodeCase, row: int, pooled: bool) -> torch.Tensor:
     return scores.sum(0, keepdim=True) if pooled else scores
 
 
-def check_selection(case: DecodeCase, selection: Selection, budget: Budget, pooled: bool) -> None:
+def check_selection(case: DecodeCase, selection: Lists, budget: Budget, pooled: bool) -> None:
     for row, length in enumerate(case.lengths):
         tile = tile_of(length - 1)
         found = positions(case, row, lists_of(selection, row))
@@ -195,6 +196,21 @@ def test_more_rows_than_the_scratch_holds() -> None:
     parts = Parts.allocate(spans, 8, 32)
     with pytest.raises(ValueError, match="at most 1 rows, got 2"):
         shared = case.shared(spans)
-        decode_scores(
-            case.q, case.k, table, rows, spans, shared, BUDGET, case.scale, scratch, parts
-        )
+        lists = case.lists(case.counts(2, BUDGET), append_own=True)
+        decode_scores(case.q, case.k, table, rows, lists, spans, shared, case.scale, scratch, parts)
+
+
+def test_heads_of_one_row_may_ask_for_lists_of_different_lengths() -> None:
+    """One head of row 0 and the other of row 1 hold everything, so they need no scores."""
+    case, counts = DecodeCase.make([301, 700]), [[288, 40], [7, 672]]
+    lists, out, _ = run(case, attend=True, counts=counts)
+    same, dense, _ = run(case, attend=True)
+    assert torch.equal(out, dense)
+    for row, length in enumerate(case.lengths):
+        exact = case.scores(row)
+        for head, count in enumerate(counts[row]):
+            found = positions(case, row, list_of(lists, row, head))
+            own = torch.arange(length - case.own(row), length, device=DEVICE)
+            assert torch.equal(found[count:], own) and (found.diff() > 0).all()
+            best = exact[head].topk(count).values.sum()
+            assert exact[head][found[:count]].sum() >= (1 - 1e-3) * best

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from decode_case import DecodeCase, lists_of
+from decode_case import DecodeCase, list_of
 from kascade_kernels.arena import empty_on
-from kascade_kernels.budget import Budget, tile_of
+from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.reference import select_topk
 from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
-from kascade_kernels.structs import Selection
+from kascade_kernels.structs import Lists
 from shapes import DEVICE, needs_kernels
 
 pytestmark = needs_kernels
@@ -30,49 +30,63 @@ def draw_codes(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
     return codes
 
 
-def select(case: DecodeCase, codes: torch.Tensor, budget: Budget, append_own: bool) -> Selection:
-    rows, lists, keys = codes.shape
-    buffer = CodeBuffer.allocate(rows, lists, keys, empty_on(DEVICE))
+def select(
+    case: DecodeCase, codes: torch.Tensor, counts: list[list[int]], append_own: bool = False
+) -> Lists:
+    rows, per_row, keys = codes.shape
+    buffer = CodeBuffer.allocate(rows, per_row, keys, empty_on(DEVICE))
     buffer.codes.copy_(codes.to(torch.uint16))
-    count_high(buffer, case.rows, budget)
-    selection = case.empty_selection(lists, budget)
-    select_slots(buffer, case.req_to_token, case.rows, budget, selection, append_own=append_own)
-    return selection
+    count_high(buffer, case.rows, case.lists(counts, append_own=False))
+    lists = case.lists(counts, append_own=append_own)
+    select_slots(buffer, case.req_to_token, case.rows, lists, append_own=append_own)
+    return lists
+
+
+def check(case: DecodeCase, codes: torch.Tensor, lists: Lists, counts: list[list[int]]) -> None:
+    """Every list is a stable sort's first ``count``, then what it has of the own tile."""
+    for row, length in enumerate(case.lengths):
+        candidates = TILE * tile_of(length - 1)
+        for index, count in enumerate(counts[row]):
+            best = select_topk(codes[row, index : index + 1, :candidates], count)[0]
+            found = list_of(lists, row, index)
+            own = torch.arange(candidates, candidates + len(found) - count)
+            expected = torch.cat([best, own]).to(DEVICE)
+            assert torch.equal(found, case.slots_of(row)[expected])
 
 
 @pytest.mark.parametrize("kind", ["constant", "few", "extremes", "near", "any"])
 @pytest.mark.parametrize("append_own, min_k", [(False, 64), (True, 128)], ids=["before", "own"])
 def test_equals_a_stable_sort(kind: str, append_own: bool, min_k: int) -> None:
-    case, budget = DecodeCase.make(LENGTHS), Budget(0.1, min_k)
+    case = DecodeCase.make(LENGTHS)
+    counts = case.counts(2, Budget(0.1, min_k))
     codes = draw_codes(kind, (len(LENGTHS), 2, max(LENGTHS)))
-    selection = select(case, codes, budget, append_own)
-    for row, length in enumerate(LENGTHS):
-        tile = tile_of(length - 1)
-        expected = select_topk(codes[row, :, : 32 * tile], budget.selected(tile))
-        if append_own:
-            own = torch.arange(32 * tile, length).expand(2, -1)
-            expected = torch.cat([expected, own], dim=1)
-        assert torch.equal(lists_of(selection, row), case.slots_of(row)[expected.to(DEVICE)])
+    lists = select(case, codes, counts, append_own)
+    assert all(len(list_of(lists, row, 0)) > counts[row][0] for row in range(3)) == append_own
+    check(case, codes, lists, counts)
 
 
 @pytest.mark.memcheck
-def test_lists_of_several_chunks() -> None:
+def test_list_of_several_chunks() -> None:
     lengths = [8192, 8225, 20000]
-    case, budget = DecodeCase.make(lengths), Budget(0.1, 64)
+    case = DecodeCase.make(lengths)
+    counts = case.counts(2, Budget(0.1, 64))
     codes = draw_codes("near", (3, 2, max(lengths)))
-    selection = select(case, codes, budget, append_own=False)
-    for row, length in enumerate(lengths):
-        tile = tile_of(length - 1)
-        expected = select_topk(codes[row, :, : 32 * tile], budget.selected(tile))
-        assert torch.equal(lists_of(selection, row), case.slots_of(row)[expected.to(DEVICE)])
+    check(case, codes, select(case, codes, counts), counts)
 
 
 @pytest.mark.memcheck
 @pytest.mark.parametrize("ratio", [0.013, 0.5, 0.999, 1.0])
 def test_other_budgets(ratio: float) -> None:
-    case, budget = DecodeCase.make([700]), Budget(ratio, 96)
+    case = DecodeCase.make([700])
+    counts = case.counts(2, Budget(ratio, 96))
     codes = draw_codes("few", (1, 2, 700))
-    selection = select(case, codes, budget, append_own=False)
-    tile = tile_of(699)
-    expected = select_topk(codes[0, :, : 32 * tile], budget.selected(tile))
-    assert torch.equal(lists_of(selection, 0), case.slots_of(0)[expected.to(DEVICE)])
+    check(case, codes, select(case, codes, counts), counts)
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("append_own", [False, True], ids=["before", "own"])
+def test_list_of_one_row_differ_in_length(append_own: bool) -> None:
+    """Down to none of the candidates, and up to all of them."""
+    case, counts = DecodeCase.make([65, 700, 300]), [[64, 1], [0, 672], [37, 288]]
+    codes = draw_codes("few", (3, 2, 700))
+    check(case, codes, select(case, codes, counts, append_own), counts)

@@ -13,7 +13,7 @@ from kascade_kernels.launch import padded_group
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.shared_prefix import SharedPrefix
-from kascade_kernels.structs import KeyCopy, Selection
+from kascade_kernels.structs import KeyCopy, Lists
 from shapes import DEVICE, needs_kernels, shapes
 
 pytestmark = needs_kernels
@@ -96,17 +96,17 @@ def score(
     shared: SharedPrefix,
     keys: torch.Tensor | KeyCopy,
     values: torch.Tensor | None = None,
-) -> tuple[Selection, ScoreScratch, torch.Tensor | None]:
+) -> tuple[Lists, ScoreScratch, torch.Tensor | None]:
     rows, q_heads, dim = case.q.shape
-    lists = case.k.shape[1]
-    scratch = ScoreScratch.allocate(rows, q_heads, lists, max(LENGTHS), empty_on(DEVICE))
+    per_row = case.k.shape[1]
+    lists = case.lists(case.counts(per_row, BUDGET), append_own=True)
+    scratch = ScoreScratch.allocate(rows, q_heads, per_row, max(LENGTHS), empty_on(DEVICE))
     scratch.codes.codes.zero_()
     spans = case.spans(BUDGET)
     parts = Parts.allocate(spans, q_heads, dim)
-    out = case.score(keys, spans, BUDGET, scratch, parts, values, shared)
-    selection = case.empty_selection(lists, BUDGET)
-    select_slots(scratch.codes, case.req_to_token, case.rows, BUDGET, selection, append_own=True)
-    return selection, scratch, out
+    out = case.score(keys, spans, lists, scratch, parts, values, shared)
+    select_slots(scratch.codes, case.req_to_token, case.rows, lists, append_own=True)
+    return lists, scratch, out
 
 
 def check_together(

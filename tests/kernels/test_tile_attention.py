@@ -7,7 +7,7 @@ from kascade_kernels.budget import TILE, tile_of
 from kascade_kernels.reference import sparse_attention
 from kascade_kernels.tile_attention import tile_attention
 from shapes import DEVICE, needs_kernels, shapes
-from tile_case import TileCase, selection_of
+from tile_case import TileCase, pack_lists
 
 pytestmark = needs_kernels
 
@@ -26,7 +26,7 @@ def attend(
         case.v,
         case.req_to_token,
         case.rows,
-        selection_of(lists),
+        pack_lists(lists),
         torch.tensor(head_map, dtype=torch.int32, device=DEVICE),
         case.scale,
         out=out,
@@ -141,6 +141,24 @@ def test_rows_do_not_depend_on_the_batch(group: int) -> None:
     assert torch.equal(attend(moved, [order[slots] for slots in lists], [0, 1]), whole)
 
 
+def test_lists_of_one_row_differ_in_length() -> None:
+    case = TileCase.make(EXTENDS)
+    lists = case.draw_lists(COUNTS, heads=2)
+    ragged = [[own[0], own[1][: len(own[1]) // 3]] for own in lists]
+    for head_map in ([0, 1], [1, 0], [1, 1]):
+        found = attend(case, ragged, head_map)
+        for row, (_, _, first, count) in enumerate(case.places):
+            slots = case.slots_of(row)
+            own = slots[TILE * tile_of(len(slots) - 1) :]
+            for head, chosen in enumerate(head_map):
+                group = slice(4 * head, 4 * head + 4)
+                q, k, v = case.queries_of(row)[:, group], case.k[:, [head]], case.v[:, [head]]
+                mine = ragged[row][chosen][None]
+                wanted = sparse_attention(q.double(), k.double(), v.double(), mine, own, case.scale)
+                error = (found[first : first + count, group].double() - wanted).abs().max()
+                assert error <= 4e-3
+
+
 @pytest.mark.parametrize("magnitude", [30.0, 1e3])
 def test_large_logits_stay_finite(magnitude: float) -> None:
     case = TileCase.make([(96, 140)], spread=magnitude)
@@ -150,11 +168,11 @@ def test_large_logits_stay_finite(magnitude: float) -> None:
 def test_refusals() -> None:
     case = TileCase.make([(96, 128)])
     lists = case.draw_lists([40], heads=2)
-    selection = selection_of(lists)
+    packed = pack_lists(lists)
     head_map = torch.zeros(2, dtype=torch.int32, device=DEVICE)
 
     def run(**changes: object) -> None:
-        arguments = {"v_cache": case.v, "selection": selection, "head_map": head_map, "scale": 1.0}
+        arguments = {"v_cache": case.v, "lists": packed, "head_map": head_map, "scale": 1.0}
         tile_attention(
             case.q, case.k, req_to_token=case.req_to_token, rows=case.rows, **arguments | changes
         )
@@ -165,9 +183,11 @@ def test_refusals() -> None:
         run(head_map=head_map.long())
     with pytest.raises(ValueError, match=r"head_map: expected shape \[2\], got \[1\]"):
         run(head_map=head_map[:1])
-    with pytest.raises(ValueError, match="selection.offsets: expected int64, got int32"):
-        run(selection=selection._replace(offsets=selection.offsets.int()))
-    with pytest.raises(ValueError, match=r"selection.counts: expected shape \[1\], got \[2\]"):
-        run(selection=selection._replace(counts=selection.counts.repeat(2)))
+    with pytest.raises(ValueError, match="lists.offsets: expected int64, got int32"):
+        run(lists=packed._replace(offsets=packed.offsets.int()))
+    with pytest.raises(ValueError, match=r"lists.counts: expected shape \[1, any\], got \[2, 2\]"):
+        run(lists=packed._replace(counts=packed.counts.repeat(2, 1)))
+    with pytest.raises(ValueError, match="lists: expected 1 or 2 a row, got 4"):
+        run(lists=packed._replace(counts=packed.counts.repeat(1, 2)))
     with pytest.raises(ValueError, match="scale: expected a positive number, got -1.0"):
         run(scale=-1.0)

@@ -47,7 +47,8 @@ def exact_lse(case: TileCase, row: int, group: int) -> torch.Tensor:
 
 
 def lse_of(case: TileCase, **options: object) -> torch.Tensor:
-    return tile_lse(case.q, case.k, case.req_to_token, case.rows, case.scale, BUDGET, **options)
+    where = (case.req_to_token, case.rows, case.lists(BUDGET, case.k.shape[1]))
+    return tile_lse(case.q, case.k, *where, case.scale, **options)
 
 
 def score(
@@ -57,18 +58,18 @@ def score(
     pooled: bool = False,
 ) -> torch.Tensor:
     """Codes of a case, UNTOUCHED where nothing was written; int64 [rows, lists, keys]."""
-    lists = 1 if pooled else case.k.shape[1]
+    per_row = 1 if pooled else case.k.shape[1]
     room = case.req_to_token.shape[1]
-    out = torch.full((len(case.places), lists, room), UNTOUCHED, device=DEVICE)
+    out = torch.full((len(case.places), per_row, room), UNTOUCHED, device=DEVICE)
     out = out.to(torch.uint16)
     tile_scores(
         case.q,
         case.k if keys is None else keys,
         case.req_to_token,
         case.rows,
+        case.lists(BUDGET, per_row),
         lse_of(case) if lse is None else lse,
         case.scale,
-        BUDGET,
         pooled=pooled,
         out=out,
     )
@@ -162,7 +163,7 @@ def test_pooled_with_scratch() -> None:
     out = torch.zeros(len(case.places), 1, room, dtype=torch.uint16, device=DEVICE)
     sums = torch.full((len(case.places), room + 5), float("nan"), device=DEVICE)[:, :room]
     found = tile_scores(
-        case.q, case.k, case.req_to_token, case.rows, lse, case.scale, BUDGET,
+        case.q, case.k, case.req_to_token, case.rows, case.lists(BUDGET, 1), lse, case.scale,
         pooled=True, out=out, sums=sums,
     )  # fmt: skip
     assert found is out
@@ -249,6 +250,22 @@ def test_rows_do_not_depend_on_the_batch(kind: str, group: int) -> None:
             assert torch.equal(part_codes[place], codes[row])
 
 
+def test_heads_of_one_row_may_ask_for_lists_of_different_lengths() -> None:
+    """A head whose list holds all candidates gets no scores; the other's do not change."""
+    case = TileCase.make([(96, 160)])
+    lists, whole = case.lists(BUDGET), lse_of(case)
+    lists.counts[:, 0] = torch.tensor([96, 128])
+    lse = torch.full_like(whole, UNTOUCHED)
+    where = (case.req_to_token, case.rows, lists)
+    tile_lse(case.q, case.k, *where, case.scale, out=lse)
+    assert (lse[:, 0] == UNTOUCHED).all() and torch.equal(lse[:, 1], whole[:, 1])
+    out = torch.full((2, 2, case.req_to_token.shape[1]), UNTOUCHED, device=DEVICE)
+    out = out.to(torch.uint16)
+    tile_scores(case.q, case.k, *where, whole, case.scale, out=out)
+    assert (out[:, 0].long() == UNTOUCHED).all()
+    assert torch.equal(out[:, 1].long(), score(case, whole)[:, 1])
+
+
 def test_large_logits_stay_finite() -> None:
     case = TileCase.make([(96, 140)], spread=300.0)
     lse = lse_of(case)
@@ -263,7 +280,8 @@ def test_refusals() -> None:
 
     def run(lse: torch.Tensor = lse, **changes: object) -> None:
         arguments = {"q": case.q, "keys": case.k, "rows": case.rows, "out": out} | changes
-        tile_scores(req_to_token=case.req_to_token, lse=lse, scale=1.0, budget=BUDGET, **arguments)
+        arguments = {"lists": case.lists(BUDGET)} | arguments
+        tile_scores(req_to_token=case.req_to_token, lse=lse, scale=1.0, **arguments)
 
     with pytest.raises(ValueError, match=r"lse: expected shape \[1, 2, 128\], got \[1, 2, 64\]"):
         run(lse=lse[:, :, :64])
@@ -273,8 +291,10 @@ def test_refusals() -> None:
         run(pooled=True)
     with pytest.raises(ValueError, match="keys: expected float16, got float32"):
         run(keys=case.k.float())
-    with pytest.raises(ValueError, match="rows: expected starts and counts"):
+    with pytest.raises(ValueError, match="rows: expected starts and tokens"):
         run(rows=Rows(case.rows.requests, case.rows.ends))
+    with pytest.raises(ValueError, match="lists: expected 2 a row, got 1"):
+        run(lists=case.lists(BUDGET, 1))
     with pytest.raises(ValueError, match="q: expected a multiple of 2 heads, got 7"):
         run(q=case.q[:, :7])
     with pytest.raises(

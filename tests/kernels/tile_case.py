@@ -6,7 +6,7 @@ import torch
 
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.reference import anchor_scores
-from kascade_kernels.structs import Rows, Selection
+from kascade_kernels.structs import Lists, Rows
 from shapes import DEVICE
 
 
@@ -80,6 +80,13 @@ class TileCase:
         _, _, first, count = self.places[row]
         return self.q[first : first + count]
 
+    def lists(self, budget: Budget, per_row: int = 2) -> Lists:
+        """Lists as long as a budget says, of which nothing is to be read but their lengths."""
+        counts = [[budget.selected(tile_of(end - 1))] * per_row for _, end, _, _ in self.places]
+        held = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+        unread = torch.empty(0, dtype=torch.int32, device=DEVICE)
+        return Lists(unread, torch.zeros_like(held, dtype=torch.int64), held)
+
     def is_dense(self, row: int, budget: Budget) -> bool:
         """Whether the budget covers all of a row's candidates."""
         return budget.is_dense(tile_of(self.places[row][1] - 1))
@@ -111,12 +118,12 @@ class TileCase:
         return lists
 
 
-def selection_of(lists: list[torch.Tensor]) -> Selection:
-    """Pack lists [heads, count] of every row, the last row's first: offsets say where."""
-    counts = torch.tensor([found.shape[1] for found in lists], dtype=torch.int32)
-    heads = lists[0].shape[0]
-    sizes = (counts.long() * heads).flip(0)
-    offsets = (sizes.cumsum(0) - sizes).flip(0)
-    slots = torch.cat([found.flatten() for found in reversed(lists)]).to(torch.int32)
-    slots = torch.cat([slots, slots.new_zeros(1)])  # Never empty, so that it has an address.
-    return Selection(slots, offsets.to(DEVICE), counts.to(DEVICE), heads)
+def pack_lists(rows: list[list[torch.Tensor]] | list[torch.Tensor]) -> Lists:
+    """Pack every row's lists of slots, the last row's first: offsets say where."""
+    flat = [one for row in reversed(rows) for one in row]
+    held = torch.tensor([len(one) for one in flat], dtype=torch.int32)
+    offsets = (held.cumsum(0) - held).view(len(rows), -1).flip(0)
+    slots = torch.cat([*flat, flat[0].new_zeros(1)]).to(torch.int32)  # Never empty: an address.
+    counts = held.view(len(rows), -1).flip(0)
+    where = offsets.to(torch.int64).contiguous()
+    return Lists(slots, where.to(DEVICE), counts.contiguous().to(DEVICE))

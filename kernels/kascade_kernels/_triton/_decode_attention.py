@@ -12,8 +12,8 @@ def decode_attention_kernel(
     k,  # [slots, H, D]
     v,  # [slots, H, D]
     slots,  # int32 [total]
-    offsets,  # int64 [rows]
-    counts,  # int32 [rows]
+    offsets,  # int64 [rows, LISTS]
+    counts,  # int32 [rows, LISTS]
     spans,  # int32 [rows], blocks of one program
     head_map,  # int32 [H]
     part_lse,  # float32 [rows, Hq, SPLITS]
@@ -22,15 +22,17 @@ def decode_attention_kernel(
     stride_q,
     stride_slot,
     HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    # Splits last: those without keys then wait behind all that have some.
+    # Grid: (HEADS, rows, SPLITS). Splits last: those without keys then wait behind the others.
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    count = tl.load(counts + row)
+    of_list = row * LISTS + tl.load(head_map + head)
+    count = tl.load(counts + of_list)
     span = tl.load(spans + row) * BLOCK
     lo = split * span
     hi = tl.minimum(lo + span, count)
@@ -42,7 +44,7 @@ def decode_attention_kernel(
     if lo >= hi:
         tl.store(part_lse + part, float("-inf"), mask=real)
         return
-    list_ = slots + tl.load(offsets + row) + tl.load(head_map + head).to(tl.int64) * count
+    list_ = slots + tl.load(offsets + of_list)
     q_rows = row.to(tl.int64) * stride_q + (head * GROUP + group) * D
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
 

@@ -9,10 +9,10 @@ import triton.language as tl
 from kascade_kernels._triton._primitives import (
     bounded,
     encode_score,
+    list_of,
     load_slots,
     own_tile_start,
     power_of_2,
-    selected_count,
     store_counts,
 )
 
@@ -33,6 +33,7 @@ def decode_scores_kernel(
     table,  # int32 [requests, max_context]
     requests,  # [rows]
     ends,  # [rows]
+    counts,  # int32 [rows, LISTS]
     spans,  # int32 [rows], blocks of one program
     shared_keys,  # int32 [rows]
     shared_rows,  # int32 [rows, MEMBERS]
@@ -41,13 +42,12 @@ def decode_scores_kernel(
     part_lse,  # float32 [rows, Hq, SPLITS]
     part_out,  # float32 [rows, Hq, SPLITS, D], written with ATTEND
     scale_log2,
-    ratio_ppm,
-    min_k,
     stride_q,
     stride_slot,
     stride_table,
     stride_logits,
     HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -57,7 +57,7 @@ def decode_scores_kernel(
     KEYS_8BIT: tl.constexpr,
     ATTEND: tl.constexpr,
 ):
-    # Splits last: those without keys then wait behind all that have some.
+    # Grid: (HEADS, rows, SPLITS). Splits last: those without keys then wait behind the others.
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     own_end = tl.load(ends + row).to(tl.int32)
     span = tl.load(spans + row) * BLOCK
@@ -76,7 +76,8 @@ def decode_scores_kernel(
     if tl.max(lane_row, 0) < 0:
         return
     end = tl.load(ends + lane_row, mask=real, other=1).to(tl.int32)
-    scored = selected_count(end, ratio_ppm, min_k) < own_tile_start(end)
+    of_list = lane_row * LISTS + list_of(head, LISTS)
+    scored = tl.load(counts + of_list, mask=real, other=1) < end
     any_scored = tl.max(scored.to(tl.int32), 0) > 0
     if not (any_scored or ATTEND):
         return
@@ -139,10 +140,9 @@ def pool_scores_kernel(
     block_max,  # float32 [rows, Hq, stride / BLOCK]
     part_lse,  # float32 [rows, Hq, SPLITS]
     ends,  # [rows]
+    counts,  # int32 [rows, LISTS]
     codes,  # uint16 [rows, LISTS, stride]
     high_counts,  # int16 [rows, LISTS, chunks, 256]
-    ratio_ppm,
-    min_k,
     stride_logits,
     LISTS: tl.constexpr,
     POOLED: tl.constexpr,  # query heads summed into one list
@@ -151,13 +151,14 @@ def pool_scores_kernel(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    # Grid: (programs of one list, LISTS, rows).
     program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(ends + row).to(tl.int32)
     candidates = own_tile_start(end)
     chunks = tl.cdiv(candidates, CHUNK)
-    if program >= chunks or selected_count(end, ratio_ppm, min_k) == candidates:
-        return
     list_index = row.to(tl.int64) * LISTS + list_
+    if program >= chunks or tl.load(counts + list_index) == end:
+        return
     member = tl.arange(0, power_of_2(POOLED))
     head = list_index * POOLED + member
     address = head[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]

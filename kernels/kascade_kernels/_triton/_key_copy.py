@@ -15,6 +15,7 @@ def copy_keys_kernel(
     HEADS_PAD: tl.constexpr,
     D: tl.constexpr,
 ):
+    # Grid: (tokens,).
     slot = tl.load(written + tl.program_id(0)).to(tl.int64)
     head = tl.arange(0, HEADS_PAD)
     dim = tl.arange(0, D)

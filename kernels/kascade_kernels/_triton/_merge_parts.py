@@ -8,17 +8,24 @@ import triton.language as tl
 def merge_parts_kernel(
     part_out,  # float32 [rows, Hq, SPLITS, D]
     part_lse,  # float32 [rows, Hq, SPLITS]
-    lengths,  # [rows], keys of each row
+    lengths,  # [rows, LISTS], keys that were cut into parts
     spans,  # int32 [rows], steps of one part
+    head_map,  # int32 [H], which of a row's lengths a KV head has; read where LISTS > 1
     out,  # [rows, Hq, D]
     STEP: tl.constexpr,
     Q_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LISTS: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,  # parts read at once
 ):
+    # Grid: (Q_HEADS, rows).
     q_head, row = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths + row).to(tl.int32)
+    list_ = 0
+    if LISTS > 1:
+        list_ = tl.load(head_map + q_head // GROUP)
+    length = tl.load(lengths + row * LISTS + list_).to(tl.int32)
     used = tl.cdiv(length, tl.load(spans + row) * STEP)
     index = row.to(tl.int64) * Q_HEADS + q_head
     dim = tl.arange(0, D)

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 TILE = tl.constexpr(32)
-PPM = tl.constexpr(1_000_000)
 CODE_SHIFT = tl.constexpr(13)
 CODE_HALF = tl.constexpr(1 << 12)
 CODE_OFFSET = tl.constexpr(79 << 10)
@@ -16,7 +15,7 @@ VARY = [
     *("request_ptr", "end_ptr", "start_ptr", "count_ptr", "offset_ptr", "selected_ptr"),
     "head_map_ptr",
     *("requests", "ends", "offsets", "counts"),
-    *("ratio_ppm", "min_k", "spans", "rows", "room"),
+    *("spans", "rows", "room"),
 ]
 """Arguments that differ from step to step in alignment or size: a server must not compile again
 for a prompt of another length."""
@@ -38,12 +37,9 @@ def own_tile_start(end):
 
 
 @triton.jit
-def selected_count(end, ratio_ppm, min_k):
-    """Keys selected before the tile of position ``end - 1``: ``Budget.selected`` on the device."""
-    own_start = own_tile_start(end)
-    share = (own_start + TILE).to(tl.int64) * ratio_ppm // PPM
-    wanted = tl.maximum(share, min_k) - TILE
-    return tl.minimum(wanted, own_start).to(tl.int32)
+def list_of(head, LISTS: tl.constexpr):
+    """Which of a row's lists is a KV head's own: that of its number, or the only one."""
+    return 0 if LISTS == 1 else head
 
 
 @triton.jit

@@ -14,6 +14,7 @@ def copy_row_slots_kernel(
     stride_copy,
     CHUNK: tl.constexpr,
 ):
+    # Grid: (rows, programs of one row).
     row, program = tl.program_id(0), tl.program_id(1)
     source = table + tl.load(requests + row).to(tl.int64) * stride_table
     target = copy + row.to(tl.int64) * stride_copy

@@ -2,7 +2,8 @@
 
 A list's codes are cut into chunks, which the programs of its list take in turn. Between the
 passes over the codes, one program a list turns the chunks' counts into a threshold and into
-where each chunk writes. ``room``: chunks of the longest list.
+where each chunk writes. ``room``: chunks of the longest list. With APPEND_OWN a list also holds
+the row's own tile, up to its last query, and its count says so.
 """
 
 import triton
@@ -13,9 +14,19 @@ from kascade_kernels._triton._primitives import (
     VARY,
     load_slots,
     own_tile_start,
-    selected_count,
     store_counts,
 )
+
+
+@triton.jit
+def _wanted(ends, counts, row, list_index, APPEND_OWN: tl.constexpr):
+    """Keys before the own tile, and how many of them the list holds."""
+    end = tl.load(ends + row).to(tl.int32)
+    candidates = own_tile_start(end)
+    wanted = tl.load(counts + list_index)
+    if APPEND_OWN:
+        wanted -= end - candidates
+    return candidates, wanted
 
 
 @triton.jit
@@ -48,20 +59,20 @@ def _largest_reaching(totals, wanted):
 def count_high_kernel(
     codes,  # uint16 [rows, LISTS, stride]
     ends,  # [rows]
+    counts,  # int32 [rows, LISTS]
     high_counts,  # int16 [rows, LISTS, room, 256]
-    ratio_ppm,
-    min_k,
     room,
     stride_codes,
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    APPEND_OWN: tl.constexpr,
 ):
+    # Grid: (programs of one list, LISTS, rows).
     program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    end = tl.load(ends + row).to(tl.int32)
-    candidates = own_tile_start(end)
-    if selected_count(end, ratio_ppm, min_k) == candidates:
-        return
     list_index = row.to(tl.int64) * LISTS + list_
+    candidates, wanted = _wanted(ends, counts, row, list_index, APPEND_OWN)
+    if wanted == candidates:
+        return
     for chunk in tl.range(program, tl.cdiv(candidates, CHUNK), tl.num_programs(0)):
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         visible = position < candidates
@@ -72,23 +83,22 @@ def count_high_kernel(
 @triton.jit(do_not_specialize=VARY)
 def find_high_kernel(
     ends,  # [rows]
+    counts,  # int32 [rows, LISTS]
     high_counts,  # int16 [rows, LISTS, room, 256]
     low_counts,  # int32 [rows, LISTS, room, 256], zeroed here for the next pass
     thresholds,  # int32 [rows, LISTS, 2]: high byte of the threshold
-    ratio_ppm,
-    min_k,
     room,
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    APPEND_OWN: tl.constexpr,
     PART: tl.constexpr,
 ):
+    # Grid: (LISTS, rows).
     list_, row = tl.program_id(0), tl.program_id(1)
-    end = tl.load(ends + row).to(tl.int32)
-    candidates = own_tile_start(end)
-    wanted = selected_count(end, ratio_ppm, min_k)
+    list_index = row.to(tl.int64) * LISTS + list_
+    candidates, wanted = _wanted(ends, counts, row, list_index, APPEND_OWN)
     if wanted == candidates:
         return
-    list_index = row.to(tl.int64) * LISTS + list_
     chunks = tl.cdiv(candidates, CHUNK)
     for first in tl.range(0, chunks, PART):
         chunk = first + tl.arange(0, PART)[:, None]
@@ -103,22 +113,22 @@ def find_high_kernel(
 def count_low_kernel(
     codes,  # uint16 [rows, LISTS, stride]
     ends,  # [rows]
+    counts,  # int32 [rows, LISTS]
     thresholds,  # int32 [rows, LISTS, 2]
     low_counts,  # int32 [rows, LISTS, room, 256]: codes whose high byte is the threshold's
-    ratio_ppm,
-    min_k,
     room,
     stride_codes,
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    APPEND_OWN: tl.constexpr,
     FEW: tl.constexpr,  # codes that are cheaper to add one at a time than to sum first
 ):
+    # Grid: (programs of one list, LISTS, rows).
     program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    end = tl.load(ends + row).to(tl.int32)
-    candidates = own_tile_start(end)
-    if selected_count(end, ratio_ppm, min_k) == candidates:
-        return
     list_index = row.to(tl.int64) * LISTS + list_
+    candidates, wanted = _wanted(ends, counts, row, list_index, APPEND_OWN)
+    if wanted == candidates:
+        return
     threshold = tl.load(thresholds + list_index * 2)
     for chunk in tl.range(program, tl.cdiv(candidates, CHUNK), tl.num_programs(0)):
         position = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -126,37 +136,36 @@ def count_low_kernel(
         code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
         code = code.to(tl.int32)
         counted = visible & ((code >> 8) == threshold)
-        counts = low_counts + (list_index * room + chunk) * 256
+        low = low_counts + (list_index * room + chunk) * 256
         # Most often few codes share the threshold's high byte; near-uniform or very peaked
         # attention puts most of them there.
         if tl.sum(counted.to(tl.int32), 0) > FEW:
             byte = tl.arange(0, 256)
-            tl.store(counts + byte, tl.histogram(code & 255, 256, mask=counted))
+            tl.store(low + byte, tl.histogram(code & 255, 256, mask=counted))
         else:
-            tl.atomic_add(counts + (code & 255), 1, mask=counted, sem="relaxed")
+            tl.atomic_add(low + (code & 255), 1, mask=counted, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=VARY)
 def find_low_kernel(
     ends,  # [rows]
+    counts,  # int32 [rows, LISTS]
     high_counts,  # int16 [rows, LISTS, room, 256]
     low_counts,  # int32 [rows, LISTS, room, 256]
     thresholds,  # int32 [rows, LISTS, 2]: the threshold, and how many equal to it are taken
     before,  # int32 [rows, LISTS, room, 2]: larger codes and ties in earlier chunks
-    ratio_ppm,
-    min_k,
     room,
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    APPEND_OWN: tl.constexpr,
     PART: tl.constexpr,
 ):
+    # Grid: (LISTS, rows).
     list_, row = tl.program_id(0), tl.program_id(1)
-    end = tl.load(ends + row).to(tl.int32)
-    candidates = own_tile_start(end)
-    wanted = selected_count(end, ratio_ppm, min_k)
+    list_index = row.to(tl.int64) * LISTS + list_
+    candidates, wanted = _wanted(ends, counts, row, list_index, APPEND_OWN)
     if wanted == candidates:
         return
-    list_index = row.to(tl.int64) * LISTS + list_
     chunks = tl.cdiv(candidates, CHUNK)
     high_totals = _totals(high_counts, list_index, chunks, room, PART)
     low_totals = _totals(low_counts, list_index, chunks, room, PART)
@@ -188,13 +197,11 @@ def emit_slots_kernel(
     table,  # int32 [requests, max_context]
     requests,  # [rows]
     ends,  # [rows]
+    counts,  # int32 [rows, LISTS]
     thresholds,  # int32 [rows, LISTS, 2]
     before,  # int32 [rows, LISTS, room, 2]
     slots,  # int32 [total]
-    offsets,  # int64 [rows]
-    counts,  # int32 [rows]
-    ratio_ppm,
-    min_k,
+    offsets,  # int64 [rows, LISTS]
     room,
     stride_codes,
     stride_table,
@@ -202,24 +209,18 @@ def emit_slots_kernel(
     CHUNK: tl.constexpr,
     APPEND_OWN: tl.constexpr,
 ):
+    # Grid: (programs of one list, LISTS, rows).
     program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    end = tl.load(ends + row).to(tl.int32)
-    candidates = own_tile_start(end)
-    wanted = selected_count(end, ratio_ppm, min_k)
-    list_length = wanted
-    if APPEND_OWN:
-        list_length += end - candidates
-    request_table = table + tl.load(requests + row).to(tl.int64) * stride_table
-    out = slots + tl.load(offsets + row) + list_ * list_length.to(tl.int64)
-    if program == 0:
-        if list_ == 0:
-            tl.store(counts + row, list_length)
-        if APPEND_OWN:
-            own = candidates + tl.arange(0, TILE)
-            slot = load_slots(request_table, own, own < end)
-            tl.store(out + wanted + tl.arange(0, TILE), slot.to(tl.int32), mask=own < end)
-
     list_index = row.to(tl.int64) * LISTS + list_
+    candidates, wanted = _wanted(ends, counts, row, list_index, APPEND_OWN)
+    request_table = table + tl.load(requests + row).to(tl.int64) * stride_table
+    out = slots + tl.load(offsets + list_index)
+    if APPEND_OWN and program == 0:
+        end = tl.load(ends + row).to(tl.int32)
+        own = candidates + tl.arange(0, TILE)
+        slot = load_slots(request_table, own, own < end)
+        tl.store(out + wanted + tl.arange(0, TILE), slot.to(tl.int32), mask=own < end)
+
     list_codes = codes + list_index * stride_codes
     chunks = tl.cdiv(candidates, CHUNK)
     if wanted == candidates:

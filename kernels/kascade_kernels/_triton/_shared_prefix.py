@@ -22,6 +22,7 @@ def group_rows_kernel(
     ROWS: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
+    # Grid: (rows,).
     row = tl.program_id(0)
     other = tl.arange(0, ROWS)
     real = other < rows
@@ -57,6 +58,7 @@ def compare_slots_kernel(
     MEMBERS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    # Grid: (rows, programs of one row).
     row, program = tl.program_id(0), tl.program_id(1)
     group = members + row * MEMBERS
     if tl.load(group + 1) < 0:

@@ -59,6 +59,7 @@ def tile_attention_kernel(
     out_token_stride,
     out_head_stride,
     # Meta-parameters
+    LISTS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -94,9 +95,9 @@ def tile_attention_kernel(
     unseen = own[None, :] > tl.minimum(end - count + query, end - 1)[:, None]
     acc, largest, total = attend(q, own_k, own_v, unseen, acc, largest, total, scale, True)
 
-    selected = tl.load(selected_ptr + row)
-    of_head = tl.load(head_map_ptr + head).to(tl.int64) * selected
-    slots_ptr = slot_ptr + tl.load(offset_ptr + row) + of_head
+    of_list = row * LISTS + tl.load(head_map_ptr + head)
+    selected = tl.load(selected_ptr + of_list)
+    slots_ptr = slot_ptr + tl.load(offset_ptr + of_list)
     whole = selected // BLOCK_K * BLOCK_K
     for first in range(0, whole, BLOCK_K):
         slots = tl.load(slots_ptr + first + tl.arange(0, BLOCK_K)).to(tl.int64)

@@ -12,9 +12,9 @@ from kascade_kernels._triton._primitives import (
     TILE,
     VARY,
     encode_score,
+    list_of,
     own_tile_start,
     power_of_2,
-    selected_count,
 )
 
 MAX_ROWS = tl.constexpr(128)
@@ -98,11 +98,10 @@ def tile_lse_kernel(
     end_ptr,
     start_ptr,
     count_ptr,
+    selected_ptr,
     part_ptr,
     # Numbers
     scale,
-    ratio_ppm,
-    min_k,
     spans,
     q_token_stride,
     q_head_stride,
@@ -111,6 +110,7 @@ def tile_lse_kernel(
     table_stride,
     # Meta-parameters
     HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -135,7 +135,7 @@ def tile_lse_kernel(
     middle, picked = sampled_middle(candidates, STRIDE)
     indices = candidates - middle + picked
     count = tl.load(count_ptr + row)
-    dense = selected_count(end, ratio_ppm, min_k) == candidates
+    dense = tl.load(selected_ptr + row * LISTS + list_of(head, LISTS)) == candidates
     without_query = tl.program_id(1) % BLOCKS * ROWS >= count * GROUP
     if dense | without_query | (span * SPAN >= indices):
         return
@@ -183,11 +183,11 @@ def merge_lse_kernel(
     part_ptr,
     end_ptr,
     count_ptr,
+    selected_ptr,
     lse_ptr,
-    ratio_ppm,
-    min_k,
     spans,
     HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
     GROUP: tl.constexpr,
     STRIDE: tl.constexpr,
     SPAN: tl.constexpr,
@@ -199,7 +199,7 @@ def merge_lse_kernel(
     row, head = tl.program_id(0), tl.program_id(1)
     end = tl.load(end_ptr + row).to(tl.int32)
     candidates = own_tile_start(end)
-    if selected_count(end, ratio_ppm, min_k) == candidates:
+    if tl.load(selected_ptr + row * LISTS + list_of(head, LISTS)) == candidates:
         return
     middle, picked = sampled_middle(candidates, STRIDE)
     used = tl.cdiv(candidates - middle + picked, SPAN)
@@ -252,14 +252,16 @@ def attention_mass(k, k_scale, q, q_scale, lse, TILES: tl.constexpr, EIGHT_BIT: 
 
 
 @triton.jit
-def scored_candidates(request_ptr, end_ptr, row, rows, request, ratio_ppm, min_k):
-    """Candidates of each row that is sparse and belongs to the request; 0 for the others."""
+def scored_candidates(
+    request_ptr, end_ptr, selected_ptr, row, rows, request, list_, LISTS: tl.constexpr
+):
+    """Candidates of each row whose list is sparse and that is the request's; 0 for the others."""
     exists = row < rows
     end = tl.load(end_ptr + row, mask=exists, other=1).to(tl.int32)
     ours = exists & (tl.load(request_ptr + row, mask=exists, other=-1) == request)
     candidates = own_tile_start(end)
-    sparse = selected_count(end, ratio_ppm, min_k) < candidates
-    return tl.where(ours & sparse, candidates, 0)
+    selected = tl.load(selected_ptr + row * LISTS + list_, mask=exists, other=0)
+    return tl.where(ours & (selected < candidates), candidates, 0)
 
 
 @triton.jit(do_not_specialize=VARY)
@@ -273,13 +275,12 @@ def tile_scores_kernel(
     end_ptr,
     start_ptr,
     count_ptr,
+    selected_ptr,
     lse_ptr,
     sum_ptr,
     code_ptr,
     # Numbers
     scale,
-    ratio_ppm,
-    min_k,
     rows,
     q_token_stride,
     q_head_stride,
@@ -293,6 +294,7 @@ def tile_scores_kernel(
     code_head_stride,
     # Meta-parameters
     HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     SPAN: tl.constexpr,
@@ -313,10 +315,13 @@ def tile_scores_kernel(
     span_start = tl.program_id(2) * SPAN
     first_head = 0 if POOLED else tl.program_id(1)
     last_head = HEADS - 1 if POOLED else first_head
+    list_ = list_of(first_head, LISTS)
     for leader in range(bundle, tl.minimum(bundle + TILES, rows)):
         request = tl.load(request_ptr + leader)
         before = tl.load(request_ptr + leader - 1, mask=leader > bundle, other=-1)
-        limit = scored_candidates(request_ptr, end_ptr, row, rows, request, ratio_ppm, min_k)
+        limit = scored_candidates(
+            request_ptr, end_ptr, selected_ptr, row, rows, request, list_, LISTS
+        )
         span_end = tl.minimum(span_start + SPAN, tl.max(limit, axis=0))
         taken = (request != before) & (span_start < span_end)
         table = table_ptr + request.to(tl.int64) * table_stride
@@ -327,7 +332,7 @@ def tile_scores_kernel(
                 of_row = bundle + column // block_rows(GROUP, block)
                 query_row = MAX_ROWS * block + column % block_rows(GROUP, block)
                 scored = scored_candidates(
-                    request_ptr, end_ptr, of_row, rows, request, ratio_ppm, min_k
+                    request_ptr, end_ptr, selected_ptr, of_row, rows, request, list_, LISTS
                 )
                 count = tl.load(count_ptr + of_row, mask=scored > 0, other=0)
                 start = tl.load(start_ptr + of_row, mask=scored > 0, other=0)

@@ -1,10 +1,10 @@
-"""How decode steps are cut into programs."""
+"""How long a decode step's lists are, and how it is cut into programs."""
 
 import pytest
 import torch
 
 from kascade_kernels.budget import Budget, tile_of
-from kascade_kernels.decode_spans import STEP, Spans, decode_spans
+from kascade_kernels.decode_lists import STEP, Spans, decode_lists
 from shapes import DEVICE, needs_kernels
 
 pytestmark = needs_kernels
@@ -20,8 +20,35 @@ def few_programs() -> None:
 def cut(lengths: list[int], heads: int, batch_invariant: bool = False) -> Spans:
     spans = Spans.allocate(len(lengths), heads, DEVICE, batch_invariant=batch_invariant)
     ends = torch.tensor(lengths, device=DEVICE)
-    decode_spans(ends, heads, BUDGET, spans, batch_invariant=batch_invariant)
+    counts = torch.empty(len(lengths), 1, dtype=torch.int32, device=DEVICE)
+    decode_lists(ends, heads, BUDGET, spans, counts, batch_invariant=batch_invariant)
     return spans
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("per_row", [1, 3, 8])
+@pytest.mark.parametrize(
+    "budget",
+    [BUDGET, Budget(0.1, 64), Budget(1.0, 64), Budget(0.00397, 96), Budget(0.333333, 4096)],
+    ids=str,
+)
+def test_counts_are_the_host_s_budget(budget: Budget, per_row: int) -> None:
+    """At every length up to 700, and around tiles and where the ratio sets in, to 1M."""
+    far = [n + off for n in (1280, 4096, 65536, 131072, 2**20) for off in (-33, -32, -1, 0, 1, 32)]
+    lengths = [*range(1, 700), *far]
+    ends = torch.tensor(lengths, device=DEVICE)
+    spans = Spans.allocate(len(lengths), 8, DEVICE)
+    counts = torch.empty(len(lengths), per_row, dtype=torch.int32, device=DEVICE)
+    decode_lists(ends, 8, budget, spans, counts)
+    expected = torch.tensor([budget.attended(length - 1) for length in lengths])
+    assert torch.equal(counts.cpu().long(), expected[:, None].expand(-1, per_row))
+
+
+def test_counts_of_another_shape_are_refused() -> None:
+    spans = Spans.allocate(2, 8, DEVICE)
+    counts = torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=r"counts: expected shape \[2, any\], got \[3, 1\]"):
+        decode_lists(torch.ones(2, device=DEVICE), 8, BUDGET, spans, counts)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8, 2000])

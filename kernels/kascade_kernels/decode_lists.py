@@ -1,7 +1,8 @@
-"""How a decode step is cut into programs: grids from the batch size, spans from the lengths.
+"""How long a decode step's lists are, and how it is cut into programs.
 
-Grids must not depend on lengths, so that a captured graph fits every replay. So a row has room
-for ``most`` programs, and how many keys each takes is computed on the device, once a step.
+Grids come from the batch size and must not depend on lengths, so that a captured graph fits every
+replay. So a row has room for ``most`` programs, and how many keys each takes is computed on the
+device, once a step.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-from kascade_kernels._triton._decode_spans import decode_spans_kernel
+from kascade_kernels._triton._decode_lists import decode_lists_kernel
 from kascade_kernels.budget import Budget
+from kascade_kernels.checks import require_contiguous, require_dtype, require_shape
 
 STEP = 64
 """Keys of one block, in which spans are counted: the compiler then knows their alignment."""
@@ -74,19 +76,34 @@ def _splits(programs: int, lists: int, most: int) -> int:
     return max(2, min(most, triton.next_power_of_2(triton.cdiv(programs, lists))))
 
 
-def decode_spans(
-    ends: torch.Tensor, heads: int, budget: Budget, spans: Spans, *, batch_invariant: bool = False
+def decode_lists(
+    ends: torch.Tensor,
+    heads: int,
+    budget: Budget,
+    spans: Spans,
+    counts: torch.Tensor,
+    *,
+    batch_invariant: bool = False,
 ) -> None:
-    """Fill ``spans`` for one step; ends: [rows], keys that each row's query sees."""
+    """Fill ``spans`` and ``counts`` for one step: the only kernel that knows the budget.
+
+    ends: [rows], keys that each row's query sees. heads: KV heads.
+    counts: int32 [rows, lists], becomes the keys on each list, own tile included.
+    """
     rows = ends.shape[0]
-    decode_spans_kernel[(1,)](
-        ends,
-        spans.score,
-        spans.attend,
-        rows,
-        budget.ratio_ppm,
-        budget.min_k,
+    require_shape("counts", counts, (rows, None))
+    require_dtype("counts", counts, torch.int32)
+    require_contiguous("counts", counts)
+    decode_lists_kernel[(1,)](
+        ends=ends,
+        score_spans=spans.score,
+        attend_spans=spans.attend,
+        counts=counts,
+        rows=rows,
+        ratio_ppm=budget.ratio_ppm,
+        min_k=budget.min_k,
         ROWS=triton.next_power_of_2(rows),
+        LISTS=counts.shape[1],
         SCORE_PROGRAMS=max(1, SCORE_PROGRAMS // heads),
         SCORE_MOST=spans.score_splits,
         ATTEND_PROGRAMS=max(1, ATTEND_PROGRAMS // heads),

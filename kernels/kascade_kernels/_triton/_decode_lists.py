@@ -1,9 +1,20 @@
-"""How many keys of each row one program takes, from the lengths of the whole batch."""
+"""How many keys each list holds, and how many of each row one program takes."""
 
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import own_tile_start, selected_count
+from kascade_kernels._triton._primitives import TILE, own_tile_start, power_of_2
+
+PPM = tl.constexpr(1_000_000)
+
+
+@triton.jit
+def selected_count(end, ratio_ppm, min_k):
+    """Keys selected before the tile of position ``end - 1``: ``Budget.selected`` on the device."""
+    own_start = own_tile_start(end)
+    share = (own_start + TILE).to(tl.int64) * ratio_ppm // PPM
+    wanted = tl.maximum(share, min_k) - TILE
+    return tl.minimum(wanted, own_start).to(tl.int32)
 
 
 @triton.jit
@@ -14,14 +25,16 @@ def _spans(keys, total, PROGRAMS: tl.constexpr, MOST: tl.constexpr, STEP: tl.con
 
 
 @triton.jit
-def decode_spans_kernel(
+def decode_lists_kernel(
     ends,  # [rows]
     score_spans,  # int32 [rows], in steps
     attend_spans,  # int32 [rows], in steps
+    counts,  # int32 [rows, LISTS]
     rows,
     ratio_ppm,
     min_k,
     ROWS: tl.constexpr,
+    LISTS: tl.constexpr,
     SCORE_PROGRAMS: tl.constexpr,
     SCORE_MOST: tl.constexpr,
     ATTEND_PROGRAMS: tl.constexpr,
@@ -29,11 +42,16 @@ def decode_spans_kernel(
     STEP: tl.constexpr,
     BATCH_INVARIANT: tl.constexpr,
 ):
+    # Grid: (1,). Spans are in steps of STEP keys.
     row = tl.arange(0, ROWS)
     real = row < rows
     end = tl.load(ends + row, mask=real, other=0).to(tl.int32)
     listed = selected_count(end, ratio_ppm, min_k) + end - own_tile_start(end)
     listed = tl.where(real, listed, 0)
+    list_ = tl.arange(0, power_of_2(LISTS))
+    inside = real[:, None] & (list_ < LISTS)[None, :]
+    alike = tl.broadcast_to(listed[:, None], inside.shape).to(tl.int32)
+    tl.store(counts + row[:, None] * LISTS + list_[None, :], alike, mask=inside)
     # Zero where a row must not depend on its batch: its own share then decides.
     all_keys = 0 if BATCH_INVARIANT else tl.sum(end.to(tl.int64), 0)
     all_listed = 0 if BATCH_INVARIANT else tl.sum(listed.to(tl.int64), 0)
