@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from kascade_kernels.budget import TILE
-from kascade_sglang.backend.dense import default_dense_backend
 from kascade_sglang.calibration.build import CRITERIA
 from kascade_sglang.calibration.run import CalibrationConfig, Measured, measure
 from kascade_sglang.calibration.sources import PromptSource
@@ -28,6 +27,7 @@ from kascade_sglang.demo.server import MODEL, demo_arguments, stop_servers_on_si
 from kascade_sglang.evaluation.__main__ import ask_server, make_documents
 from kascade_sglang.evaluation.intervals import wilson
 from kascade_sglang.files import append_csv
+from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.provenance import provenance

@@ -7,24 +7,33 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kascade_sglang.backend.backend import KascadeAttnBackend
-    from kascade_sglang.compat import ModelRunner
+    from kascade_sglang.host.runtime import ModelRunner
 
 
 def register() -> None:
     """Register the backend and the hooks; called once in every process that SGLang starts."""
     import kascade_patches
-    from kascade_sglang.compat import register_backend
+    from kascade_sglang.host.server import register_backend
 
     register_backend(create_backend)
     kascade_patches.register_hooks()
 
 
 def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
-    """Build the backend for one model runner; raises KascadeError where it cannot be right."""
+    """Build the backend for one model runner; raises KascadeError where it cannot be right.
+
+    All checks run again: ServerArgs may have been made before the plugin was loaded.
+    """
     import kascade_patches
     from kascade_sglang.backend.backend import KascadeAttnBackend
-    from kascade_sglang.checks import check_runner
-    from kascade_sglang.compat import require_hooks
+    from kascade_sglang.checks import check
+    from kascade_sglang.host.release import require_supported_host
+    from kascade_sglang.host.runtime import require_plain_pool
+    from kascade_sglang.host.server import require_hooks, server_facts
 
+    require_supported_host()
     require_hooks(kascade_patches.targets())
-    return KascadeAttnBackend(runner, check_runner(runner))
+    kascade_patches.require_ran("pool_cell_size", "pool_sizes")
+    config = check(server_facts(runner.server_args))
+    require_plain_pool(runner.token_to_kv_pool, runner.model_config.dtype)
+    return KascadeAttnBackend(runner, config)

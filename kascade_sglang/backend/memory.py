@@ -6,8 +6,9 @@ from kascade_kernels.budget import TILE
 from kascade_kernels.key_copy import allocate_key_copy
 from kascade_sglang.backend.decode import DecodeBuffers
 from kascade_sglang.backend.extend import allocate_lists
-from kascade_sglang.backend.sizes import Sizes, copied_layers
+from kascade_sglang.backend.sizes import Sizes, copied_layers, runs_kernels
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.host.facts import ServerFacts
 
 NO_MEMORY = "meta"
 """Torch's device whose tensors have a size and no memory."""
@@ -20,19 +21,20 @@ class ReservedMemory(NamedTuple):
     scratch: int
 
 
-def reserved_memory(
-    config: KascadeConfig, sizes: Sizes, layers: range, decodes: tuple[int, ...], new_tokens: int
-) -> ReservedMemory:
-    """Count what the kernels' paths allocate.
-
-    layers: those of a rank. decodes: requests of each set of decode buffers, 0 for none.
-    new_tokens: the most that a prefill step holds.
-    """
+def reserved_memory(facts: ServerFacts, config: KascadeConfig) -> ReservedMemory:
+    """Count what a rank's paths allocate; nothing where the kernels do not run."""
+    if not runs_kernels("cuda" if facts.gpu else "cpu", config):
+        return ReservedMemory(0, 0)
+    sizes = Sizes.of(config, config.plan.shape.kv_heads // facts.tensor_ranks, facts.model.context)
     copy = allocate_key_copy(1, sizes.kv_heads, sizes.head_dim, NO_MEMORY)
-    decode = sum(DecodeBuffers(rows, sizes, config, NO_MEMORY).nbytes for rows in decodes if rows)
-    tiles = -(-new_tokens // TILE)
+    batches = (facts.captured_decode, facts.eager_decode)
+    decode = sum(DecodeBuffers(rows, sizes, config, NO_MEMORY).nbytes for rows in batches if rows)
+    tiles = -(-facts.largest_prefill // TILE)
     prefill = allocate_lists(tiles * sizes.lists * sizes.longest_list, NO_MEMORY)
+    # A rank holds as many anchors as the layers of a stage at most.
+    layers = -(-config.plan.shape.layers // facts.stages)
+    copies = min(len(copied_layers(config, range(config.plan.shape.layers))), layers)
     return ReservedMemory(
-        per_token=len(copied_layers(config, layers)) * sum(tensor.nbytes for tensor in copy),
+        per_token=copies * sum(tensor.nbytes for tensor in copy),
         scratch=config.score_memory + decode + prefill.nbytes,
     )

@@ -20,7 +20,6 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from kascade_sglang.backend.dense import default_dense_backend
 from kascade_sglang.config import KascadeConfig, load_config
 from kascade_sglang.demo.client import Answer, ask, ask_all
 from kascade_sglang.demo.server import (
@@ -31,6 +30,7 @@ from kascade_sglang.demo.server import (
     stop_servers_on_sigterm,
 )
 from kascade_sglang.demo.tasks import Document, make_document
+from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import load_plan
 from kascade_sglang.provenance import provenance

@@ -1,10 +1,111 @@
-from kascade_sglang.compat import (
-    AttentionBackend,
-    build_dense_backend,
-    is_plain_decoder_layer,
-    key_value_caches,
-    local_kv_heads,
-    local_layers,
-    require_plain_pool,
-    write_kv,
-)  # noqa
+"""SGLang's internals that a worker touches: model runner, KV pool, layers, dense backends."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.dense import default_dense_backend
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+__all__ = [
+    "AttentionBackend",
+    "ForwardBatch",
+    "MHATokenToKVPool",
+    "ModelRunner",
+    "RadixAttention",
+    "build_dense_backend",
+    "is_plain_decoder_layer",
+    "key_value_caches",
+    "local_kv_heads",
+    "local_layers",
+    "require_plain_pool",
+    "write_kv",
+]
+
+
+def _tensor_parallel_rank(runner: "ModelRunner") -> int:
+    if hasattr(runner, "ps"):
+        return runner.ps.tp_rank
+    # From SGLang 0.5.21 on.
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().tp_rank
+
+
+def local_kv_heads(runner: "ModelRunner") -> range:
+    """Return the model's KV heads that this rank holds."""
+    count = runner.model_config.get_num_kv_heads(runner.server_args.tp_size)
+    first = _tensor_parallel_rank(runner) * count
+    return range(first, first + count)
+
+
+def local_layers(runner: "ModelRunner") -> range:
+    """Return the model's layers that this rank holds."""
+    pool = runner.token_to_kv_pool
+    return range(pool.start_layer, pool.start_layer + pool.layer_num)
+
+
+def build_dense_backend(runner: "ModelRunner", name: str | None) -> AttentionBackend:
+    """Build the in-tree backend that computes whatever is not sparse; None: by hardware."""
+    return ATTENTION_BACKENDS[name or default_dense_backend()](runner)
+
+
+def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
+    """Raise KascadeError unless the KV pool holds ``[slots, KV heads, head dim]`` of ``dtype``."""
+    if type(pool) is not MHATokenToKVPool:
+        raise KascadeError(
+            f"KV pool: expected SGLang's MHATokenToKVPool, got {type(pool).__name__}; "
+            "serve this model with another attention backend"
+        )
+    if pool.post_capture_active:
+        raise KascadeError(
+            "KV cache: expected its final size before graphs are captured, got a later one; unset "
+            "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
+        )
+    keys = pool.get_key_buffer(pool.start_layer)
+    if keys.dtype != dtype:
+        raise KascadeError(
+            f"KV cache: expected the model's {dtype}, got {keys.dtype}; set --kv-cache-dtype to "
+            "the model's, or serve a checkpoint without a quantised KV cache"
+        )
+    slots = pool.size + pool.page_size
+    if keys.dim() != 3 or keys.shape[0] != slots:
+        raise KascadeError(
+            f"KV cache: expected [{slots}, KV heads, head dim], got {list(keys.shape)}; unset "
+            "SGLANG_USE_HND_KVCACHE"
+        )
+
+
+def is_plain_decoder_layer(layer: "RadixAttention") -> bool:
+    """Whether a layer is full causal self-attention, the only kind that Kascade makes sparse."""
+    return (
+        layer.attn_type == AttentionType.DECODER
+        and not layer.is_cross_attention
+        and layer.sliding_window_size <= -1
+        and not layer.logit_cap
+    )
+
+
+def key_value_caches(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a layer's K and V, [slots, KV heads, head dim]; waits for loads in flight."""
+    return pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
+
+
+def write_kv(
+    pool: Any,
+    layer: "RadixAttention",
+    batch: "ForwardBatch",
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
+    """Store this step's keys and values in the slots the scheduler gave them."""
+    pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), k, v)

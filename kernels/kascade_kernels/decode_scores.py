@@ -95,21 +95,9 @@ def decode_scores(
     eight_bit = isinstance(keys, KeyCopy)
     kind = "eight_bit" if eight_bit else "exact" if values is None else "attend"
     cache = keys.values if eight_bit else keys
-    count, q_heads, dim = q.shape
-    kv_heads = cache.shape[1]
-    require_heads_together("q", q)
-    require_heads_together("keys", cache)
-    require_shape("keys", cache, (None, kv_heads, dim))
-    if values is not None:
-        require_heads_together("values", values)
-        require_same_stride("values", values, cache)
-    require_dtype("req_to_token", req_to_token, torch.int32)
-    require_shape("scratch.logits", scratch.logits, (None, q_heads, None))
-    if count > scratch.logits.shape[0]:
-        raise ValueError(f"q: expected at most {scratch.logits.shape[0]} rows, got {count}")
-    require_lists(lists, count, (scratch.codes.codes.shape[1],))
-    splits = spans.score_splits
-    group = q_heads // kv_heads
+    _check(q, cache, values, req_to_token, lists, scratch)
+    (count, q_heads, dim), kv_heads = q.shape, cache.shape[1]
+    splits, group = spans.score_splits, q_heads // kv_heads
     decode_scores_kernel[(kv_heads, count, splits)](
         q=q,
         k=cache,
@@ -148,6 +136,28 @@ def decode_scores(
         return None
     out = torch.empty_like(q) if out is None else out
     return merge_parts(parts, splits, rows.ends.unsqueeze(1), spans.score, out)
+
+
+def _check(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    values: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    lists: Lists,
+    scratch: ScoreScratch,
+) -> None:
+    count, q_heads, dim = q.shape
+    require_heads_together("q", q)
+    require_heads_together("keys", cache)
+    require_shape("keys", cache, (None, None, dim))
+    if values is not None:
+        require_heads_together("values", values)
+        require_same_stride("values", values, cache)
+    require_dtype("req_to_token", req_to_token, torch.int32)
+    require_shape("scratch.logits", scratch.logits, (None, q_heads, None))
+    if count > scratch.logits.shape[0]:
+        raise ValueError(f"q: expected at most {scratch.logits.shape[0]} rows, got {count}")
+    require_lists(lists, count, (scratch.codes.codes.shape[1],))
 
 
 def _pool(rows: Rows, lists: Lists, scratch: ScoreScratch, parts: Parts, splits: int) -> None:

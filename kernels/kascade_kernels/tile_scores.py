@@ -176,18 +176,14 @@ def tile_scores(
     cache = keys.values if eight_bit else keys
     count, kv_heads, group = check_tiles(q, cache, req_to_token, rows, eight_bit)
     _require_lse("lse", lse, (count, kv_heads, TILE * group))
-    require_shape("out", out, (count, 1 if pooled else kv_heads, None))
-    require_dtype("out", out, torch.uint16)
-    require_last_dim_contiguous("out", out)
-    pooled = pooled and kv_heads > 1
-    require_lists(lists, count, (1 if pooled else kv_heads,))
-    room = out.shape[2]
+    per_row = 1 if pooled else kv_heads
+    _require_rows("out", out, (count, per_row, None), torch.uint16)
+    require_lists(lists, count, (per_row,))
+    pooled, room = pooled and kv_heads > 1, out.shape[2]
     if sums is None:
         sums = torch.empty(count, room if pooled else 0, dtype=torch.float32, device=q.device)
     elif pooled:
-        require_shape("sums", sums, (count, room))
-        require_dtype("sums", sums, torch.float32)
-        require_last_dim_contiguous("sums", sums)
+        _require_rows("sums", sums, (count, room), torch.float32)
     key_scales = keys.scales if eight_bit else lse
     bytes_per_value = 1 if eight_bit else q.element_size()
     launch = score_launch(q.shape[-1], group, bytes_per_value, is_hopper(q.device))
@@ -268,3 +264,11 @@ def _require_lse(name: str, lse: torch.Tensor, shape: tuple[int, int, int]) -> N
     require_shape(name, lse, shape)
     require_dtype(name, lse, torch.float32)
     require_contiguous(name, lse)
+
+
+def _require_rows(
+    name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype
+) -> None:
+    require_shape(name, tensor, shape)
+    require_dtype(name, tensor, dtype)
+    require_last_dim_contiguous(name, tensor)

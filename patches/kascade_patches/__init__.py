@@ -4,7 +4,10 @@ A module holds ``TARGET`` (the symbol), ``KIND`` (when it runs) and ``hook``; it
 why, how, and when it can be removed. ``README.md`` beside this package is the register.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -14,18 +17,21 @@ from kascade_patches import (
     pool_sizes,
     server_args_add_cli_args,
     server_args_from_cli_args,
-    server_args_post_init,
+    server_args_resolve,
     support_triton,
 )
+from kascade_sglang.errors import KascadeError
 
 EVERYWHERE = (
     server_args_add_cli_args,
     server_args_from_cli_args,
-    server_args_post_init,
+    server_args_resolve,
     pool_cell_size,
     pool_sizes,
 )
 WITHOUT_GPU = (support_triton, get_last_loc)
+
+_ran: set[str] = set()
 
 
 def _modules() -> tuple[ModuleType, ...]:
@@ -42,4 +48,27 @@ def register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for module in _modules():
-        HookRegistry.register(module.TARGET, module.hook, HookType[module.KIND])
+        HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
+
+
+def _noted(module: ModuleType) -> Callable[..., Any]:
+    """Return a module's hook, which notes that it ran."""
+    name = module.__name__.rpartition(".")[2]
+
+    @wraps(module.hook)
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        _ran.add(name)
+        return module.hook(*args, **kwargs)
+
+    return hook
+
+
+def require_ran(*names: str) -> None:
+    """Raise KascadeError unless these hooks have run in this process."""
+    missing = [name for name in names if name not in _ran]
+    if missing:
+        raise KascadeError(
+            f"hooks {', '.join(missing)}: expected SGLang to call them before attention is built, "
+            "got no call; without them the KV pool leaves no memory for Kascade. Serve with a "
+            "verified SGLang and its own KV pool"
+        )

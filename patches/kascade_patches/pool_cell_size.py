@@ -13,12 +13,14 @@ KIND = "AFTER"
 
 def hook(cell_size: int, configurator: Any, kvc: Any, num_layers: int) -> int:
     """Return the bytes of one token, copies included; notes our scratch for the pool's size."""
-    from kascade_sglang.checks import reserved_memory
-    from kascade_sglang.compat import uses_kascade
+    from kascade_sglang.backend.memory import reserved_memory
+    from kascade_sglang.checks import check
+    from kascade_sglang.host.server import phases_on_kascade, server_facts
 
     configurator.kascade_scratch = 0
-    if not uses_kascade(kvc.server_args):
+    if not phases_on_kascade(kvc.server_args):
         return cell_size
-    reserved = reserved_memory(kvc.server_args)
+    facts = server_facts(kvc.server_args)
+    reserved = reserved_memory(facts, check(facts))
     configurator.kascade_scratch = reserved.scratch
     return cell_size + reserved.per_token

@@ -13,10 +13,13 @@ from typing import Any
 
 from kascade_sglang.config import FLAGS_VARIABLE
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.release import resolves_late
 
 TARGET = "sglang.srt.server_args.ServerArgs.from_cli_args"
 KIND = "AROUND"
 PREFIX = "kascade_"
+FROM_COMMAND_LINE = "_kascade_from_command_line"
+"""Attribute of ServerArgs that a command line made and that are not resolved yet."""
 
 
 def hook(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
@@ -28,6 +31,9 @@ def hook(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> A
     }
     os.environ[FLAGS_VARIABLE] = json.dumps(flags)
     try:
-        return original(cls, args)
+        server_args = original(cls, args)
     except KascadeError as error:
         raise SystemExit(f"kascade: {error}") from None
+    if resolves_late():
+        setattr(server_args, FROM_COMMAND_LINE, True)
+    return server_args

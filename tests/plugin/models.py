@@ -1,6 +1,9 @@
 """A small Llama's config, and a plan that fits it."""
 
+from pathlib import Path
 from typing import Any
+
+from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from kascade_sglang.plan.schema import ModelShape, Plan
 
@@ -30,3 +33,16 @@ def make_plan(**changes: Any) -> Plan:
         "similarity": {1: (row,) * 4, 3: (row,) * 4},
     }
     return Plan(**{**fields, **changes})
+
+
+def resolve(args: ServerArgs) -> ServerArgs:
+    """Resolve arguments as launchers do, where making them does not."""
+    if hasattr(args, "resolve_once"):
+        args.resolve_once()
+    return args
+
+
+def parse(model: Path, *flags: str) -> ServerArgs:
+    """Read a command line as every server command does."""
+    command = ["--model-path", str(model), "--attention-backend", "kascade", *flags]
+    return resolve(prepare_server_args(command))

@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sglang.srt.server_args import ServerArgs
+import triton
 
-from kascade_sglang import checks, compat
-from kascade_sglang.config import MB, load_config
-from models import SHAPE
+from kascade_sglang.backend.memory import ReservedMemory, reserved_memory
+from kascade_sglang.checks import check
+from kascade_sglang.config import MB
+from kascade_sglang.host.server import largest_decodes, server_facts
+from models import parse
 
 LISTS, ROOM = 4, 409 - 32 + 32
 """KV heads; a tenth of the 4096 positions, in which the own tile is counted, and a tile."""
@@ -21,48 +23,56 @@ PARTS = 4 * 8 * 8 * 64 * (16 + 1)
 
 
 @pytest.fixture
-def server_args(
-    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., ServerArgs]:
-    """Arguments of a server whose kernels run, as they are in a worker."""
+def reserved(make_model: Callable[..., Path]) -> Callable[..., ReservedMemory]:
+    """Memory of a server whose kernels run, as a worker counts it."""
 
-    def make(exact: bool = False, pooled: bool = False, chunk: int = 256) -> ServerArgs:
-        model = str(make_model())
-        args = ServerArgs(model_path=model, attention_backend="kascade", chunked_prefill_size=chunk)
-        config = load_config(model, SHAPE)
-        config = replace(config, exact=exact, heads="pooled" if pooled else "per_head")
-        monkeypatch.setattr(checks, "check_server_args", lambda given: config)
-        monkeypatch.setattr(compat, "has_gpu", lambda: True)
-        monkeypatch.setattr(compat, "largest_decodes", lambda given: (8, 0))
-        return args
+    def count(exact: bool = False, heads: str = "per_head", **changes: object) -> ReservedMemory:
+        facts = server_facts(parse(make_model(), "--chunked-prefill-size", "256"))
+        config = replace(check(facts), exact=exact, heads=heads)
+        facts = replace(facts, gpu=True, captured_decode=8, eager_decode=0)
+        return reserved_memory(replace(facts, **changes), config)
 
-    return make
+    return count
 
 
-def test_scores_and_lists_are_counted(server_args: Callable[..., ServerArgs]) -> None:
-    reserved = checks.reserved_memory(server_args(chunk=256))
+SMALL = 2 * 8 * 8 + 4 * (8 + 8 * 8 + 2 * 8 + 8 + 8 * 8) + 8 * 8 * LISTS
+"""At most: requests, counts, spans and shared prefixes of eight requests."""
+
+
+def test_scores_and_lists_are_counted(reserved: Callable[..., ReservedMemory]) -> None:
     decode_and_prefill_rows = 8 + 256 // 32
     others = 768 * MB + SLOTS + PARTS
-    assert reserved.scratch - others == 4 * decode_and_prefill_rows * LISTS * ROOM
-    pooled = checks.reserved_memory(server_args(pooled=True))
-    assert pooled.scratch - others == 4 * decode_and_prefill_rows * ROOM
+    per_head, pooled = reserved().scratch - others, reserved(heads="pooled").scratch - others
+    for found, lists in ((per_head, LISTS), (pooled, 1)):
+        assert 0 < found - 4 * decode_and_prefill_rows * lists * ROOM <= SMALL
 
 
-def test_copies_are_counted_by_the_token(server_args: Callable[..., ServerArgs]) -> None:
+def test_copies_are_counted_by_the_token(reserved: Callable[..., ReservedMemory]) -> None:
     anchors, kv_heads, head_dim = 2, 4, 16
-    copied = checks.reserved_memory(server_args()).per_token
-    assert copied == anchors * kv_heads * (head_dim + 4)
-    assert checks.reserved_memory(server_args(exact=True)).per_token == 0
+    assert reserved().per_token == anchors * kv_heads * (head_dim + 4)
+    assert reserved(exact=True).per_token == 0
+    assert reserved(stages=4).per_token == kv_heads * (head_dim + 4)
 
 
-def test_unchunked_prefill_counts_what_a_step_may_hold(
-    server_args: Callable[..., ServerArgs],
+def test_ranks_hold_their_share(reserved: Callable[..., ReservedMemory]) -> None:
+    assert reserved(tensor_ranks=2).per_token * 2 == reserved().per_token
+
+
+def test_nothing_is_reserved_where_the_kernels_do_not_run(
+    reserved: Callable[..., ReservedMemory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert reserved(gpu=False) == ReservedMemory(0, 0)
+
+
+def test_unchunked_prefill_counts_what_a_step_may_hold(make_model: Callable[..., Path]) -> None:
     """A prompt as long as the context is taken whole, if it is the step's only one."""
-    args = server_args(chunk=-1)
-    assert compat.largest_prefill(args) == max(args.max_prefill_tokens, 4096) > 256
-    object.__setattr__(args, "max_prefill_tokens", 128)
-    assert compat.largest_prefill(args) == 4096
+    chunks = ("--chunked-prefill-size", "-1", "--max-prefill-tokens")
+    for most, expected in (("8192", 8192), ("128", 4096)):
+        facts = server_facts(parse(make_model(), *chunks, most))
+        assert facts.largest_prefill == expected
+    facts = server_facts(parse(make_model(), "--chunked-prefill-size", "256"))
+    assert facts.largest_prefill == 256
 
 
 @pytest.mark.parametrize(
@@ -81,12 +91,11 @@ def test_decode_batches_are_captured_or_as_many_as_may_run(
     decode = SimpleNamespace(backend=backend, max_bs=most, bs=sizes)
     config = SimpleNamespace(decode=decode)
     args = SimpleNamespace(cuda_graph_config=config, max_running_requests=running)
-    assert compat.largest_decodes(args) == expected
+    assert largest_decodes(args) == expected
 
 
 def test_nothing_is_reserved_for_decoding_that_is_not_known(
-    server_args: Callable[..., ServerArgs], monkeypatch: pytest.MonkeyPatch
+    reserved: Callable[..., ReservedMemory],
 ) -> None:
-    args = server_args(chunk=256)
-    monkeypatch.setattr(compat, "largest_decodes", lambda given: (0, 0))
-    assert checks.reserved_memory(args).scratch == 768 * MB + 4 * 256 // 32 * LISTS * ROOM
+    found = reserved(captured_decode=0).scratch
+    assert found == 768 * MB + 4 * 256 // 32 * LISTS * ROOM

@@ -1,0 +1,205 @@
+"""SGLang's ServerArgs, model config, registry and releases, turned into facts of ours."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from sglang.srt.distributed.utils import get_pp_indices
+from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import (
+    ATTENTION_BACKEND_CHOICES,
+    add_attention_backend_choices,
+    add_deterministic_attention_backend_choices,
+    add_radix_supported_deterministic_attention_backend_choices,
+)
+
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.facts import ModelFacts, RefusedFlag, ServerFacts
+from kascade_sglang.host.release import resolves_late
+from kascade_sglang.plan.schema import ModelShape
+
+NAME = "kascade"
+
+# ServerArgs field -> the values Kascade works with. A flag stays here until it is tested.
+SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
+    "speculative_algorithm": (None,),
+    "disaggregation_mode": (None, "null"),
+    "dllm_algorithm": (None,),
+    "kv_cache_dtype": ("auto", "bfloat16", "bf16"),
+    "dcp_size": (None, 1),
+    "attn_cp_size": (None, 1),
+    "enable_prefill_cp": (False,),
+    "enable_dp_attention": (False,),
+    "enable_two_batch_overlap": (False,),
+    "enable_single_batch_overlap": (False,),
+    "enable_pdmux": (False,),
+    "enable_torch_compile": (False,),
+    "enable_hierarchical_cache": (False,),
+    "enable_lmcache": (False,),
+    "enable_flexkv": (False,),
+    "radix_cache_backend": (None,),
+    "enable_hisparse": (False,),
+    "enable_mis": (False,),
+    "enable_unified_memory": (False,),
+    "enable_page_major_kv_layout": (False,),
+    "prefill_only_disable_kv_cache": (False,),
+    "use_ray": (False,),
+}
+# The same for fields that older releases do not have.
+SUPPORTED_VALUES_LATER: dict[str, tuple[object, ...]] = {
+    "attn_dp_size": (None, 1),
+    "enable_kv_cache_sharding": (False,),
+    "enable_unified_cache_external_linker": (False,),
+    "enable_nvidia_megakernel": (False,),
+}
+
+
+def resolved(server_args: Any) -> Any:
+    """Return what reads ServerArgs as they are resolved."""
+    if not resolves_late():
+        return server_args
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    return resolving_view(server_args)
+
+
+def register_backend(factory: Any) -> None:
+    """Make ``--attention-backend kascade`` build ``factory(model_runner)``; repeatable."""
+    if NAME not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([NAME])
+        add_deterministic_attention_backend_choices([NAME])
+        add_radix_supported_deterministic_attention_backend_choices([NAME])
+    register_attention_backend(NAME)(factory)
+
+
+def require_hooks(targets: list[str]) -> None:
+    """Raise KascadeError if SGLang logged and skipped one of our hooks."""
+    missing = sorted(set(targets) - HookRegistry._patched)
+    if missing:
+        raise KascadeError(
+            f"hooks on {', '.join(missing)} are not live; SGLang's log says why "
+            "(is SGLANG_PLUGINS or SGLANG_PLATFORM set without kascade?)"
+        )
+
+
+def has_gpu() -> bool:
+    """Whether steps can run on a GPU of this machine."""
+    return torch.cuda.is_available()
+
+
+def phases_on_kascade(server_args: Any) -> frozenset[str]:
+    """Return which of ``prefill`` and ``decode`` run on the kascade backend."""
+    args = resolved(server_args)
+    names = {"prefill": args.prefill_attention_backend, "decode": args.decode_attention_backend}
+    return frozenset(
+        phase for phase, name in names.items() if (name or args.attention_backend) == NAME
+    )
+
+
+def server_facts(server_args: Any) -> ServerFacts:
+    """Read ServerArgs that are resolved."""
+    args, model = resolved(server_args), _model_config(server_args)
+    facts = _model_facts(args, model)
+    captured, eager = largest_decodes(args)
+    return ServerFacts(
+        model=facts,
+        refused_flags=tuple(_refused_flags(args)),
+        gpu=has_gpu(),
+        deterministic=args.enable_deterministic_inference,
+        phases=phases_on_kascade(server_args),
+        prefill_backend=args.prefill_attention_backend,
+        tensor_ranks=args.tp_size,
+        stages=args.pp_size,
+        stage_starts=tuple(
+            get_pp_indices(facts.shape.layers, stage, args.pp_size)[0]
+            for stage in range(args.pp_size)
+        ),
+        captured_decode=captured,
+        eager_decode=eager,
+        largest_prefill=largest_prefill(server_args, facts.context),
+    )
+
+
+def _model_config(server_args: Any) -> Any:
+    if hasattr(server_args, "get_model_config"):
+        return server_args.get_model_config()
+    # From SGLang 0.5.19 on.
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    return model_config_of(server_args)
+
+
+def _model_facts(args: Any, model: Any) -> ModelFacts:
+    return ModelFacts(
+        path=args.model_path,
+        options=getattr(model.hf_config, "kascade", None),
+        shape=ModelShape(
+            layers=model.num_hidden_layers,
+            q_heads=model.num_attention_heads,
+            kv_heads=model.get_total_num_kv_heads(),
+            head_dim=model.head_dim,
+            hidden=model.hidden_size,
+        ),
+        dtype=str(model.dtype).removeprefix("torch."),
+        context=model.context_len,
+        unsupported=tuple(_unsupported(model)),
+    )
+
+
+def _unsupported(model: Any) -> Iterator[str]:
+    """Say what about a model Kascade does not serve."""
+    text = model.hf_text_config
+    if model.attention_arch.name == "MLA":
+        yield "multi-head latent attention (MLA) has no KV heads to select for"
+    if model.is_encoder_decoder or getattr(text, "add_cross_attention", False):
+        yield "encoder-decoder and cross attention are not supported"
+    if not model.is_generation:
+        yield "expected a generative decoder, got an embedding or reward model"
+    if model.is_multimodal:
+        yield "multimodal models are not supported"
+    if model.is_hybrid_swa:
+        yield "sliding-window layers are not supported"
+    if model.has_attention_sinks:
+        yield "attention sinks are not supported"
+    if getattr(text, "attn_logit_softcapping", None):
+        yield "soft-capped attention logits are not supported"
+    if model.head_dim != model.v_head_dim:
+        yield "expected one head_dim for K and V"
+
+
+def _refused_flags(args: Any) -> Iterator[RefusedFlag]:
+    later = {name: of for name, of in SUPPORTED_VALUES_LATER.items() if hasattr(args, name)}
+    for field, supported in (SUPPORTED_VALUES | later).items():
+        value = getattr(args, field)
+        if value not in supported:
+            flag = "--" + field.replace("_", "-")
+            yield RefusedFlag(flag, repr(supported[0]), repr(value))
+    # JSON in --cuda-graph-config overrides the flag.
+    graphs = args.cuda_graph_config
+    if "full" in (args.cuda_graph_backend_prefill, graphs and graphs.prefill.backend):
+        flag, remedy = "--cuda-graph-backend-prefill", "tiles are cut on the host"
+        yield RefusedFlag(flag, "breakable or disabled", "'full'", remedy)
+
+
+def largest_decodes(args: Any) -> tuple[int, int]:
+    """Return the most requests of a captured decode step, and of an eager one if it may be larger.
+
+    0 where there is none, or where SGLang will choose how many requests may run.
+    """
+    decode = args.cuda_graph_config.decode
+    captured = 0 if decode.backend == "disabled" else max([decode.max_bs or 0, *(decode.bs or [])])
+    running = args.max_running_requests or 0
+    return captured, running if running > captured else 0
+
+
+def largest_prefill(server_args: Any, context: int) -> int:
+    """Return how many new tokens a prefill step may hold; context: the model's."""
+    # Without chunks SGLang takes a prompt of any length, if it is the step's only one.
+    whole = max(resolved(server_args).max_prefill_tokens, context)
+    if hasattr(server_args, "max_prefill_buffer_tokens"):
+        return server_args.max_prefill_buffer_tokens() or whole
+    # From SGLang 0.5.19 on.
+    from sglang.srt.arg_groups.overrides import max_prefill_buffer_tokens
+
+    return max_prefill_buffer_tokens(server_args) or whole

@@ -1,0 +1,51 @@
+"""Check plan and flags before any process starts, and turn off what cannot be captured.
+
+Why: a refusal in a worker comes a minute later, under other output; and SGLang turns CUDA graphs
+    off only for backend names that it knows.
+How: around the resolution of ServerArgs: graphs off before it where attention runs eagerly, our
+    checks after it.
+Remove when: SGLang has a validation hook.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from kascade_patches.server_args_from_cli_args import FROM_COMMAND_LINE
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.release import resolves_late
+
+TARGET = (
+    f"sglang.srt.server_args.ServerArgs.{'resolve_once' if resolves_late() else '__post_init__'}"
+)
+KIND = "AROUND"
+
+logger = logging.getLogger(__name__)
+
+
+def hook(original: Callable[..., None], server_args: Any) -> None:
+    """Resolve ServerArgs; raises KascadeError where this server would not be right.
+
+    Arguments of a command line end the process instead, with status 1 and the sentence.
+    """
+    from kascade_sglang.checks import check
+    from kascade_sglang.config import read_settings
+    from kascade_sglang.host.release import require_supported_host
+    from kascade_sglang.host.server import has_gpu, phases_on_kascade, server_facts
+
+    if getattr(server_args, "_resolution_finished", False) or not phases_on_kascade(server_args):
+        return original(server_args)
+    try:
+        require_supported_host()
+        compares = read_settings(None).selection not in (None, "topk")
+        if not server_args.disable_cuda_graph and (compares or not has_gpu()):
+            logger.warning(
+                "kascade: CUDA graphs are off, attention runs through the torch reference"
+            )
+            server_args.disable_cuda_graph = True
+        original(server_args)
+        check(server_facts(server_args))
+    except KascadeError as error:
+        if getattr(server_args, FROM_COMMAND_LINE, False):
+            raise SystemExit(f"kascade: {error}") from None
+        raise
