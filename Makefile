@@ -1,22 +1,31 @@
 # Every target works on a machine that has Python 3.10-3.12 and nothing else.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
-BIN := .venv/bin
-STAMP := .venv/installed
+# The release that make test runs on; make test-host SGLANG=... tries another in a venv of its own.
+SGLANG ?= 0.5.17
+VENV := .venv$(if $(filter-out 0.5.17,$(SGLANG)),-$(SGLANG))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest -q
 # The half of make test that starts few servers: kernels in the interpreter, and what runs outside it.
 INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py
 OTHER_TESTS := tests/compile tests/e2e/test_kernel_server.py tests/calibration tests/evaluation
+UNIT_TESTS := tests/plan tests/plugin tests/kernels tests/backend tests/calibration/test_anchors.py \
+	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_metrics.py \
+	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test test-serving test-kernels test-gpu check eval bench \
+.PHONY: demo serve test test-fast test-host test-serving test-kernels test-gpu check eval bench \
 	bench-decode bench-prefill bench-serving soak readme-tables clean
 
 $(STAMP): setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '.[test,bench]'
+# Releases between pin a stub that no offline index has; nothing here uses it.
+	echo "cuda-tile ; sys_platform == 'never'" > $(VENV)/overrides
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --override $(VENV)/overrides \
+		-e '.[test,bench]' sglang==$(SGLANG)
 	@touch $@
 
 demo: $(STAMP)  ## answer questions over shared documents, sparse and dense, side by side
@@ -36,6 +45,13 @@ test-kernels: $(STAMP)  ## kernels, the backend and a server in Triton's interpr
 	@out=$$( { export CUDA_VISIBLE_DEVICES=; $(PYTEST) $(OTHER_TESTS); failed=$$?; \
 		TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED) && exit $$failed; } 2>&1); \
 	failed=$$?; printf '\nKernel tests:\n%s\n' "$$out"; exit $$failed
+
+test-host: $(STAMP)  ## what depends on SGLang, on another release: make test-host SGLANG=0.5.23
+	$(PYTEST) tests/plugin tests/plan tests/backend tests/e2e/test_server.py tests/e2e/test_engine.py
+	CUDA_VISIBLE_DEVICES= $(PYTEST) tests/compile
+
+test-fast: $(STAMP)  ## unit tests: no server, no interpreter, no compilation
+	$(PYTEST) $(UNIT_TESTS)
 
 test-gpu: $(STAMP)  ## kernels, backend and servers on a GPU, then tests of every kernel under compute-sanitizer
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
@@ -71,4 +87,4 @@ readme-tables: $(STAMP)  ## fill the README's tables in from benchmarks/results
 	$(BIN)/python benchmarks/readme_tables.py
 
 clean:
-	rm -rf .venv *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* *.egg-info .pytest_cache .ruff_cache
