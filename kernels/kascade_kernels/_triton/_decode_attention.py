@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import bounded
+from kascade_kernels._triton._primitives import bounded, of_mapped_list
 
 
 @triton.jit
@@ -31,8 +31,7 @@ def decode_attention_kernel(
 ):
     # Grid: (HEADS, rows, SPLITS). Splits last: those without keys then wait behind the others.
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    of_list = row * LISTS + tl.load(head_map + head)
-    count = tl.load(counts + of_list)
+    count = of_mapped_list(counts, row, head_map, head, LISTS)
     span = tl.load(spans + row) * BLOCK
     lo = split * span
     hi = tl.minimum(lo + span, count)
@@ -44,7 +43,7 @@ def decode_attention_kernel(
     if lo >= hi:
         tl.store(part_lse + part, float("-inf"), mask=real)
         return
-    list_ = slots + tl.load(offsets + of_list)
+    list_ = slots + of_mapped_list(offsets, row, head_map, head, LISTS)
     q_rows = row.to(tl.int64) * stride_q + (head * GROUP + group) * D
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
 

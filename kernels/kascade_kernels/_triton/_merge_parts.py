@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from kascade_kernels._triton._primitives import of_mapped_list
+
 
 @triton.jit
 def merge_parts_kernel(
@@ -22,10 +24,7 @@ def merge_parts_kernel(
 ):
     # Grid: (Q_HEADS, rows).
     q_head, row = tl.program_id(0), tl.program_id(1)
-    list_ = 0
-    if LISTS > 1:
-        list_ = tl.load(head_map + q_head // GROUP)
-    length = tl.load(lengths + row * LISTS + list_).to(tl.int32)
+    length = of_mapped_list(lengths, row, head_map, q_head // GROUP, LISTS).to(tl.int32)
     used = tl.cdiv(length, tl.load(spans + row) * STEP)
     index = row.to(tl.int64) * Q_HEADS + q_head
     dim = tl.arange(0, D)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import TILE, VARY, own_tile_start
+from kascade_kernels._triton._primitives import TILE, VARY, of_mapped_list, own_tile_start
 from kascade_kernels._triton._tile_scores import (
     block_count,
     block_rows,
@@ -95,9 +95,8 @@ def tile_attention_kernel(
     unseen = own[None, :] > tl.minimum(end - count + query, end - 1)[:, None]
     acc, largest, total = attend(q, own_k, own_v, unseen, acc, largest, total, scale, True)
 
-    of_list = row * LISTS + tl.load(head_map_ptr + head)
-    selected = tl.load(selected_ptr + of_list)
-    slots_ptr = slot_ptr + tl.load(offset_ptr + of_list)
+    selected = of_mapped_list(selected_ptr, row, head_map_ptr, head, LISTS)
+    slots_ptr = slot_ptr + of_mapped_list(offset_ptr, row, head_map_ptr, head, LISTS)
     whole = selected // BLOCK_K * BLOCK_K
     for first in range(0, whole, BLOCK_K):
         slots = tl.load(slots_ptr + first + tl.arange(0, BLOCK_K)).to(tl.int64)
