@@ -39,6 +39,7 @@ class Settings(BaseModel):
     dense_backend: str | None = None
     selection: Literal["topk", "window", "random", "quest", "omnikv", "lessismore"] | None = None
     exact: bool | None = None
+    phases: Literal["both", "decode"] | None = None
     score_memory_mb: int | None = None
 
 
@@ -51,6 +52,7 @@ class KascadeConfig:
         quality can be compared at an equal budget.
     exact: score with the pool's own keys and every query's exact log-sum-exp, not with 8-bit
         copies and an estimate.
+    phases: ``both``, or ``decode`` where prefill attends to every key and only decoding is sparse.
     score_memory: bytes that scores of one launch may take.
     batch_invariant: sums of a request's decoding are in the same order in any batch.
     """
@@ -61,6 +63,7 @@ class KascadeConfig:
     dense_backend: str | None = None
     selection: str = "topk"
     exact: bool = False
+    phases: str = "both"
     score_memory: int = SCORE_MEMORY
     batch_invariant: bool = False
 
@@ -68,6 +71,11 @@ class KascadeConfig:
     def pooled(self) -> bool:
         """Whether one selection serves all KV heads of a layer."""
         return self.heads == "pooled" or self.selection in ONE_LIST
+
+    @property
+    def sparse_prefill(self) -> bool:
+        """Whether prefill is sparse, too."""
+        return self.phases == "both"
 
 
 def environment_variable(name: str) -> str:
@@ -150,5 +158,6 @@ def load_config(
         dense_backend=settings.dense_backend,
         selection=selection,
         exact=bool(settings.exact),
+        phases=settings.phases or "both",
         score_memory=SCORE_MEMORY if memory is None else memory * MB,
     )

@@ -36,22 +36,32 @@ def key_reads(
 
 
 def reads_by_query(
-    config: KascadeConfig, positions: np.ndarray, layers: range | None = None
+    config: KascadeConfig,
+    positions: np.ndarray,
+    layers: range | None = None,
+    *,
+    sparse: bool = True,
 ) -> np.ndarray:
-    """Count likewise, query by query: int64 [3, queries], in the order of ``KeyReads``."""
+    """Count likewise, query by query: int64 [3, queries], in the order of ``KeyReads``.
+
+    sparse: whether the queries run sparsely; where not, they read all that they see.
+    """
     plan, budget = config.plan, config.budget
+    if not sparse:
+        seen = len(layers or range(plan.shape.layers)) * (positions + 1)
+        return np.stack([seen, np.zeros_like(seen), seen])
     roles = [plan.role(layer) for layer in layers or range(plan.shape.layers)]
     dense = roles.count(LayerRole.DENSE)
     selecting = dense + roles.count(LayerRole.ANCHOR)
     tiles = positions // TILE
     selected = budget.selected_counts(tiles)
-    sparse = selected < TILE * tiles
+    selects = selected < TILE * tiles
     visible = positions + 1
     attended = selected + positions - TILE * tiles + 1
     return np.stack(
         [
             (len(roles) - dense) * attended + dense * visible,
-            selecting * np.where(sparse, _scored(config.selection, positions), 0),
+            selecting * np.where(selects, _scored(config.selection, positions), 0),
             len(roles) * visible,
         ]
     )

@@ -38,7 +38,7 @@ class KascadeAttnBackend(AttentionBackend):
     """Anchor layers select keys, reuse layers attend to them, layer 0 attends to everything.
 
     One instance serves one model runner. State between layers lives here for one step: the step
-    in ``running``, the last anchor's selection in ``paths.store``.
+    in ``running`` (None where all of it is dense), the last anchor's selection in ``paths.store``.
     """
 
     def __init__(self, runner: ModelRunner, config: KascadeConfig) -> None:
@@ -58,7 +58,7 @@ class KascadeAttnBackend(AttentionBackend):
         counts = rank.reports_metrics
         self.counter = KeyCounter(config, rank.layers, self.paths.sizes.context) if counts else None
         anchors = [layer for layer in config.plan.anchors if layer in rank.layers]
-        if anchors and rank.device.startswith("cuda"):
+        if anchors and config.sparse_prefill and rank.device.startswith("cuda"):
             warm_up(self.paths, anchors[0])
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -67,9 +67,10 @@ class KascadeAttnBackend(AttentionBackend):
             return
         batch = Batch.of(forward_batch)
         path = self._path(batch)
-        if not path.attends_densely:
+        if path is None or not path.attends_densely:
             self.dense.init_forward_metadata(forward_batch)
-        path.prepare(batch)
+        if path is not None:
+            path.prepare(batch)
         self._begin(path, batch)
         self._count(batch)
 
@@ -86,7 +87,9 @@ class KascadeAttnBackend(AttentionBackend):
     ) -> None:
         """Take from SGLang's slot table what a replay needs; the graph reads lengths itself."""
         batch = Batch.of(forward_batch)
-        self._path(batch).prepare(batch)
+        path = self._path(batch)
+        if path is not None:
+            path.prepare(batch)
         if not in_capture:
             self._count(batch)
 
@@ -95,12 +98,15 @@ class KascadeAttnBackend(AttentionBackend):
         batch = Batch.of(forward_batch)
         self._begin(self._path(batch), batch)
 
-    def _path(self, batch: Batch) -> Path:
-        return self.paths.decode if batch.decode else self.paths.extend
+    def _path(self, batch: Batch) -> Path | None:
+        """What computes a step; None where the dense backend computes all of it."""
+        if batch.decode:
+            return self.paths.decode
+        return self.paths.extend if self.config.sparse_prefill else None
 
-    def _begin(self, path: Path, batch: Batch) -> None:
+    def _begin(self, path: Path | None, batch: Batch) -> None:
         self.paths.store.clear()
-        self.running = Running(path, path.record(batch))
+        self.running = None if path is None else Running(path, path.record(batch))
 
     def _count(self, batch: Batch) -> None:
         if self.counter is not None:
@@ -150,6 +156,10 @@ class KascadeAttnBackend(AttentionBackend):
                 f"layer {layer.layer_id}: expected plain causal self-attention, got "
                 f"{sorted(kwargs) or 'another kind'}; serve with another --attention-backend"
             )
+        if self.running is None:
+            out = dense_forward(q, k, v, layer, batch, save_kv_cache)
+            self.paths.kv.copy(layer.layer_id, batch.out_cache_loc)
+            return out
         role, facts = self.config.plan.role(layer.layer_id), Layer.of(layer)
         path, step = self.running.path, self.running.step
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)

@@ -33,8 +33,12 @@ class KeyCounter:
     """
 
     def __init__(self, config: KascadeConfig, layers: range, context: int) -> None:
-        before = reads_by_query(config, np.arange(context), layers).cumsum(axis=1)
-        self._reads_before = np.pad(before, ((0, 0), (1, 0)))  # int64 [3, context + 1]
+        positions = np.arange(context)
+        sparse = {"prefill": config.sparse_prefill, "decode": True}
+        self._reads_before = {}  # int64 [3, context + 1] each
+        for phase, is_sparse in sparse.items():
+            reads = reads_by_query(config, positions, layers, sparse=is_sparse)
+            self._reads_before[phase] = np.pad(reads.cumsum(axis=1), ((0, 0), (1, 0)))
         self._counters = {
             phase: [KEY_READS.labels(phase, kind) for kind in KINDS]
             for phase in ("prefill", "decode")
@@ -43,8 +47,8 @@ class KeyCounter:
     def add(self, batch: Batch) -> None:
         """Count one step; requests that pad a batch to a graph's size are left out."""
         begins, ends = batch.spans
-        real, before = len(ends) - batch.padding, self._reads_before
+        phase = "decode" if batch.decode else "prefill"
+        real, before = len(ends) - batch.padding, self._reads_before[phase]
         reads = (before[:, ends[:real]] - before[:, begins[:real]]).sum(axis=1)
-        counters = self._counters["decode" if batch.decode else "prefill"]
-        for counter, count in zip(counters, reads.tolist(), strict=True):
+        for counter, count in zip(self._counters[phase], reads.tolist(), strict=True):
             counter.inc(count)

@@ -29,7 +29,7 @@ def reserved_memory(facts: ServerFacts, config: KascadeConfig) -> ReservedMemory
     copy = allocate_key_copy(1, sizes.kv_heads, sizes.head_dim, NO_MEMORY)
     batches = (facts.captured_decode, facts.eager_decode)
     decode = sum(DecodeBuffers(rows, sizes, config, NO_MEMORY).nbytes for rows in batches if rows)
-    tiles = -(-facts.largest_prefill // TILE)
+    tiles = -(-facts.largest_prefill // TILE) if config.sparse_prefill else 0
     prefill = allocate_lists(tiles * sizes.lists * sizes.longest_list, NO_MEMORY)
     # A rank holds as many anchors as the layers of a stage at most.
     layers = -(-config.plan.shape.layers // facts.stages)

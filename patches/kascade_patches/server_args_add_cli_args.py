@@ -53,6 +53,11 @@ def hook(result: Any, parser: argparse.ArgumentParser) -> None:
         help="score with the keys themselves instead of 8-bit copies: slower, the exact Top-k",
     )
     group.add_argument(
+        "--kascade-phases",
+        choices=("both", "decode"),
+        help="decode: prefill attends to every key, only decoding is sparse; default: both",
+    )
+    group.add_argument(
         "--kascade-score-memory-mb",
         type=int,
         metavar="N",

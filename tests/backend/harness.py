@@ -76,6 +76,7 @@ class Harness:
         dtype: torch.dtype = DTYPE,
         exact: bool = True,
         batch_invariant: bool = False,
+        phases: str = "both",
         score_memory: int = 2**24,
         slot_seed: int = 0,
         data_seed: int = 1,
@@ -91,6 +92,7 @@ class Harness:
             exact=exact,
             score_memory=score_memory,
             batch_invariant=batch_invariant,
+            phases=phases,
         )
         self.runs_kernels = runs_kernels(DEVICE, self.config)
         self.lengths, self.layers, self.group, self.kv_heads = lengths, layers, group, kv_heads
@@ -192,7 +194,8 @@ class Harness:
         lengths = [end - begin for _, begin, end in spans]
         for (request, begin, end), part in zip(spans, out.split(lengths), strict=True):
             self.outputs[layer_id][request][begin:end] = part
-        self._record(layer_id, spans)
+        if self.backend.running is not None:
+            self._record(layer_id, spans)
 
     def _record(self, layer_id: int, spans: list[tuple[int, int, int]]) -> None:
         """Translate the selected slots back to positions."""

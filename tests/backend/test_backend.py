@@ -178,6 +178,26 @@ def test_budget_of_everything_is_dense() -> None:
         torch.testing.assert_close(out, dense, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["default", "exact"])
+def test_only_decoding_is_sparse_where_phases_say_so(exact: bool) -> None:
+    """Prefill is dense in every layer, and a decode step is the one that both phases have."""
+    both, decode = (Harness([161], exact=exact, phases=phases) for phases in ("both", "decode"))
+    for harness in (both, decode):
+        harness.prefill(0, 64)
+        assert not harness.selections[2][0] or harness is both
+        harness.step([(0, 160, 161)])
+    for layer in range(4):
+        q, k, v = (tensor.double().transpose(0, 1)[None] for tensor in decode.qkv[layer][0])
+        dense = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )[0].transpose(0, 1)
+        out = decode.outputs[layer][0].double()
+        torch.testing.assert_close(out[:160], dense[:160], rtol=TOLERANCE, atol=TOLERANCE)
+        if layer:
+            assert not torch.allclose(out[160], dense[160], rtol=TOLERANCE, atol=TOLERANCE)
+    assert_same(both, decode, 0, begin=160)
+
+
 def test_comparisons_keep_the_budget() -> None:
     exact = Harness([301])
     exact.prefill(0, 301)

@@ -63,3 +63,13 @@ def test_counters_grow_by_the_reads_of_a_step() -> None:
     assert counted(counter, [1024, 33, 1, 1], None) == expected([1023, 32])
     assert counted(counter, [70, 503], [0, 500]) == expected([*range(70), 500, 501, 502])
     assert counted(counter, [], []) == [0, 0, 0]
+
+
+def test_a_dense_prefill_counts_what_it_reads() -> None:
+    plan = make_plan(layers=4, kv_heads=2, group=4, anchors=(0, 2))
+    config = KascadeConfig(plan, Budget(0.1, 64), "per_head", phases="decode")
+    counter = KeyCounter(config, range(4), context=1024)
+    attended, scored, dense = counted(counter, [503], [500])
+    assert (attended, scored) == (dense, 0) == (4 * (501 + 502 + 503), 0)
+    attended, scored, dense = counted(counter, [1024, 1, 1], None)
+    assert 0 < attended < dense and scored > 0
