@@ -6,7 +6,7 @@ from kascade_kernels.budget import TILE
 from kascade_kernels.key_copy import allocate_key_copy
 from kascade_sglang.backend.decode import DecodeBuffers
 from kascade_sglang.backend.extend import allocate_lists
-from kascade_sglang.backend.sizes import Sizes, copied_layers, runs_kernels
+from kascade_sglang.backend.sizes import Sizes, copied_layers
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.host.facts import ServerFacts
 
@@ -23,7 +23,7 @@ class ReservedMemory(NamedTuple):
 
 def reserved_memory(facts: ServerFacts, config: KascadeConfig) -> ReservedMemory:
     """Count what a rank's paths allocate; nothing where the kernels do not run."""
-    if not runs_kernels("cuda" if facts.gpu else "cpu", config):
+    if not facts.gpu or config.selection != "topk":
         return ReservedMemory(0, 0)
     sizes = Sizes.of(config, config.plan.shape.kv_heads // facts.tensor_ranks, facts.model.context)
     copy = allocate_key_copy(1, sizes.kv_heads, sizes.head_dim, NO_MEMORY)
