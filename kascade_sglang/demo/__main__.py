@@ -21,20 +21,15 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from kascade_sglang.config import KascadeConfig, load_config
-from kascade_sglang.demo.client import Answer, ask, ask_all
-from kascade_sglang.demo.server import (
-    MODEL,
-    Server,
-    ServerError,
-    demo_arguments,
-    stop_servers_on_sigterm,
-)
-from kascade_sglang.demo.tasks import Document, make_document
 from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import load_plan
 from kascade_sglang.provenance import provenance
+from kascade_sglang.servers.client import Answer, ask, ask_all
+from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.server import Server, ServerError, stop_servers_on_sigterm
 from kascade_sglang.sparsity import key_reads
+from kascade_sglang.text.documents import Document, make_document
 
 DOCUMENTS = 3
 DOCUMENT_TOKENS = 4300

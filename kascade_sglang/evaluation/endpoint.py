@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import httpx
 import openai
 
-from kascade_sglang.counters import KeyReads, read_key_reads
 from kascade_sglang.evaluation.errors import EvaluationError
 from kascade_sglang.evaluation.samples import Sample
+from kascade_sglang.servers.counters import KeyReads, read_key_reads
 
 PROMPTS = ("chat_prefix", "chat", "completion")
 """How prompts are sent: as a chat whose reply starts with the benchmark's prefix (SGLang), as a

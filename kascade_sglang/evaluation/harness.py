@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import kascade_sglang
-from kascade_sglang.counters import KeyReads, share_attended
 from kascade_sglang.evaluation.endpoint import Endpoint, Reply
 from kascade_sglang.evaluation.errors import EvaluationError
 from kascade_sglang.evaluation.intervals import score_interval
@@ -18,6 +17,7 @@ from kascade_sglang.evaluation.perplexity import perplexity_interval
 from kascade_sglang.evaluation.results import Results, SavedReply
 from kascade_sglang.evaluation.samples import Order, Sample, Task
 from kascade_sglang.evaluation.tokens import Tokens
+from kascade_sglang.servers.counters import KeyReads, share_attended
 
 SLACK_TOKENS, SLACK_SHARE = 32, 0.01
 """How far the server's count of a prompt may be from ours: templates add dates and the like."""

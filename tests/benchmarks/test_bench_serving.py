@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
-from kascade_sglang.demo.server import Server
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.servers.server import Server
 from models import LLAMA, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]

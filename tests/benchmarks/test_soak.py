@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kascade_sglang.demo.server import Server, demo_arguments
+from kascade_sglang.servers.demo_model import demo_arguments
+from kascade_sglang.servers.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,8 +19,8 @@ from kascade_sglang.calibration.hf_attention import kascade_generate
 from kascade_sglang.calibration.hf_model import load_model
 from kascade_sglang.calibration.similarity import anchor_gain, layer_similarity
 from kascade_sglang.cli import main
-from kascade_sglang.demo.server import MODEL
 from kascade_sglang.plan.schema import load_plan
+from kascade_sglang.servers.demo_model import MODEL
 
 MASS = ("0.05", "0.1", "0.2")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kascade_sglang.demo.server import MODEL, Server, demo_arguments
+from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.server import Server
 from models import LLAMA, make_plan
 from support import (
     assert_equals,

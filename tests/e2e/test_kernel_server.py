@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kascade_sglang.demo.server import Server, demo_arguments
+from kascade_sglang.servers.demo_model import demo_arguments
+from kascade_sglang.servers.server import Server
 from support import (
     assert_equals,
     generate,

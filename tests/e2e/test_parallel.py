@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kascade_sglang.counters import KeyReads, read_key_reads
-from kascade_sglang.demo.server import MODEL, Server, demo_arguments
 from kascade_sglang.evaluation.methods import without_head_map
+from kascade_sglang.servers.counters import KeyReads, read_key_reads
+from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.server import Server
 from support import REPLIES, ask_everything, generate, prompt_ids, shipped_plan
 
 pytestmark = pytest.mark.e2e

@@ -15,10 +15,10 @@ from openai import OpenAI
 
 from kascade_sglang.cli import main
 from kascade_sglang.config import load_config
-from kascade_sglang.demo.client import MODEL_NAME
-from kascade_sglang.demo.server import MODEL, Server, demo_arguments
-from kascade_sglang.demo.tasks import is_correct, messages
+from kascade_sglang.servers.demo_model import MODEL, MODEL_NAME, demo_arguments
+from kascade_sglang.servers.server import Server
 from kascade_sglang.sparsity import key_reads
+from kascade_sglang.text.documents import is_correct, messages
 from support import (
     assert_equals,
     document,

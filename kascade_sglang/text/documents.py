@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kascade_sglang.demo.filler import load_filler
-from kascade_sglang.demo.vocabulary import (
+from kascade_sglang.text.books import load_books
+from kascade_sglang.text.words import (
     COUNTED,
     NUMBER_KINDS,
     PHRASE,
@@ -23,6 +23,8 @@ from kascade_sglang.demo.vocabulary import (
 )
 
 TASKS = ("single_key", "multi_key", "multi_hop", "which_document", "counting")
+MAX_TOKENS = 48
+"""Room for the longest right reply."""
 
 FACT_FORMS = (
     "The {core}.",
@@ -297,7 +299,7 @@ def make_document(
     """
     rng = random.Random(f"{split}-{seed}")
     counts = dict.fromkeys(tasks, questions_per_task)
-    draft = compose(rng, split, counts, target_tokens, count_tokens, load_filler())
+    draft = compose(rng, split, counts, target_tokens, count_tokens, load_books())
     questions = tuple(item.question for item in draft.items)
     return Document(draft.title, "".join(draft.pieces), questions)
 

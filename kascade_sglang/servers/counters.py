@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 KeyReads = dict[tuple[str, str], int]
-"""{(phase, kind): keys}; see ``backend/metrics.py``."""
+"""{(phase, kind): keys}; see ``backend/key_counter.py``."""
 
 
 def read_samples(url: str, timeout: float = 30) -> Iterator[Sample]:
