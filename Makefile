@@ -18,7 +18,7 @@ SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wil
 .PHONY: demo serve test test-fast test-host test-serving test-kernels test-gpu check eval bench \
 	bench-decode bench-prefill bench-serving soak readme-tables clean
 
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv

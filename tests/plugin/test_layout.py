@@ -1,7 +1,6 @@
 """The tree: who may import whom, what is packaged, and how large files are."""
 
 import ast
-import configparser
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,20 +63,23 @@ def test_the_shared_name_kernels_is_left_to_its_owner() -> None:
     assert callable(get_kernel)
 
 
-def test_every_package_is_listed() -> None:
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    listed = set(setup["options"]["packages"].split())
-    found = {
-        ".".join(path.parent.relative_to(ROOT / prefix).parts)
-        for prefix, folder in (
-            (".", "kascade_sglang"),
-            ("kernels", "kernels"),
-            ("patches", "patches"),
-        )
-        for path in (ROOT / folder).rglob("__init__.py")
+def test_every_package_and_its_data_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("setuptools")
+    # Of setuptools, where Python has none of its own.
+    from distutils.core import run_setup
+
+    monkeypatch.chdir(ROOT)
+    setup = run_setup("setup.py", stop_after="config")
+    homes = {
+        folder: folder.relative_to(ROOT / root)
+        for root in (".", "kernels", "patches")
+        for folder in {path.parent for path in (ROOT / root).glob("kascade_*/**/*.py")}
     }
-    assert listed == found
+    assert set(setup.packages) == {".".join(home.parts) for home in homes.values()}
+    for folder, home in homes.items():
+        data = {path for kept in ("data", "model") for path in (folder / kept).glob("*")}
+        patterns = setup.package_data.get(".".join(home.parts), [])
+        assert data == {path for pattern in patterns for path in folder.glob(pattern)}, home
 
 
 def test_every_patch_is_registered_and_explained() -> None:
