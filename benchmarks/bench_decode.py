@@ -96,7 +96,7 @@ def measure_case(case: str, lengths: list[int], inputs: str, rivals: bool) -> It
         cascade = measure(flashinfer_cascade(q, pool, lengths, shared))
         yield Row(case, "dense", "exact", cascade, fa3_ms, method="flashinfer_cascade")
     for mode in MODES:
-        paths = make_paths(pool, exact=mode == "exact")
+        paths = make_paths(pool, mode)
         paths.decode.reserve(len(lengths))
         layers = LayerRuns(paths, paths.decode, batch, q)
 
