@@ -9,8 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from interpreter import add_bfloat16, leave_out_programs
-from shapes import INTERPRETED
+from tests.support.interpreter import add_bfloat16, leave_out_programs
+from tests.support.shapes import INTERPRETED
 
 # Log handlers that libraries made in one test hold its closed stderr in the next.
 logging.raiseExceptions = False

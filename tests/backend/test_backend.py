@@ -7,7 +7,6 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from triton.runtime.errors import OutOfResources
 
-from harness import DEVICE, DTYPE, HEAD_DIM, Harness, expected_output
 from kascade_kernels.budget import Budget
 from kascade_kernels.reference import anchor_scores
 from kascade_sglang.backend import paths
@@ -15,7 +14,8 @@ from kascade_sglang.backend.decode import DecodeBuffers, DecodeStep
 from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.steps import Batch
-from shapes import INTERPRETED
+from tests.support.harness import DEVICE, DTYPE, HEAD_DIM, Harness, expected_output
+from tests.support.shapes import INTERPRETED
 
 KERNELS = DEVICE == "cuda" or INTERPRETED
 TOLERANCE = 1e-5 if DTYPE is torch.float32 else 2e-3

@@ -4,8 +4,8 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from harness import DTYPE, Harness, expected_output
 from kascade_sglang.backend.selectors import SELECTORS
+from tests.support.harness import DTYPE, Harness, expected_output
 
 COMPARED = [name for name in SELECTORS if name != "topk"]
 METHODS = pytest.mark.parametrize("method", COMPARED)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from models import LLAMA, make_plan
+from tests.support.models import LLAMA, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 

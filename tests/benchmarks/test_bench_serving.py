@@ -17,7 +17,7 @@ import torch
 
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.servers.server import Server
-from models import LLAMA, make_plan
+from tests.support.models import LLAMA, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 STAMP = ("gpu", "versions", "commit", "date")

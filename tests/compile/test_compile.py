@@ -10,8 +10,6 @@ import torch
 
 import kascade_kernels.tile_attention as tile_attention_module
 import kascade_kernels.tile_scores as tile_scores_module
-from capture import compiled_launches
-from decode_case import DecodeCase
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
 from kascade_kernels.decode_attention import decode_attention
@@ -23,6 +21,8 @@ from kascade_kernels.select_slots import count_high, select_slots
 from kascade_kernels.structs import Rows
 from kascade_kernels.tile_attention import tile_attention
 from kascade_kernels.tile_scores import tile_lse, tile_scores
+from tests.support.capture import compiled_launches
+from tests.support.decode_case import DecodeCase
 
 CONTEXT = 131072
 HEADS = 2

@@ -11,8 +11,8 @@ import pytest
 
 from kascade_sglang.servers.demo_model import MODEL, demo_arguments
 from kascade_sglang.servers.server import Server
-from models import LLAMA, make_plan
-from support import (
+from tests.support.models import LLAMA, make_plan
+from tests.support.requests import (
     assert_equals,
     generate,
     prompt_ids,

@@ -7,7 +7,7 @@ import pytest
 import sglang
 
 from kascade_sglang.servers.demo_model import MODEL
-from support import prompt_ids, sampling
+from tests.support.requests import prompt_ids, sampling
 
 pytestmark = pytest.mark.e2e
 

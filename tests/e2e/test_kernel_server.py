@@ -7,7 +7,7 @@ import torch
 
 from kascade_sglang.servers.demo_model import demo_arguments
 from kascade_sglang.servers.server import Server
-from support import (
+from tests.support.requests import (
     assert_equals,
     generate,
     prompt_ids,

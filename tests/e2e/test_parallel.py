@@ -12,7 +12,7 @@ from kascade_sglang.evaluation.methods import without_head_map
 from kascade_sglang.servers.counters import KeyReads, read_key_reads
 from kascade_sglang.servers.demo_model import MODEL, demo_arguments
 from kascade_sglang.servers.server import Server
-from support import REPLIES, ask_everything, generate, prompt_ids, shipped_plan
+from tests.support.requests import REPLIES, ask_everything, generate, prompt_ids, shipped_plan
 
 pytestmark = pytest.mark.e2e
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

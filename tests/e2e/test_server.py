@@ -19,7 +19,7 @@ from kascade_sglang.servers.demo_model import MODEL, MODEL_NAME, demo_arguments
 from kascade_sglang.servers.server import Server
 from kascade_sglang.sparsity import key_reads
 from kascade_sglang.text.documents import is_correct, messages
-from support import (
+from tests.support.requests import (
     assert_equals,
     document,
     generate,

@@ -10,7 +10,7 @@ from kascade_sglang import cli
 from kascade_sglang.evaluation.longbench import datasets
 from kascade_sglang.evaluation.tokens import Tokens
 from kascade_sglang.servers.demo_model import MODEL
-from stub import Stub, WordTokenizer
+from tests.support.stub import Stub, WordTokenizer
 
 
 @pytest.fixture(scope="session")

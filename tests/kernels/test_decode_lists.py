@@ -5,7 +5,7 @@ import torch
 
 from kascade_kernels.budget import Budget, tile_of
 from kascade_kernels.decode_lists import STEP, Spans, decode_lists
-from shapes import DEVICE, needs_kernels
+from tests.support.shapes import DEVICE, needs_kernels
 
 pytestmark = needs_kernels
 

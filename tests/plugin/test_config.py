@@ -10,7 +10,7 @@ from kascade_sglang.backend.selectors import SELECTORS
 from kascade_sglang.config import FLAGS_VARIABLE, load_config, read_settings
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import PLAN_NAME
-from models import SHAPE, make_plan
+from tests.support.models import SHAPE, make_plan
 
 
 def test_flag_beats_environment_beats_model_config_beats_plan(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from kascade_sglang.backend.memory import ReservedMemory, reserved_memory
 from kascade_sglang.checks import check
 from kascade_sglang.config import MB
 from kascade_sglang.host.server import largest_decodes, server_facts
-from models import parse
+from tests.support.models import parse
 
 LISTS, ROOM = 4, 409 - 32 + 32
 """KV heads; a tenth of the 4096 positions, in which the own tile is counted, and a tile."""

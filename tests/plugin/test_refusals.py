@@ -27,7 +27,7 @@ from kascade_sglang.host.server import (
 from kascade_sglang.plan import library
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import MAX_BYTES, ModelShape
-from models import make_plan, parse, resolve
+from tests.support.models import make_plan, parse, resolve
 
 MakeModel = Callable[..., Path]
 

@@ -14,7 +14,7 @@ from kascade_sglang.backend.sizes import runs_kernels
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.host.steps import Batch
 from kascade_sglang.plan.schema import ModelShape, Plan
-from shapes import DEVICE
+from tests.support.shapes import DEVICE
 
 HEAD_DIM = 64 if DEVICE == "cuda" else 32
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
