@@ -71,10 +71,10 @@ eval: $(STAMP)  ## retrieval accuracy of every method at equal budgets, through 
 bench: bench-decode bench-prefill readme-tables  ## measure the kernels on a GPU, and fill the README in
 
 bench-decode: $(STAMP)  ## decode attention beside FlashAttention-3
-	$(BIN)/python benchmarks/bench_decode.py
+	$(BIN)/python -m benchmarks.bench_decode
 
 bench-prefill: $(STAMP)  ## prefill attention beside FlashAttention-3
-	$(BIN)/python benchmarks/bench_prefill.py
+	$(BIN)/python -m benchmarks.bench_prefill
 
 bench-serving: $(STAMP)  ## real servers beside SGLang's own backends, on a GPU
 	$(BIN)/python -m benchmarks.bench_serving
@@ -83,7 +83,7 @@ soak: $(STAMP)  ## twenty minutes of mixed load on one server, on a GPU, every r
 	$(BIN)/python -m benchmarks.soak
 
 readme-tables: $(STAMP)  ## fill the README's tables in from benchmarks/results
-	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python -m benchmarks.readme_tables
 
 clean:
 	rm -rf .venv .venv-* *.egg-info .pytest_cache .ruff_cache

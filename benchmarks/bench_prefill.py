@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from kernel_common import (
+
+from benchmarks.kernel_common import (
     ANCHOR,
     DEVICE,
     KV_HEADS,
@@ -28,8 +29,7 @@ from kernel_common import (
     new_tokens,
     run,
 )
-from rivals import fa3_extend
-
+from benchmarks.rivals import fa3_extend
 from kascade_kernels.arena import empty_on
 from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
 from kascade_kernels.tile_scores import tile_lse, tile_scores

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from plot_kernels import plot
 from tqdm import tqdm
 
+from benchmarks.plot_kernels import plot
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.backend import path as contract
 from kascade_sglang.backend.paths import Paths, build_paths

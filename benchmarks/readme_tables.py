@@ -12,11 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from plot_kernels import newest
-from plot_serving import newest_runs
-from serving_profile import STEPS
-from serving_workloads import WORKLOADS, compare, medians
-
+from benchmarks.plot_kernels import newest
+from benchmarks.plot_serving import newest_runs
+from benchmarks.serving_profile import STEPS
+from benchmarks.serving_workloads import WORKLOADS, compare, medians
 from kascade_sglang.evaluation.report import mean_accuracy, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]

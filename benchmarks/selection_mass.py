@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_inputs import Case, Sizes, demo, synthetic
 from tqdm import tqdm
 
+from benchmarks.attention_inputs import Case, Sizes, demo, synthetic
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.codes import encode
 from kascade_kernels.reference import select_topk

@@ -70,6 +70,14 @@ def test_sglang_is_named_in_the_host_package_and_the_patches() -> None:
     assert bench == ["sglang.srt.plugins.load_plugins"]
 
 
+def test_helpers_of_tests_and_benchmarks_are_imported_by_their_full_names() -> None:
+    files = python_files("tests", "benchmarks")
+    names = {path.stem for path in files}
+    for path in files:
+        assert not names & {name.split(".")[0] for name in imported(path)}, path
+        assert path == Path(__file__) or "sys.path" not in path.read_text(), path
+
+
 def test_plans_load_without_torch() -> None:
     assert not importers("torch", "kascade_sglang/plan")
     budget = imported(ROOT / "kernels/kascade_kernels/budget.py")
