@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -q
 INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py
 OTHER_TESTS := tests/compile tests/e2e/test_kernel_server.py tests/calibration tests/evaluation
 UNIT_TESTS := tests/plan tests/plugin tests/kernels tests/backend tests/calibration/test_anchors.py \
-	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_metrics.py \
+	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_scorers.py \
 	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 

@@ -31,7 +31,7 @@ from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.provenance import provenance
 from kascade_sglang.servers.demo_model import MODEL, demo_arguments
-from kascade_sglang.servers.server import stop_servers_on_sigterm
+from kascade_sglang.servers.process import stop_servers_on_sigterm
 
 RESULTS = Path(__file__).parent / "results/ablations_demo.csv"
 CHOICES = ("shipped", *CRITERIA, "even", "random")

@@ -37,7 +37,7 @@ from benchmarks.chats import write_chats
 from kascade_sglang.evaluation.results import Results, SavedReply
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
-from kascade_sglang.servers.server import Server, free_port, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, free_port, stop_servers_on_sigterm
 
 RESULTS = Path(__file__).parent / "results/quality_models.csv"
 MODELS = ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct")

@@ -37,7 +37,7 @@ from kascade_sglang.errors import KascadeError
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
 from kascade_sglang.servers.counters import read_samples
-from kascade_sglang.servers.server import Server, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
 
 RESULTS = Path(__file__).parent / "results/serving_h100.csv"
 PROFILE = "serving_profile_h100.csv"

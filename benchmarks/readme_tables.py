@@ -16,7 +16,7 @@ from benchmarks.plot_kernels import newest
 from benchmarks.plot_serving import newest_runs
 from benchmarks.serving_profile import STEPS
 from benchmarks.serving_workloads import WORKLOADS, compare, medians
-from kascade_sglang.evaluation.report import mean_accuracy, read_rows
+from kascade_sglang.evaluation.comparison import mean_accuracy, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"

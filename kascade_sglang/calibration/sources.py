@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.prompts import (
     Prompt,
     check_limits,
@@ -16,6 +15,7 @@ from kascade_sglang.calibration.prompts import (
     read_prompts,
     to_prompt,
 )
+from kascade_sglang.errors import CalibrationError
 from kascade_sglang.text.books import load_books
 
 if TYPE_CHECKING:

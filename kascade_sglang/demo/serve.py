@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from kascade_sglang.servers.demo_model import MODEL, MODEL_NAME, demo_arguments
-from kascade_sglang.servers.server import Server, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
 from kascade_sglang.text.documents import MAX_TOKENS, make_document, messages
 
 

@@ -86,7 +86,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Draft:
+class DocumentDraft:
     """A document in pieces that are tokenised one by one, and what can be asked about it."""
 
     title: str
@@ -258,7 +258,7 @@ def compose(
     target_tokens: int,
     count_tokens: Callable[[str], int],
     texts: Sequence[tuple[str, Sequence[str]]],
-) -> Draft:
+) -> DocumentDraft:
     """Plan a document of just under ``target_tokens`` with ``counts[task]`` questions a task."""
     draw = Draw(rng, split)
     facts: list[str] = []
@@ -280,7 +280,7 @@ def compose(
     title, sentences = texts[rng.choices(range(len(texts)), [len(t[1]) for t in texts])[0]]
     mixed = _mix(rng, facts, _filler(rng, sentences, budget, count_tokens))
     pieces, where = _number(rng, mixed, min(parts, len(mixed)))
-    return Draft(title, tuple(pieces), tuple(ask.item(where) for ask in asks))
+    return DocumentDraft(title, tuple(pieces), tuple(ask.item(where) for ask in asks))
 
 
 def make_document(

@@ -17,7 +17,7 @@ from benchmarks import bench_serving as bench
 from benchmarks import serving_profile
 from benchmarks.serving_model import make_model
 from kascade_sglang.errors import KascadeError
-from kascade_sglang.servers.server import Server
+from kascade_sglang.servers.process import Server
 from tests.support.models import LLAMA, make_plan
 
 STAMP = ("gpu", "versions", "commit", "date")

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import soak
 from kascade_sglang.servers.demo_model import demo_arguments
-from kascade_sglang.servers.server import Server
+from kascade_sglang.servers.process import Server
 
 
 @pytest.mark.e2e

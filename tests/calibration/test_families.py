@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.calibration.collect import MASS_RATIOS, collect, sample_tiles
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_model import shape_of, windowed_layers
 from kascade_sglang.calibration.limited_attention import (
     Limits,
     capped_scores,
     limited_attention,
 )
+from kascade_sglang.errors import CalibrationError
 from tests.support.brute import least_similarity, mean_mass
 from tests.support.families import FAMILIES, LENGTH, SMALL, build
 

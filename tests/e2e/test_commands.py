@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kascade_sglang.servers.demo_model import MODEL, demo_arguments
-from kascade_sglang.servers.server import Server
+from kascade_sglang.servers.process import Server
 from tests.support.models import LLAMA, make_plan
 from tests.support.requests import (
     assert_equals,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kascade_sglang.servers.demo_model import demo_arguments
-from kascade_sglang.servers.server import Server
+from kascade_sglang.servers.process import Server
 from tests.support.requests import (
     assert_equals,
     generate,

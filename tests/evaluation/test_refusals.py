@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.results import COLUMNS
 from kascade_sglang.evaluation.tokens import Tokens
 from tests.support.stub import serving

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.registry import groups, pick
 from kascade_sglang.evaluation.ruler_qa import invented
 from kascade_sglang.evaluation.samples import Order, Sample, Task

@@ -17,7 +17,7 @@ from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.servers.client import ask_all
 from kascade_sglang.servers.demo_model import MODEL
-from kascade_sglang.servers.server import Server
+from kascade_sglang.servers.process import Server
 from kascade_sglang.text.documents import Document, make_document, messages
 
 REPLIES = Path(__file__).with_name("cpu_replies.json")

@@ -16,7 +16,7 @@ from types import TracebackType
 
 import psutil
 
-from kascade_sglang.servers.counters import KeyReads, read_key_reads
+from kascade_sglang.servers.counters import KeyCounters, read_key_counters
 
 START_TIMEOUT = 600
 PORTS = range(20_000, 32_000)
@@ -133,9 +133,9 @@ class Server:
         """Return the last lines of the server's log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def key_reads(self) -> KeyReads:
+    def key_counters(self) -> KeyCounters:
         """Return Kascade's counters as {(phase, kind): keys}; empty under another backend."""
-        return read_key_reads(self.url)
+        return read_key_counters(self.url)
 
     def stop(self) -> None:
         """End the server and every process it started."""

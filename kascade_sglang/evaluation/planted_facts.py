@@ -3,7 +3,7 @@
 import random
 from functools import partial
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.samples import Order, Sample, Task
 from kascade_sglang.text.documents import (
     MAX_TOKENS,
