@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DOC_FOLDERS = (Path("/usr/share/doc"), Path("/usr/share/perl"))
-LENGTHS = (8192, 8192, 16384, 16384, 28672)
+LENGTHS = (8192, 8192, 12288, 16384)
 """Tokens of the chats that are made where nobody says otherwise."""
 QUESTIONS = 8
 PIECE_CHARACTERS = 6000
