@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,14 +25,17 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill every torch.empty of a floating type with NaN, so that an unwritten output fails."""
-    empty = torch.empty
+    """Fill floats that torch leaves unwritten with NaN, so that an unwritten output fails."""
 
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
+    def poisoned(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def fill(*args: object, **kwargs: object) -> torch.Tensor:
+            out = empty(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return fill
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
 @pytest.fixture(autouse=True)

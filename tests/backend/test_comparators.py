@@ -37,6 +37,7 @@ def test_budgets_are_kascades(method: str) -> None:
     harness = build(method, [237])
     harness.prefill(0, 237)
     for layer in range(1, harness.layers):
+        assert [tile for tile, _ in harness.selections[layer][0]] == list(range(8))
         for (tile, _), positions in harness.selections[layer][0].items():
             assert positions.shape == (2, harness.config.budget.selected(tile))
             assert (positions.diff(dim=1) > 0).all()
@@ -51,7 +52,7 @@ def test_chunks_and_pages_change_no_bit(method: str, chunk: int, page_size: int)
     chunked.prefill(0, chunk)
     for layer in range(whole.layers):
         ours, theirs = whole.selections[layer][0], chunked.selections[layer][0]
-        assert ours.keys() == theirs.keys()
+        assert ours and ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
         if layer > 0:
             assert torch.equal(whole.outputs[layer][0], chunked.outputs[layer][0])
@@ -79,6 +80,7 @@ def test_one_list_serves_all_heads_and_the_layers_after_it(method: str) -> None:
     harness = build(method, [237])
     harness.prefill(0, 237)
     for layer, anchor in ((1, 0), (2, 2), (3, 2)):
+        assert harness.selections[layer][0]
         for key, positions in harness.selections[layer][0].items():
             assert torch.equal(positions[0], positions[1])
             assert torch.equal(positions, harness.selections[anchor][0][key])

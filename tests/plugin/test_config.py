@@ -10,7 +10,7 @@ from kascade_sglang.backend.selectors import SELECTORS
 from kascade_sglang.config import load_config
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import PLAN_NAME
-from kascade_sglang.settings import FLAGS_VARIABLE, read_settings
+from kascade_sglang.settings import FLAGS_VARIABLE, SETTINGS, read_settings
 from tests.support.models import SHAPE, make_plan
 
 
@@ -59,6 +59,7 @@ def test_refusals_name_the_source(options: object, environ: dict, expected: str)
 
 
 def test_selections_are_the_selectors() -> None:
+    assert set(SETTINGS["selection"].choices) == set(SELECTORS)
     for name in SELECTORS:
         assert read_settings(None, {"KASCADE_SELECTION": name}).selection == name
     with pytest.raises(KascadeError) as refused:
