@@ -17,7 +17,7 @@ from sglang.srt.server_args import ServerArgs
 from kascade_sglang import checks
 from kascade_sglang.host import server
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
-from models import make_plan, parse
+from tests.support.models import make_plan, parse
 
 MakeModel = Callable[..., Path]
 
