@@ -19,11 +19,12 @@ from benchmarks.plot_kernels import plot
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.backend import path as contract
 from kascade_sglang.backend.paths import Paths, build_paths
-from kascade_sglang.config import PREFILL_MIN_K, KascadeConfig
+from kascade_sglang.config import KascadeConfig
 from kascade_sglang.files import append_csv
 from kascade_sglang.host.steps import Batch, Layer, Rank
 from kascade_sglang.plan.schema import ModelShape, Plan
 from kascade_sglang.provenance import gpu_provenance
+from kascade_sglang.settings import PREFILL_MIN_K
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = """case kind plan mode method inputs ms fa3_ms speedup share tb_per_s scratch_mb

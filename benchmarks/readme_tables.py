@@ -1,7 +1,7 @@
-"""Write the tables of the documents from the CSVs in ``results/``: ``make readme-tables``.
+"""Write the documents' tables from the CSVs in ``results/`` and the code: ``make readme-tables``.
 
 A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``. ``--check`` changes nothing and
-fails where a document differs from the CSVs.
+fails where a document differs from them.
 """
 
 import csv
@@ -20,6 +20,7 @@ from benchmarks.plot_kernels import newest
 from benchmarks.plot_serving import newest_runs
 from benchmarks.serving_profile import STEPS
 from benchmarks.serving_workloads import WORKLOADS, compare, medians
+from kascade_sglang import settings
 from kascade_sglang.evaluation.comparison import mean_accuracy, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +108,12 @@ def prefill_table() -> str:
 def decode_table() -> str:
     """``make bench-decode``: speed over FlashAttention-3, one row a case; random inputs."""
     return kernel_table("decode_h100.csv", ("default", "exact"))
+
+
+def settings_table() -> str:
+    """What ``kascade_sglang.settings`` declares."""
+    header, *rows = settings.table()
+    return markdown(header, rows)
 
 
 FIGURES = {
@@ -269,6 +276,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "prefill": prefill_table,
         "decode": decode_table,
         "serving": serving_table,
+        "settings": settings_table,
     },
     "benchmarks/README.md": {
         "decode-pieces": decode_pieces_table,

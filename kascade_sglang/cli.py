@@ -20,6 +20,7 @@ from kascade_sglang.evaluation.command import add_eval
 from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.library import read_plan
 from kascade_sglang.plan.schema import HEAD_MODES, Plan, PlanError
+from kascade_sglang.settings import read_settings
 
 if TYPE_CHECKING:
     from kascade_sglang.plan.schema import ModelShape
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="kascade: %(message)s", level=logging.WARNING)
     args = _parser().parse_args(argv)
     try:
+        read_settings(None)  # Refuses a variable of ours that cannot be read.
         status = args.run(args)
         sys.stdout.flush()
     except KascadeError as error:

@@ -1,64 +1,20 @@
-"""What the user asked for, merged once into one frozen object.
+"""What the user asked for and what the plan says, merged once into one frozen object."""
 
-Precedence: command-line flag, environment variable, ``"kascade"`` key of the model's config,
-then the plan's own defaults. This module alone reads the environment.
-"""
-
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kascade_kernels.budget import Budget
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import find_plan
 from kascade_sglang.plan.schema import ModelShape, Plan
+from kascade_sglang.settings import PREFILL_MIN_K, Settings, changed, read_settings
 
 MB = 2**20
-PREFILL_MIN_K = 4096
-"""Keys that a tile attends to in prefill at least, where neither user nor plan says otherwise.
-
-A tile's 32 queries of every head of a group share one list, so it must hold what each of them
-looks for. What real models lose in prefill depends on how many keys a list has more than on which
-share of the context they are (``benchmarks/results/prefill_rules.csv``)."""
-SCORE_MEMORY = 768 * MB
-"""Room for 64 requests that decode with a context of 128K in the shape of Llama-3.1-8B."""
-FLAGS_VARIABLE = "KASCADE_FLAGS"
-"""Carries the parsed flags, as JSON, to the processes that SGLang starts."""
+SCORE_MEMORY = Settings().score_memory_mb * MB
 
 ONE_LIST = ("omnikv", "lessismore")
 """Selections that are one list for all heads, whatever ``heads`` says."""
-
-
-class Settings(BaseModel):
-    """One source's settings; None where the source is silent."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    plan: str | None = None
-    topk_ratio: float | None = None
-    min_k: int | None = None
-    heads: Literal["per_head", "pooled"] | None = None
-    dense_backend: str | None = None
-    selection: Literal["topk", "window", "random", "quest", "omnikv", "lessismore"] | None = None
-    exact: bool | None = None
-    phases: Literal["both", "decode"] | None = None
-    preset: Literal["fast", "balanced", "careful"] | None = None
-    prefill_topk_ratio: float | None = None
-    prefill_min_k: int | None = None
-    score_memory_mb: int | None = None
-
-
-PRESETS = {
-    "fast": {"prefill_min_k": 128},
-    "balanced": {},
-    "careful": {"phases": "decode"},
-}
-"""What a preset says where the user says nothing else: prefill as sparse as decoding; the
-defaults; prefill dense."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +30,7 @@ class KascadeConfig:
     phases: ``both``, or ``decode`` where prefill attends to every key and only decoding is sparse.
     score_memory: bytes that scores of one launch may take.
     batch_invariant: sums of a request's decoding are in the same order in any batch.
+    changed: settings that differ from their defaults, for the log.
     """
 
     plan: Plan
@@ -86,6 +43,7 @@ class KascadeConfig:
     score_memory: int = SCORE_MEMORY
     batch_invariant: bool = False
     prefill: Budget | None = None
+    changed: Mapping[str, object] = field(default_factory=dict, compare=False)
 
     @property
     def pooled(self) -> bool:
@@ -101,50 +59,6 @@ class KascadeConfig:
     def sparse_prefill(self) -> bool:
         """Whether prefill is sparse, too."""
         return self.phases == "both"
-
-
-def environment_variable(name: str) -> str:
-    """Return the environment variable of a setting."""
-    return f"KASCADE_{name.upper()}"
-
-
-def _parse(source: str, values: Mapping[str, Any]) -> Settings:
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "kascade"
-        known = ", ".join(Settings.model_fields)
-        if first["type"] == "extra_forbidden":
-            raise KascadeError(f"{source}: unknown setting {name!r}; known: {known}") from error
-        raise KascadeError(f"{source}: {name}: {first['msg']}, got {first['input']!r}") from error
-
-
-def read_settings(model_options: Any, environ: Mapping[str, str] | None = None) -> Settings:
-    """Merge flags, environment and the model config's ``kascade`` key, in that order.
-
-    model_options: the value of that key, None if there is none.
-    Raises KascadeError naming the source and the setting that is wrong.
-    """
-    environ = os.environ if environ is None else environ
-    if model_options is not None and not isinstance(model_options, Mapping):
-        raise KascadeError(
-            f'model config "kascade": expected an object of settings, got {model_options!r}'
-        )
-    from_environment = {
-        name: environ[environment_variable(name)]
-        for name in Settings.model_fields
-        if environ.get(environment_variable(name))
-    }
-    sources = (
-        _parse('model config "kascade"', model_options or {}),
-        _parse("environment KASCADE_*", from_environment),
-        _parse("command line", json.loads(environ.get(FLAGS_VARIABLE) or "{}")),
-    )
-    merged: dict[str, Any] = {}
-    for settings in sources:
-        merged.update(settings.model_dump(exclude_none=True))
-    return Settings(**{**PRESETS[merged.get("preset", "balanced")], **merged})
 
 
 def every_layer_an_anchor(plan: Plan) -> Plan:
@@ -166,22 +80,25 @@ def load_config(
     least = PREFILL_MIN_K if plan.prefill_min_k is None else plan.prefill_min_k
     default = Budget(budget.ratio, max(budget.min_k, least))
     prefill = _budget("prefill_", default, settings.prefill_topk_ratio, settings.prefill_min_k)
-    memory = settings.score_memory_mb
-    if memory is not None and memory < 1:
-        default = SCORE_MEMORY // MB
-        raise KascadeError(f"score_memory_mb: expected at least 1, got {memory}; default {default}")
-    selection = settings.selection or "topk"
+    defaults = {
+        "topk_ratio": plan.budget.ratio,
+        "min_k": plan.budget.min_k,
+        "prefill_topk_ratio": default.ratio,
+        "prefill_min_k": default.min_k,
+        "heads": plan.heads,
+    }
     return KascadeConfig(
         # Quest hands nothing from layer to layer.
-        plan=every_layer_an_anchor(plan) if selection == "quest" else plan,
+        plan=every_layer_an_anchor(plan) if settings.selection == "quest" else plan,
         budget=budget,
         heads=settings.heads or plan.heads,
         dense_backend=settings.dense_backend,
-        selection=selection,
-        exact=bool(settings.exact),
-        phases=settings.phases or "both",
-        score_memory=SCORE_MEMORY if memory is None else memory * MB,
+        selection=settings.selection,
+        exact=settings.exact,
+        phases=settings.phases,
+        score_memory=settings.score_memory_mb * MB,
         prefill=prefill,
+        changed=changed(settings, defaults),
     )
 
 

@@ -1,6 +1,7 @@
 """Find the plan for a model: beside its weights, among those the package ships, or a preset."""
 
 import logging
+from functools import cache
 from pathlib import Path
 
 from kascade_sglang.plan.presets import PREFIX, preset, preset_for, same_name, warning_of
@@ -36,7 +37,18 @@ def read_plan(name: str) -> Plan:
     """Read the plan file, or return the preset, that a user has named; raises PlanError."""
     if name.startswith(PREFIX):
         return preset(name.removeprefix(PREFIX))
-    return load_plan(Path(name).expanduser())
+    return _load(Path(name).expanduser())
+
+
+def _load(path: Path) -> Plan:
+    """Read a file once a process, as long as it does not change."""
+    found = path.stat() if path.is_file() else None
+    return _load_version(path, found and (found.st_mtime_ns, found.st_size, found.st_ino))
+
+
+@cache
+def _load_version(path: Path, version: tuple[int, ...] | None) -> Plan:
+    return load_plan(path)
 
 
 def _find(model: str, shape: ModelShape, explicit: str | None) -> Plan:
@@ -44,9 +56,9 @@ def _find(model: str, shape: ModelShape, explicit: str | None) -> Plan:
         return read_plan(explicit)
     beside = Path(model).expanduser() / PLAN_NAME
     if beside.is_file():
-        return load_plan(beside)
+        return _load(beside)
     for path in sorted(SHIPPED.glob("*.json")):
-        plan = load_plan(path)
+        plan = _load(path)
         if same_name(plan.model, model) and plan.shape == shape:
             return plan
     plan = preset_for(model, shape)

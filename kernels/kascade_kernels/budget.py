@@ -4,15 +4,15 @@ Because neither the prompt's length nor the chunk enters, a chunked prefill and 
 give a position the same budget. Decoding has one of its own.
 """
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
 
-TILE = int(os.environ.get("KASCADE_TILE", "32"))
+TILE = 32
 """Positions in one query tile; tile ``t`` holds positions ``[32t, 32t + 32)``.
 
-Kernels know 32 only; the variable is for ablations on the torch reference.
+Kernels know 32 only. For ablations on the torch reference ``kascade_sglang`` sets another as it
+is imported, before other modules copy it.
 """
 
 PPM = 1_000_000

@@ -6,31 +6,23 @@ Remove when: SGLang offers plugins a way to declare arguments.
 """
 
 import argparse
-import json
-import os
 from collections.abc import Callable
 from typing import Any
 
-from kascade_sglang.config import FLAGS_VARIABLE
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.release import resolves_late
+from kascade_sglang.settings import carry_flags
 
 TARGET = "sglang.srt.server_args.ServerArgs.from_cli_args"
 KIND = "AROUND"
-PREFIX = "kascade_"
 FROM_COMMAND_LINE = "_kascade_from_command_line"
 """Attribute of ServerArgs that a command line made and that are not resolved yet."""
 
 
 def hook(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     """Return ServerArgs; exits with status 1 and the sentence where Kascade refuses."""
-    flags = {
-        name.removeprefix(PREFIX): value
-        for name, value in vars(args).items()
-        if name.startswith(PREFIX) and value is not None
-    }
-    os.environ[FLAGS_VARIABLE] = json.dumps(flags)
     try:
+        carry_flags(vars(args))
         server_args = original(cls, args)
     except KascadeError as error:
         raise SystemExit(f"kascade: {error}") from None

@@ -3,7 +3,7 @@
 Why: a refusal in a worker comes a minute later, under other output; and SGLang turns CUDA graphs
     off only for backend names that it knows.
 How: around the resolution of ServerArgs: graphs off before it where attention runs eagerly, our
-    checks after it.
+    checks and the log of settings after it.
 Remove when: SGLang has a validation hook.
 """
 
@@ -29,7 +29,6 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
     Arguments of a command line end the process instead, with status 1 and the sentence.
     """
     from kascade_sglang.checks import check, flag_reasons
-    from kascade_sglang.config import read_settings
     from kascade_sglang.host.release import require_supported_host
     from kascade_sglang.host.server import (
         has_gpu,
@@ -37,12 +36,13 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
         refused_flags,
         server_facts,
     )
+    from kascade_sglang.settings import announce, read_settings
 
     if getattr(server_args, "_resolution_finished", False) or not phases_on_kascade(server_args):
         return original(server_args)
     try:
         require_supported_host()
-        compares = read_settings(None).selection not in (None, "topk")
+        compares = read_settings(None).selection != "topk"
         if not server_args.disable_cuda_graph and (compares or not has_gpu()):
             logger.warning(
                 "kascade: CUDA graphs are off, attention runs through the torch reference"
@@ -55,7 +55,7 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
             if flags := list(refused_flags(server_args)):
                 raise KascadeError("\n".join(flag_reasons(flags))) from error
             raise
-        check(server_facts(server_args))
+        announce(check(server_facts(server_args)).changed)
     except KascadeError as error:
         if getattr(server_args, FROM_COMMAND_LINE, False):
             raise SystemExit(f"kascade: {error}") from None

@@ -94,7 +94,7 @@ def test_refuses_min_k(min_k: object) -> None:
 
 
 def test_an_ablation_may_change_the_tile() -> None:
-    command = "from kascade_kernels.budget import TILE, Budget, tile_of; "
+    command = "import kascade_sglang; from kascade_kernels.budget import TILE, Budget, tile_of; "
     command += "print(TILE, tile_of(100), Budget(0.1, 64).selected(100))"
     environment = {**os.environ, "KASCADE_TILE": "16"}
     done = subprocess.run(

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from sglang.srt.plugins import load_plugins
 
-from kascade_sglang.config import FLAGS_VARIABLE, Settings, environment_variable
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan
+from kascade_sglang.settings import FLAGS_VARIABLE, SETTINGS
 from tests.support.models import LLAMA, make_plan
 
 
@@ -23,8 +23,8 @@ def plugins() -> None:
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the caller's shell takes part; what a test's parser sets is undone."""
     monkeypatch.setenv(FLAGS_VARIABLE, "{}")
-    for name in Settings.model_fields:
-        monkeypatch.delenv(environment_variable(name), raising=False)
+    for setting in SETTINGS.values():
+        monkeypatch.delenv(setting.variable, raising=False)
 
 
 @pytest.fixture

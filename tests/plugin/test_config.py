@@ -8,9 +8,10 @@ import pytest
 
 from kascade_kernels.budget import Budget
 from kascade_sglang.backend.selectors import SELECTORS
-from kascade_sglang.config import FLAGS_VARIABLE, PREFILL_MIN_K, load_config, read_settings
+from kascade_sglang.config import load_config
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import PLAN_NAME
+from kascade_sglang.settings import FLAGS_VARIABLE, PREFILL_MIN_K, read_settings
 from tests.support.models import SHAPE, make_plan
 
 

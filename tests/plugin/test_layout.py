@@ -14,7 +14,9 @@ SOURCES = ("kascade_sglang", "kernels", "patches")
 # ``kascade_sglang`` is the package's own ``__init__.py``.
 LAYERS = """
     kascade_kernels
-    kascade_sglang errors files provenance
+    errors
+    settings
+    kascade_sglang files provenance
     plan text
     config servers
     host sparsity
