@@ -11,14 +11,14 @@ PYTEST := $(BIN)/python -m pytest -q
 INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py
 OTHER_TESTS := tests/compile tests/e2e/test_kernel_server.py tests/calibration tests/evaluation
 UNIT_TESTS := tests/plan tests/plugin tests/kernels tests/backend tests/calibration/test_anchors.py \
-	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_metrics.py \
+	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_scorers.py \
 	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
 .PHONY: demo serve test test-fast test-host test-serving test-kernels test-gpu check eval bench \
-	bench-decode bench-prefill bench-serving soak readme-tables clean
+	bench-decode bench-prefill bench-quality bench-serving soak readme-tables clean
 
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
@@ -71,10 +71,14 @@ eval: $(STAMP)  ## retrieval accuracy of every method at equal budgets, through 
 bench: bench-decode bench-prefill readme-tables  ## measure the kernels on a GPU, and fill the README in
 
 bench-decode: $(STAMP)  ## decode attention beside FlashAttention-3
-	$(BIN)/python benchmarks/bench_decode.py
+	$(BIN)/python -m benchmarks.bench_decode
 
 bench-prefill: $(STAMP)  ## prefill attention beside FlashAttention-3
-	$(BIN)/python benchmarks/bench_prefill.py
+	$(BIN)/python -m benchmarks.bench_prefill
+
+bench-quality: $(STAMP)  ## answers of pretrained models, dense and sparse side by side, on a GPU
+	$(BIN)/python -m benchmarks.bench_quality
+	$(BIN)/python -m benchmarks.plot_quality
 
 bench-serving: $(STAMP)  ## real servers beside SGLang's own backends, on a GPU
 	$(BIN)/python -m benchmarks.bench_serving
@@ -83,7 +87,7 @@ soak: $(STAMP)  ## twenty minutes of mixed load on one server, on a GPU, every r
 	$(BIN)/python -m benchmarks.soak
 
 readme-tables: $(STAMP)  ## fill the README's tables in from benchmarks/results
-	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python -m benchmarks.readme_tables
 
 clean:
 	rm -rf .venv .venv-* *.egg-info .pytest_cache .ruff_cache

@@ -23,7 +23,6 @@ from kascade_sglang.calibration.build import CRITERIA
 from kascade_sglang.calibration.run import CalibrationConfig, Measured, measure
 from kascade_sglang.calibration.sources import PromptSource
 from kascade_sglang.demo.recipe.prompts import write_prompts
-from kascade_sglang.demo.server import MODEL, demo_arguments, stop_servers_on_sigterm
 from kascade_sglang.evaluation.__main__ import ask_server, make_documents
 from kascade_sglang.evaluation.intervals import wilson
 from kascade_sglang.files import append_csv
@@ -31,6 +30,8 @@ from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.provenance import provenance
+from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.process import stop_servers_on_sigterm
 
 RESULTS = Path(__file__).parent / "results/ablations_demo.csv"
 CHOICES = ("shipped", *CRITERIA, "even", "random")

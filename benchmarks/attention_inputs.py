@@ -14,12 +14,12 @@ from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_sglang.calibration.collect import sample_tiles
 from kascade_sglang.calibration.hf_attention import dense_attention, our_attention
 from kascade_sglang.calibration.hf_model import load_model
-from kascade_sglang.demo.filler import load_filler
 from kascade_sglang.demo.recipe.encoding import Encoder
 from kascade_sglang.demo.recipe.rows import ANSWER, PAD, Chat
-from kascade_sglang.demo.server import MODEL
-from kascade_sglang.demo.tasks import TASKS, compose
 from kascade_sglang.plan.schema import load_plan
+from kascade_sglang.servers.demo_model import MODEL
+from kascade_sglang.text.books import load_books
+from kascade_sglang.text.documents import TASKS, compose
 
 DENSE_UP_TO = Budget(0.05)
 """Tiles that this budget covers prove nothing and are left out."""
@@ -67,7 +67,7 @@ def demo_chat(length: int, seed: int) -> tuple[list[int], list[int]]:
     chat = Chat(Encoder(MODEL))
     rng, questions = random.Random(f"mass-{seed}-{length}"), 4 * len(TASKS)
     counts = dict.fromkeys(TASKS, 4)
-    texts = load_filler()
+    texts = load_books()
     room = length - 40 * questions
     draft = compose(rng, "test", counts, room, chat.encoder.count, texts)
     items = list(draft.items)

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from kernel_common import (
+
+from benchmarks.kernel_common import (
     ANCHOR,
     DEVICE,
     DIM,
@@ -26,14 +27,13 @@ from kernel_common import (
     new_tokens,
     run,
 )
-from rivals import (
+from benchmarks.rivals import (
     fa3_decode,
     flashinfer_attend,
     flashinfer_cascade,
     flashinfer_select,
     torch_select,
 )
-
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget, tile_of
 from kascade_kernels.decode_lists import Spans, decode_lists
@@ -96,7 +96,7 @@ def measure_case(case: str, lengths: list[int], inputs: str, rivals: bool) -> It
         cascade = measure(flashinfer_cascade(q, pool, lengths, shared))
         yield Row(case, "dense", "exact", cascade, fa3_ms, method="flashinfer_cascade")
     for mode in MODES:
-        paths = make_paths(pool, exact=mode == "exact")
+        paths = make_paths(pool, mode)
         paths.decode.reserve(len(lengths))
         layers = LayerRuns(paths, paths.decode, batch, q)
 

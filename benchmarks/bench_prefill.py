@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from kernel_common import (
+
+from benchmarks.kernel_common import (
     ANCHOR,
     DEVICE,
     KV_HEADS,
     LAYER0,
-    MODES,
     SCALE,
     LayerRuns,
     Pool,
@@ -28,8 +28,7 @@ from kernel_common import (
     new_tokens,
     run,
 )
-from rivals import fa3_extend
-
+from benchmarks.rivals import fa3_extend
 from kascade_kernels.arena import empty_on
 from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
 from kascade_kernels.tile_scores import tile_lse, tile_scores
@@ -37,6 +36,7 @@ from kascade_sglang.backend.extend import LSE_STRIDE
 from kascade_sglang.backend.paths import Paths
 
 K = 1024
+MODES = ("default", "fast", "exact")
 Span = tuple[int, int]
 
 
@@ -74,7 +74,7 @@ def scratch_bytes(step: Step) -> int:
 
 
 def measure_case(name: str, inputs: str) -> Iterator[Row]:
-    """Measure the three kinds of layer in both modes, and the plans."""
+    """Measure the three kinds of layer in every mode, and the plans."""
     case = CASES[name]
     pool = Pool([end for _, end in case.steps[-1]], inputs, case.shared)
     work = []
@@ -84,7 +84,7 @@ def measure_case(name: str, inputs: str) -> Iterator[Row]:
         work.append((batch, q, fa3_extend(q, pool, spans)))
     fa3_ms = sum(measure(fa3, 7) for _, _, fa3 in work)
     for mode in MODES:
-        paths = make_paths(pool, exact=mode == "exact")
+        paths = make_paths(pool, mode)
         kinds = {
             kind: Row(name, kind, mode, 0, fa3_ms, inputs) for kind in ("layer0", "anchor", "reuse")
         }
@@ -121,7 +121,7 @@ def measure_pieces(
     keys = int(rows.ends.max())
     codes = CodeBuffer.allocate(len(rows.ends), KV_HEADS, keys, empty_on(DEVICE))
     scoring = paths.kv.scoring_keys(ANCHOR)
-    stride = LSE_STRIDE if mode == "default" else 1
+    stride = 1 if mode == "exact" else LSE_STRIDE
     lse = tile_lse(q, pool.k, table, rows, lists, SCALE, stride=stride, max_end=keys)
     layers.select(ANCHOR)
 

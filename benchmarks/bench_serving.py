@@ -33,11 +33,11 @@ from benchmarks.serving_workloads import (
     compare,
     medians,
 )
-from kascade_sglang.counters import read_samples
-from kascade_sglang.demo.server import Server, stop_servers_on_sigterm
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
+from kascade_sglang.servers.counters import read_samples
+from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
 
 RESULTS = Path(__file__).parent / "results/serving_h100.csv"
 PROFILE = "serving_profile_h100.csv"

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from plot_kernels import plot
 from tqdm import tqdm
 
+from benchmarks.plot_kernels import plot
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.backend import path as contract
 from kascade_sglang.backend.paths import Paths, build_paths
-from kascade_sglang.config import KascadeConfig
+from kascade_sglang.config import PREFILL_MIN_K, KascadeConfig
 from kascade_sglang.files import append_csv
 from kascade_sglang.host.steps import Batch, Layer, Rank
 from kascade_sglang.plan.schema import ModelShape, Plan
@@ -122,13 +122,18 @@ def new_tokens(pool: Pool, spans: list[tuple[int, int]], *, decode: bool) -> Bat
     )
 
 
-def make_paths(pool: Pool, exact: bool) -> Paths:
-    """Build what the backend would, for a model of one layer of each kind."""
+def make_paths(pool: Pool, mode: str) -> Paths:
+    """Build what the backend would, for a model of one layer of each kind.
+
+    mode: ``default``; in prefill ``fast``, the preset; ``exact``, that with ``--kascade-exact``.
+    """
     maps = torch.rand(KV_HEADS, KV_HEADS, generator=torch.Generator().manual_seed(0)).tolist()
     shape = ModelShape(3, Q_HEADS, KV_HEADS, DIM, Q_HEADS * DIM)
     plan = Plan("benchmark", shape, (LAYER0, ANCHOR), {REUSE: tuple(map(tuple, maps))})
     rank = Rank(range(KV_HEADS), range(3), pool.table, pool.size + pool.page_size, DEVICE)
-    paths = build_paths(rank, pool, KascadeConfig(plan, Budget(), "per_head", exact=exact))
+    prefill = Budget(min_k=PREFILL_MIN_K if mode == "default" else Budget().min_k)
+    config = KascadeConfig(plan, Budget(), "per_head", exact=mode == "exact", prefill=prefill)
+    paths = build_paths(rank, pool, config)
     for index in (LAYER0, ANCHOR):
         paths.kv.copy(index, torch.arange(pool.size, device=DEVICE))
     return paths

@@ -1,8 +1,8 @@
 """Other libraries' kernels for the same work, to be timed beside ours."""
 
 import torch
-from kernel_common import DEVICE, DIM, DTYPE, GROUP, KV_HEADS, SCALE, Pool, Step
 
+from benchmarks.kernel_common import DEVICE, DIM, DTYPE, GROUP, KV_HEADS, SCALE, Pool, Step
 from kascade_kernels.structs import Lists
 
 

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_inputs import Case, Sizes, demo, synthetic
 from tqdm import tqdm
 
+from benchmarks.attention_inputs import Case, Sizes, demo, synthetic
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.codes import encode
 from kascade_kernels.reference import select_topk
-from kascade_sglang.demo.server import MODEL
 from kascade_sglang.plan.schema import load_plan
 from kascade_sglang.provenance import provenance
+from kascade_sglang.servers.demo_model import MODEL
 
 COLUMNS = """source length phase ratio method mean worst query_mean query_p01 query_worst
     recovered n device commit date versions""".split()

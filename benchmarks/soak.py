@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from benchmarks.bench_serving import PeakMemory
 from benchmarks.serving_model import ANCHORS, make_shape
-from kascade_sglang.counters import read_samples
-from kascade_sglang.demo.server import Server, stop_servers_on_sigterm
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
+from kascade_sglang.servers.counters import read_samples
+from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
 
 RESULTS = Path(__file__).parent / "results/soak_h100.csv"
 COLUMNS = """model minutes clients longest requests compared aborted flushed retracted wrong_length

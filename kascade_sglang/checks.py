@@ -1,12 +1,12 @@
 """Everything Kascade refuses: one sentence each, all of them at once, before requests come."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from kascade_sglang.config import KascadeConfig, load_config
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.dense import default_dense_backend, require_dense_backend
-from kascade_sglang.host.facts import ServerFacts
+from kascade_sglang.host.facts import RefusedFlag, ServerFacts
 
 HEAD_DIMS = (64, 128, 256)
 """Head dimensions that the kernels are tested with."""
@@ -17,7 +17,7 @@ def check(facts: ServerFacts) -> KascadeConfig:
 
     Raises KascadeError that says all that is refused, a line each.
     """
-    refused = [*_refused_flags(facts), *_refused_model(facts)]
+    refused = [*flag_reasons(facts.refused_flags), *_refused_model(facts)]
     config = None
     if not facts.model.unsupported:
         try:
@@ -39,8 +39,9 @@ def reasons(facts: ServerFacts, config: KascadeConfig) -> list[str]:
     return [*found, *_refused_on_gpu(facts, config)] if kernels else found
 
 
-def _refused_flags(facts: ServerFacts) -> Iterator[str]:
-    for flag in facts.refused_flags:
+def flag_reasons(flags: Iterable[RefusedFlag]) -> Iterator[str]:
+    """Yield the sentence of each flag."""
+    for flag in flags:
         yield (
             f"{flag.flag}: expected {flag.expected} with the kascade backend, got {flag.got}; "
             f"{flag.remedy}"

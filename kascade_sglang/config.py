@@ -18,6 +18,12 @@ from kascade_sglang.plan.library import find_plan
 from kascade_sglang.plan.schema import ModelShape, Plan
 
 MB = 2**20
+PREFILL_MIN_K = 4096
+"""Keys that a tile attends to in prefill at least, where neither user nor plan says otherwise.
+
+A tile's 32 queries of every head of a group share one list, so it must hold what each of them
+looks for. What real models lose in prefill depends on how many keys a list has more than on which
+share of the context they are (``benchmarks/results/prefill_rules.csv``)."""
 SCORE_MEMORY = 768 * MB
 """Room for 64 requests that decode with a context of 128K in the shape of Llama-3.1-8B."""
 FLAGS_VARIABLE = "KASCADE_FLAGS"
@@ -40,13 +46,26 @@ class Settings(BaseModel):
     selection: Literal["topk", "window", "random", "quest", "omnikv", "lessismore"] | None = None
     exact: bool | None = None
     phases: Literal["both", "decode"] | None = None
+    preset: Literal["fast", "balanced", "careful"] | None = None
+    prefill_topk_ratio: float | None = None
+    prefill_min_k: int | None = None
     score_memory_mb: int | None = None
+
+
+PRESETS = {
+    "fast": {"prefill_min_k": 128},
+    "balanced": {},
+    "careful": {"phases": "decode"},
+}
+"""What a preset says where the user says nothing else: prefill as sparse as decoding; the
+defaults; prefill dense."""
 
 
 @dataclass(frozen=True)
 class KascadeConfig:
     """A plan and the way it is served.
 
+    budget: of decoding. prefill: of prefill; None is that of decoding.
     dense_backend: SGLang's backend for layer 0; None leaves the choice to the hardware.
     selection: ``topk``, the method; the others (``backend/selectors.py``) exist so that its
         quality can be compared at an equal budget.
@@ -66,11 +85,17 @@ class KascadeConfig:
     phases: str = "both"
     score_memory: int = SCORE_MEMORY
     batch_invariant: bool = False
+    prefill: Budget | None = None
 
     @property
     def pooled(self) -> bool:
         """Whether one selection serves all KV heads of a layer."""
         return self.heads == "pooled" or self.selection in ONE_LIST
+
+    @property
+    def prefill_budget(self) -> Budget:
+        """How many keys a tile attends to in prefill."""
+        return self.prefill or self.budget
 
     @property
     def sparse_prefill(self) -> bool:
@@ -119,7 +144,7 @@ def read_settings(model_options: Any, environ: Mapping[str, str] | None = None) 
     merged: dict[str, Any] = {}
     for settings in sources:
         merged.update(settings.model_dump(exclude_none=True))
-    return Settings(**merged)
+    return Settings(**{**PRESETS[merged.get("preset", "balanced")], **merged})
 
 
 def every_layer_an_anchor(plan: Plan) -> Plan:
@@ -137,14 +162,10 @@ def load_config(
     settings = read_settings(model_options, environ)
     plan = find_plan(model, shape, settings.plan)
 
-    ratio, min_k = settings.topk_ratio, settings.min_k
-    try:
-        budget = Budget(
-            plan.budget.ratio if ratio is None else ratio,
-            plan.budget.min_k if min_k is None else min_k,
-        )
-    except ValueError as error:
-        raise KascadeError(str(error)) from error
+    budget = _budget("", plan.budget, settings.topk_ratio, settings.min_k)
+    least = PREFILL_MIN_K if plan.prefill_min_k is None else plan.prefill_min_k
+    default = Budget(budget.ratio, max(budget.min_k, least))
+    prefill = _budget("prefill_", default, settings.prefill_topk_ratio, settings.prefill_min_k)
     memory = settings.score_memory_mb
     if memory is not None and memory < 1:
         default = SCORE_MEMORY // MB
@@ -160,4 +181,15 @@ def load_config(
         exact=bool(settings.exact),
         phases=settings.phases or "both",
         score_memory=SCORE_MEMORY if memory is None else memory * MB,
+        prefill=prefill,
     )
+
+
+def _budget(prefix: str, default: Budget, ratio: float | None, min_k: int | None) -> Budget:
+    """Return a budget with what the user says instead of the default; raises KascadeError."""
+    try:
+        return Budget(
+            default.ratio if ratio is None else ratio, default.min_k if min_k is None else min_k
+        )
+    except ValueError as error:
+        raise KascadeError(f"{prefix}{error}") from error

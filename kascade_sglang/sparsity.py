@@ -26,28 +26,28 @@ class KeyReads:
 
 
 def key_reads(
-    config: KascadeConfig, positions: np.ndarray, layers: range | None = None
+    config: KascadeConfig,
+    positions: np.ndarray,
+    layers: range | None = None,
+    phase: str = "prefill",
 ) -> KeyReads:
     """Count the reads of the queries at ``positions``, int64 [queries], through ``layers``.
 
-    layers: those of one pipeline stage; None means all.
+    layers: those of one pipeline stage; None means all. phase: ``prefill`` or ``decode``.
     """
-    return KeyReads(*map(int, reads_by_query(config, positions, layers).sum(axis=1)))
+    return KeyReads(*map(int, reads_by_query(config, positions, layers, phase).sum(axis=1)))
 
 
 def reads_by_query(
     config: KascadeConfig,
     positions: np.ndarray,
     layers: range | None = None,
-    *,
-    sparse: bool = True,
+    phase: str = "prefill",
 ) -> np.ndarray:
-    """Count likewise, query by query: int64 [3, queries], in the order of ``KeyReads``.
-
-    sparse: whether the queries run sparsely; where not, they read all that they see.
-    """
-    plan, budget = config.plan, config.budget
-    if not sparse:
+    """Count likewise, query by query: int64 [3, queries], in the order of ``KeyReads``."""
+    plan, prefills = config.plan, phase == "prefill"
+    budget = config.prefill_budget if prefills else config.budget
+    if prefills and not config.sparse_prefill:
         seen = len(layers or range(plan.shape.layers)) * (positions + 1)
         return np.stack([seen, np.zeros_like(seen), seen])
     roles = [plan.role(layer) for layer in layers or range(plan.shape.layers)]

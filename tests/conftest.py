@@ -9,8 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from interpreter import add_bfloat16, leave_out_programs
-from shapes import INTERPRETED
+from kascade_kernels.arena import Arena, Empty
+from tests.support.interpreter import add_bfloat16, leave_out_programs
+from tests.support.shapes import INTERPRETED
 
 # Log handlers that libraries made in one test hold its closed stderr in the next.
 logging.raiseExceptions = False
@@ -32,6 +33,18 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill an arena with bytes of 255 before every use: NaN as floats, -1 as whole numbers."""
+    cut = Arena.cut
+
+    def poisoned(arena: Arena) -> Empty:
+        arena._memory.fill_(255)
+        return cut(arena)
+
+    monkeypatch.setattr(Arena, "cut", poisoned)
 
 
 @pytest.fixture(autouse=True)

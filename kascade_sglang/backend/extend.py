@@ -83,7 +83,7 @@ class ExtendPath:
     def record(self, batch: Batch) -> ExtendStep:
         """Cut the new tokens into tiles and decide how long their lists are."""
         tiles = cut_tiles(*batch.spans)
-        selected = self._config.budget.selected_counts(tiles.index)
+        selected = self._config.prefill_budget.selected_counts(tiles.index)
         lists, device = self._sizes.lists, str(self._table.device)
         counts = np.repeat(selected[:, None], lists, axis=1)
         offsets = counts.cumsum().reshape(counts.shape) - counts

@@ -34,10 +34,9 @@ class KeyCounter:
 
     def __init__(self, config: KascadeConfig, layers: range, context: int) -> None:
         positions = np.arange(context)
-        sparse = {"prefill": config.sparse_prefill, "decode": True}
         self._reads_before = {}  # int64 [3, context + 1] each
-        for phase, is_sparse in sparse.items():
-            reads = reads_by_query(config, positions, layers, sparse=is_sparse)
+        for phase in ("prefill", "decode"):
+            reads = reads_by_query(config, positions, layers, phase)
             self._reads_before[phase] = np.pad(reads.cumsum(axis=1), ((0, 0), (1, 0)))
         self._counters = {
             phase: [KEY_READS.labels(phase, kind) for kind in KINDS]

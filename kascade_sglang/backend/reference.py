@@ -76,7 +76,8 @@ class ReferencePath:
         """Cut this step's queries into tiles."""
         begins, ends = batch.spans
         tiles = cut_tiles(begins, ends)
-        selected = self._config.budget.selected_counts(tiles.index)
+        budget = self._config.budget if batch.decode else self._config.prefill_budget
+        selected = budget.selected_counts(tiles.index)
         rows = zip(batch.requests.tolist(), ends.tolist(), strict=True)
         slots = tuple(self._table[row, :end].to(torch.int64) for row, end in rows)
         return ReferenceStep(tiles, tuple(selected.tolist()), slots)

@@ -16,7 +16,8 @@ class Sizes:
 
     kv_heads, q_heads: heads of a layer on this rank. context: positions a request may have.
     lists: selections per query tile: one for each KV head, or 1 where they are pooled.
-    longest_list: slots on the list of the context's last position, own tile included.
+    longest_list: slots on the list of the context's last position in decoding, own tile
+        included.
     """
 
     kv_heads: int

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kascade_sglang.calibration.collect import MASS_RATIOS, PromptStats
-from kascade_sglang.calibration.errors import CalibrationError
+from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import write_atomically
 
 _SETTINGS = "settings.json"

@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 from kascade_kernels.budget import TILE, Budget
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import DenseAttention, LayerCall, our_attention
 from kascade_sglang.calibration.hf_model import decoder_layers, shape_of, windowed_layers
 from kascade_sglang.calibration.importance import importance_hooks
@@ -27,6 +26,7 @@ from kascade_sglang.calibration.replay import (
 )
 from kascade_sglang.calibration.similarity import own_mass, tile_similarity
 from kascade_sglang.calibration.spans import spans_of
+from kascade_sglang.errors import CalibrationError
 
 ATTENTION = "dense"
 """What the layers attend to while statistics are taken; recorded in the plan."""

@@ -17,9 +17,9 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from kascade_kernels.budget import TILE, tile_of
 from kascade_kernels.reference import anchor_scores, pool_heads, select_topk, sparse_attention
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_model import shape_of
 from kascade_sglang.calibration.limited_attention import Limits, limited_attention
+from kascade_sglang.errors import CalibrationError
 from kascade_sglang.plan.schema import LayerRole, Plan
 
 IMPLEMENTATION = "kascade_reference"

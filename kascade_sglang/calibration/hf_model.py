@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kascade_sglang.calibration.errors import CalibrationError
+from kascade_sglang.errors import CalibrationError
 from kascade_sglang.plan.schema import ModelShape
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

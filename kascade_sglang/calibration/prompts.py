@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from kascade_sglang.calibration.errors import CalibrationError
+from kascade_sglang.errors import CalibrationError
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase

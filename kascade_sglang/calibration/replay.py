@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.reference import select_topk
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import DenseAttention, LayerAttention, LayerCall
 from kascade_sglang.calibration.hf_model import decoder_layers, last_norm
 from kascade_sglang.calibration.limited_attention import layer_scores
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.spans import KeyLists, Span, alike, attend_to_lists, key_lists
+from kascade_sglang.errors import CalibrationError
 
 MOST_ROWS = 128
 """Positions of a prompt at which errors are measured, the last ones."""

@@ -25,10 +25,10 @@ from kascade_sglang.calibration.collect import (
     sample_tiles,
     work_of,
 )
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.replay import MOST_ROWS, reply_rows
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
+from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
 from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.prompts import (
     Prompt,
     check_limits,
@@ -16,7 +15,8 @@ from kascade_sglang.calibration.prompts import (
     read_prompts,
     to_prompt,
 )
-from kascade_sglang.demo.filler import load_filler
+from kascade_sglang.errors import CalibrationError
+from kascade_sglang.text.books import load_books
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ class PromptSource:
             short = folder.resolve().name if folder.is_dir() else self.dataset
             name = ":".join(filter(None, (short, self.dataset_config, self.split)))
         else:
-            text = "\n".join(" ".join((title, *rest)) for title, rest in load_filler())
+            text = "\n".join(" ".join((title, *rest)) for title, rest in load_books())
             every = cut_text(text, tokenizer, context, self.max_tokens)
             prompts = draw(every, self.limit or DEFAULT_LIMIT, self.seed)
             name = BUNDLED

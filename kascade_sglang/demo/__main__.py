@@ -21,20 +21,15 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from kascade_sglang.config import KascadeConfig, load_config
-from kascade_sglang.demo.client import Answer, ask, ask_all
-from kascade_sglang.demo.server import (
-    MODEL,
-    Server,
-    ServerError,
-    demo_arguments,
-    stop_servers_on_sigterm,
-)
-from kascade_sglang.demo.tasks import Document, make_document
 from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import load_plan
 from kascade_sglang.provenance import provenance
+from kascade_sglang.servers.client import Answer, ask, ask_all
+from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.process import Server, ServerError, stop_servers_on_sigterm
 from kascade_sglang.sparsity import key_reads
+from kascade_sglang.text.documents import Document, make_document
 
 DOCUMENTS = 3
 DOCUMENT_TOKENS = 4300
@@ -126,11 +121,11 @@ def run_backend(backend: str, dense: str, config: KascadeConfig | None, log: Pat
         server = stack.enter_context(Server(arguments, log, on_wait=on_wait))
         status.stop()
         console.rule(f"--attention-backend {backend}")
-        before = server.key_reads()
+        before = server.key_counters()
         started = time.monotonic()
         answers, cold = asyncio.run(question_server(server, config))
         seconds = time.monotonic() - started
-        after = server.key_reads()
+        after = server.key_counters()
     reads = {key: value - before.get(key, 0) for key, value in after.items()}
     return Run(backend, answers, cold, seconds, reads)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from kascade_sglang.demo.client import MODEL_NAME
-from kascade_sglang.demo.server import MODEL, Server, demo_arguments, stop_servers_on_sigterm
-from kascade_sglang.demo.tasks import make_document, messages
+from kascade_sglang.servers.demo_model import MODEL, MODEL_NAME, demo_arguments
+from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
+from kascade_sglang.text.documents import MAX_TOKENS, make_document, messages
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     document = make_document(1, 4000, lambda text: len(tokenizer.encode(text)), 1)
     question = document.questions[0]
-    body = {"model": MODEL_NAME, "messages": messages(document, question), "max_tokens": 48}
+    body = {"model": MODEL_NAME, "messages": messages(document, question), "max_tokens": MAX_TOKENS}
     request = folder / "request.json"
     request.write_text(json.dumps({**body, "temperature": 0}))
     print(f"starting; log: {folder / 'server.log'}", flush=True)

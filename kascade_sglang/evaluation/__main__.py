@@ -18,15 +18,16 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from kascade_sglang.counters import share_attended
-from kascade_sglang.demo.client import Answer, ask_all
-from kascade_sglang.demo.server import MODEL, Server, stop_servers_on_sigterm
-from kascade_sglang.demo.tasks import TASKS, Document, make_document
+from kascade_sglang.evaluation.comparison import plot, summary
 from kascade_sglang.evaluation.methods import Method, all_methods, server_arguments
-from kascade_sglang.evaluation.report import plot, summary
 from kascade_sglang.files import append_csv
 from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.provenance import provenance
+from kascade_sglang.servers.client import Answer, ask_all
+from kascade_sglang.servers.counters import share_attended
+from kascade_sglang.servers.demo_model import MODEL
+from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
+from kascade_sglang.text.documents import TASKS, Document, make_document
 
 RESULTS = Path("benchmarks/results")
 COLUMNS = """method heads ratio task length accuracy n attended
@@ -82,10 +83,10 @@ def ask_server(
     rows = []
     with Server(arguments, log, environment=environment) as server:
         for length, group in documents.items():
-            before = server.key_reads()
+            before = server.key_counters()
             answers = asyncio.run(answer_documents(server.url, group, bar))
             # Without counters the backend is a dense one.
-            attended = share_attended(before, server.key_reads()) or 1.0
+            attended = share_attended(before, server.key_counters()) or 1.0
             for task in TASKS:
                 replies = [answer for answer in answers if answer.question.task == task]
                 right = sum(answer.correct for answer in replies)

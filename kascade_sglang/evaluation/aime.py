@@ -5,10 +5,10 @@ import re
 from functools import partial
 from pathlib import Path
 
-from kascade_sglang.evaluation.errors import EvaluationError
-from kascade_sglang.evaluation.files import read_jsonl
-from kascade_sglang.evaluation.metrics import boxed_match
+from kascade_sglang.errors import EvaluationError
+from kascade_sglang.evaluation.data_files import read_jsonl
 from kascade_sglang.evaluation.samples import Order, Sample, Task
+from kascade_sglang.evaluation.scorers import boxed_match
 
 ASK = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.files import why_unwritable
 
 if TYPE_CHECKING:
     from kascade_sglang.evaluation.endpoint import Endpoint
-    from kascade_sglang.evaluation.harness import Settings
+    from kascade_sglang.evaluation.harness import EvalSettings
 
 EPILOG = """tasks: ruler = niah_single (niah_single_1 to _3), niah_multikey (_1 to _3),
 niah_multivalue, niah_multiquery, vt, cwe, fwe and qa; perplexity (SGLang only); longbench and
@@ -120,10 +120,10 @@ def _tokenizer(args: argparse.Namespace, endpoint: "Endpoint") -> str:
     return path
 
 
-def _settings(args: argparse.Namespace, endpoint: "Endpoint") -> "Settings":
-    from kascade_sglang.evaluation.harness import Settings
+def _settings(args: argparse.Namespace, endpoint: "Endpoint") -> "EvalSettings":
+    from kascade_sglang.evaluation.harness import EvalSettings
 
-    return Settings(
+    return EvalSettings(
         lengths=tuple(dict.fromkeys(args.lengths)),
         samples=args.samples,
         seed=args.seed,

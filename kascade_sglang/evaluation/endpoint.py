@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import httpx
 import openai
 
-from kascade_sglang.counters import KeyReads, read_key_reads
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.samples import Sample
+from kascade_sglang.servers.counters import KeyCounters, read_key_counters
 
 PROMPTS = ("chat_prefix", "chat", "completion")
 """How prompts are sent: as a chat whose reply starts with the benchmark's prefix (SGLang), as a
@@ -64,10 +64,10 @@ class Endpoint:
         tokenizer = info.get("tokenizer_path") or info.get("model_path")
         return cls(url, model, context, tokenizer, settings.get("attention_backend") or "server")
 
-    def key_reads(self) -> KeyReads:
+    def key_counters(self) -> KeyCounters:
         """Kascade's counters; empty where there are none. Raises EvaluationError."""
         try:
-            return read_key_reads(self.url)
+            return read_key_counters(self.url)
         except OSError:
             return {}
         except MALFORMED as error:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import kascade_sglang
-from kascade_sglang.counters import KeyReads, share_attended
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.endpoint import Endpoint, Reply
-from kascade_sglang.evaluation.errors import EvaluationError
 from kascade_sglang.evaluation.intervals import score_interval
 from kascade_sglang.evaluation.perplexity import NAME as PERPLEXITY
 from kascade_sglang.evaluation.perplexity import perplexity_interval
 from kascade_sglang.evaluation.results import Results, SavedReply
 from kascade_sglang.evaluation.samples import Order, Sample, Task
 from kascade_sglang.evaluation.tokens import Tokens
+from kascade_sglang.servers.counters import KeyCounters, share_attended
 
 SLACK_TOKENS, SLACK_SHARE = 32, 0.01
 """How far the server's count of a prompt may be from ours: templates add dates and the like."""
@@ -29,7 +29,7 @@ RESUMED = "resumed: keys read were not counted"
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalSettings:
     """What the user asks ``kascade eval`` for.
 
     lengths: tokens of prompt and reply together, for tasks made to a length.
@@ -60,7 +60,7 @@ class Harness:
         self,
         endpoint: Endpoint,
         tokens: Tokens,
-        settings: Settings,
+        settings: EvalSettings,
         results: Results,
         on_reply: Callable[[str, int | None, int, int], None] = lambda *progress: None,
     ) -> None:
@@ -106,7 +106,7 @@ class Harness:
         done = self._results.find(key)
         if done is not None:
             return done
-        before = self._endpoint.key_reads()
+        before = self._endpoint.key_counters()
         scored = asyncio.run(self._ask_all(key, samples))
         row = {**key, **self._row(task, samples, scored, before)}
         self._results.add(row)
@@ -178,7 +178,7 @@ class Harness:
             )
 
     def _row(
-        self, task: Task, samples: list[Sample], scored: list[SavedReply], before: KeyReads
+        self, task: Task, samples: list[Sample], scored: list[SavedReply], before: KeyCounters
     ) -> dict[str, Any]:
         """The cells that were measured."""
         scores = [saved.score for saved in scored]
@@ -187,7 +187,7 @@ class Harness:
         else:
             mean = math.fsum(scores) / len(scores)
             score, low, high = (f"{100 * value:.2f}" for value in (mean, *score_interval(scores)))
-        after = self._endpoint.key_reads()
+        after = self._endpoint.key_counters()
         prefill, decode = (share_attended(before, after, phase) for phase in ("prefill", "decode"))
         replies = [saved.reply for saved in scored]
         return {
@@ -214,7 +214,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _note(
-    samples: list[Sample], after: KeyReads, prefill: float | None, decode: float | None
+    samples: list[Sample], after: KeyCounters, prefill: float | None, decode: float | None
 ) -> str:
     """What a reader of the row must know."""
     notes = []

@@ -4,8 +4,8 @@ import random
 import re
 from functools import lru_cache
 
-from kascade_sglang.demo.filler import load_filler
-from kascade_sglang.demo.vocabulary import ADJECTIVES, NOUNS
+from kascade_sglang.text.books import load_books
+from kascade_sglang.text.words import ADJECTIVES, NOUNS
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -13,7 +13,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 @lru_cache(maxsize=1)
 def book() -> tuple[str, ...]:
     """Sentences of the bundled books, about 70,000 words."""
-    return tuple(sentence for _, sentences in load_filler() for sentence in sentences)
+    return tuple(sentence for _, sentences in load_books() for sentence in sentences)
 
 
 def sentences(rng: random.Random, count: int) -> list[str]:

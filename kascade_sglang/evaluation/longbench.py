@@ -11,9 +11,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from kascade_sglang.evaluation import metrics
-from kascade_sglang.evaluation.errors import EvaluationError
-from kascade_sglang.evaluation.files import read_jsonl
+from kascade_sglang.errors import EvaluationError
+from kascade_sglang.evaluation import scorers
+from kascade_sglang.evaluation.data_files import read_jsonl
 from kascade_sglang.evaluation.samples import Order, Sample, Task
 
 DATA = Path(__file__).resolve().parent / "data/longbench.json"
@@ -22,13 +22,13 @@ FIELDS = ("input", "context", "answers", "length", "dataset", "language", "all_c
 RAW = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")
 SCORES: dict[str, Callable[[str, str], float]] = {
-    "qa_f1": metrics.qa_f1,
-    "qa_f1_zh": metrics.qa_f1_zh,
-    "rouge_l": metrics.rouge_l,
-    "rouge_l_zh": metrics.rouge_l_zh,
-    "number_share": metrics.number_share,
-    "retrieval": metrics.retrieval,
-    "code_similarity": metrics.code_similarity,
+    "qa_f1": scorers.qa_f1,
+    "qa_f1_zh": scorers.qa_f1_zh,
+    "rouge_l": scorers.rouge_l,
+    "rouge_l_zh": scorers.rouge_l_zh,
+    "number_share": scorers.number_share,
+    "retrieval": scorers.retrieval,
+    "code_similarity": scorers.code_similarity,
 }
 
 
@@ -44,9 +44,9 @@ def best_score(
     """The reply's best score against any of the answers, by the dataset's metric."""
     metric = datasets()[dataset]["metric"]
     if dataset in FIRST_LINE:
-        reply = metrics.first_line(reply)
+        reply = scorers.first_line(reply)
     if metric == "classification":
-        return max(metrics.classification(reply, answer, classes or ()) for answer in answers)
+        return max(scorers.classification(reply, answer, classes or ()) for answer in answers)
     return max(SCORES[metric](reply, answer) for answer in answers)
 
 
@@ -57,7 +57,7 @@ def _make(dataset: str, path: Path, order: Order) -> list[Sample]:
     if order.count < len(rows):
         rows = random.Random(f"{dataset}-{order.seed}").sample(rows, order.count)
     if datasets()[dataset]["metric"].endswith("_zh"):
-        metrics.qa_f1_zh("一", "一")  # refuses before anything is asked where jieba is missing
+        scorers.qa_f1_zh("一", "一")  # refuses before anything is asked where jieba is missing
     return [_sample(dataset, row, order) for row in rows]
 
 
@@ -67,7 +67,7 @@ def _check(row: dict[str, Any], metric: str, where: str) -> None:
         texts = row[field]
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
             raise EvaluationError(f"{where}: {field}: expected a list of texts, got {texts!r}")
-    if metric == "retrieval" and not all(metrics.DIGITS.search(text) for text in row["answers"]):
+    if metric == "retrieval" and not all(scorers.DIGITS.search(text) for text in row["answers"]):
         raise EvaluationError(
             f"{where}: answers: expected a paragraph's number in each, got {row['answers']}"
         )

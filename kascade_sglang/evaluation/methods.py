@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kascade_sglang.config import every_layer_an_anchor
-from kascade_sglang.demo.server import MODEL, demo_arguments
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.presets import identity_similarity
 from kascade_sglang.plan.schema import Plan, load_plan
+from kascade_sglang.servers.demo_model import MODEL, demo_arguments
 
 COMPARISONS = ("window", "random", "quest", "omnikv", "lessismore")
 """Methods that are another selection than Kascade's."""

@@ -9,9 +9,9 @@ import random
 from functools import partial
 from pathlib import Path
 
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation import haystack
-from kascade_sglang.evaluation.errors import EvaluationError
-from kascade_sglang.evaluation.files import read_text
+from kascade_sglang.evaluation.data_files import read_text
 from kascade_sglang.evaluation.intervals import bootstrap
 from kascade_sglang.evaluation.samples import Order, Sample, Task
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.aime import aime_task
-from kascade_sglang.evaluation.errors import EvaluationError
-from kascade_sglang.evaluation.facts import facts_tasks
 from kascade_sglang.evaluation.longbench import longbench_tasks
 from kascade_sglang.evaluation.perplexity import perplexity_task
+from kascade_sglang.evaluation.planted_facts import facts_tasks
 from kascade_sglang.evaluation.ruler import ruler_tasks
 from kascade_sglang.evaluation.ruler_qa import qa_task
 from kascade_sglang.evaluation.samples import Task

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.endpoint import Reply
-from kascade_sglang.evaluation.errors import EvaluationError
 
 COLUMNS = """label model task length n score low high metric prompt_tokens output_tokens
     prefill_attended decode_attended seconds prompt temperature seed samples data note version

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation import haystack
-from kascade_sglang.evaluation.errors import EvaluationError
 from kascade_sglang.evaluation.fitting import Draft, fitted_sample
-from kascade_sglang.evaluation.metrics import string_match_all
 from kascade_sglang.evaluation.ruler_words import common_words, frequent_words, variable_tracking
 from kascade_sglang.evaluation.samples import Order, Sample, Task
+from kascade_sglang.evaluation.scorers import string_match_all
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 SEVERAL = (

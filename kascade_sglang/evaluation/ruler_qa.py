@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kascade_sglang.demo.vocabulary import ADJECTIVES, FIRST_NAMES, LAST_NAMES, NOUNS
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation import haystack
-from kascade_sglang.evaluation.errors import EvaluationError
-from kascade_sglang.evaluation.files import parse_json, read_text
+from kascade_sglang.evaluation.data_files import parse_json, read_text
 from kascade_sglang.evaluation.fitting import Draft, fitted_sample
-from kascade_sglang.evaluation.metrics import string_match_part
 from kascade_sglang.evaluation.samples import Order, Sample, Task
+from kascade_sglang.evaluation.scorers import string_match_part
+from kascade_sglang.text.words import ADJECTIVES, FIRST_NAMES, LAST_NAMES, NOUNS
 
 MAX_TOKENS = 32
 ASK = (

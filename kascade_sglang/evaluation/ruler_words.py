@@ -4,8 +4,8 @@ import math
 import random
 import string
 
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation import haystack
-from kascade_sglang.evaluation.errors import EvaluationError
 from kascade_sglang.evaluation.fitting import Draft, longest
 from kascade_sglang.evaluation.samples import Order
 

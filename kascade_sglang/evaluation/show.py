@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.files import why_undrawable
 
 Row = dict[str, Any]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 

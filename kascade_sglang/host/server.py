@@ -104,7 +104,7 @@ def server_facts(server_args: Any) -> ServerFacts:
     captured, eager = largest_decodes(args)
     return ServerFacts(
         model=facts,
-        refused_flags=tuple(_refused_flags(args)),
+        refused_flags=tuple(refused_flags(server_args)),
         gpu=has_gpu(),
         deterministic=args.enable_deterministic_inference,
         phases=phases_on_kascade(server_args),
@@ -168,7 +168,9 @@ def _unsupported(model: Any) -> Iterator[str]:
         yield "expected one head_dim for K and V"
 
 
-def _refused_flags(args: Any) -> Iterator[RefusedFlag]:
+def refused_flags(server_args: Any) -> Iterator[RefusedFlag]:
+    """Yield the flags that Kascade does not work with; ServerArgs need not be resolved."""
+    args = resolved(server_args)
     later = {name: of for name, of in SUPPORTED_VALUES_LATER.items() if hasattr(args, name)}
     for field, supported in (SUPPORTED_VALUES | later).items():
         value = getattr(args, field)
@@ -177,7 +179,8 @@ def _refused_flags(args: Any) -> Iterator[RefusedFlag]:
             yield RefusedFlag(flag, repr(supported[0]), repr(value))
     # JSON in --cuda-graph-config overrides the flag.
     graphs = args.cuda_graph_config
-    if "full" in (args.cuda_graph_backend_prefill, graphs and graphs.prefill.backend):
+    by_json = getattr(getattr(graphs, "prefill", None), "backend", None)
+    if "full" in (args.cuda_graph_backend_prefill, by_json):
         flag, remedy = "--cuda-graph-backend-prefill", "tiles are cut on the host"
         yield RefusedFlag(flag, "breakable or disabled", "'full'", remedy)
 

@@ -74,6 +74,7 @@ class Plan:
     similarity: for every reuse layer, [KV heads][anchor heads]: the share of a head's own Top-k
         mass that the anchor head's keys recover. The head map is its argmax (section 3.4).
     windowed: layers with a sliding window (Gemma 2 and 3), neither anchors nor reuse layers.
+    prefill_min_k: least number of keys in prefill; None leaves it to the release.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Plan:
     heads: str = "per_head"
     provenance: dict[str, Any] = field(default_factory=dict)
     windowed: tuple[int, ...] = ()
+    prefill_min_k: int | None = None
 
     def __post_init__(self) -> None:
         _check_shape(self.shape)
@@ -147,8 +149,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as it stands in the file."""
-        # Written only where there are any: releases without windows still read the others.
+        # Written only where there are any: releases without them still read the others.
         windowed = {"windowed": list(self.windowed)} if self.windowed else {}
+        prefill = {} if self.prefill_min_k is None else {"prefill_min_k": self.prefill_min_k}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -160,6 +163,7 @@ class Plan:
             "tile": TILE,
             "topk_ratio": self.budget.ratio,
             "min_k": self.budget.min_k,
+            **prefill,
             "heads": self.heads,
             "provenance": self.provenance,
         }
@@ -253,6 +257,7 @@ def plan_from_json(raw: Any) -> Plan:
             heads=raw["heads"],
             provenance=dict(raw["provenance"]),
             windowed=tuple(raw.get("windowed", ())),
+            prefill_min_k=_int(raw, "prefill_min_k") if "prefill_min_k" in raw else None,
         )
         anchor_of = tuple(raw["anchor_of"])
     except PlanError:

@@ -8,7 +8,7 @@ Remove when: SGLang offers plugins a way to declare arguments.
 import argparse
 from typing import Any
 
-from kascade_sglang.config import MB, SCORE_MEMORY
+from kascade_sglang.config import MB, PREFILL_MIN_K, PRESETS, SCORE_MEMORY
 
 TARGET = "sglang.srt.server_args.ServerArgs.add_cli_args"
 KIND = "AFTER"
@@ -56,6 +56,25 @@ def hook(result: Any, parser: argparse.ArgumentParser) -> None:
         "--kascade-phases",
         choices=("both", "decode"),
         help="decode: prefill attends to every key, only decoding is sparse; default: both",
+    )
+    group.add_argument(
+        "--kascade-preset",
+        choices=tuple(PRESETS),
+        help="fast: prefill as sparse as decoding; balanced: the defaults; careful: dense prefill; "
+        "other flags override what a preset says",
+    )
+    group.add_argument(
+        "--kascade-prefill-topk-ratio",
+        type=float,
+        metavar="R",
+        help="the share of the context in prefill; default: that of --kascade-topk-ratio",
+    )
+    group.add_argument(
+        "--kascade-prefill-min-k",
+        type=int,
+        metavar="N",
+        help="least number of keys that a query attends to in prefill; default: the plan's, or "
+        f"{PREFILL_MIN_K}",
     )
     group.add_argument(
         "--kascade-score-memory-mb",

@@ -28,10 +28,15 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
 
     Arguments of a command line end the process instead, with status 1 and the sentence.
     """
-    from kascade_sglang.checks import check
+    from kascade_sglang.checks import check, flag_reasons
     from kascade_sglang.config import read_settings
     from kascade_sglang.host.release import require_supported_host
-    from kascade_sglang.host.server import has_gpu, phases_on_kascade, server_facts
+    from kascade_sglang.host.server import (
+        has_gpu,
+        phases_on_kascade,
+        refused_flags,
+        server_facts,
+    )
 
     if getattr(server_args, "_resolution_finished", False) or not phases_on_kascade(server_args):
         return original(server_args)
@@ -43,7 +48,13 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
                 "kascade: CUDA graphs are off, attention runs through the torch reference"
             )
             server_args.disable_cuda_graph = True
-        original(server_args)
+        try:
+            original(server_args)
+        except Exception as error:
+            # SGLang may stumble over a flag that is refused anyway; our sentence is clearer.
+            if flags := list(refused_flags(server_args)):
+                raise KascadeError("\n".join(flag_reasons(flags))) from error
+            raise
         check(server_facts(server_args))
     except KascadeError as error:
         if getattr(server_args, FROM_COMMAND_LINE, False):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from harness import DEVICE, HEAD_DIM, Harness
 from kascade_kernels.budget import Budget
+from tests.support.harness import DEVICE, HEAD_DIM, Harness
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from harness import make_plan
 from kascade_kernels.budget import Budget
 from kascade_sglang.backend.index_store import IndexStore
 from kascade_sglang.config import KascadeConfig
+from tests.support.harness import make_plan
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

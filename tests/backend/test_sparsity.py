@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from harness import make_plan
 from kascade_kernels.budget import Budget
 from kascade_sglang.backend.key_counter import KEY_READS, KINDS, KeyCounter
 from kascade_sglang.backend.selectors import SELECTORS
 from kascade_sglang.config import KascadeConfig, every_layer_an_anchor
 from kascade_sglang.host.steps import Batch
 from kascade_sglang.sparsity import key_reads
+from tests.support.harness import make_plan
 
 POSITIONS = np.array([*range(40, 300), 5, 95, 95, 700])
 """Of several requests: two of them decode at the same position."""

@@ -1,16 +1,13 @@
 """Which plans the ablation of anchors compares."""
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 
+from benchmarks import ablations
 from kascade_kernels.budget import Budget
 from kascade_sglang.calibration.collect import MASS_RATIOS, LayerStats
 from kascade_sglang.calibration.run import Measured
 from kascade_sglang.plan.schema import ModelShape
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 LAYERS, HEADS = 12, 2
 
 
@@ -32,10 +29,7 @@ def measured() -> Measured:
     return Measured(stats, "test", ModelShape(LAYERS, 8, HEADS, 64, 256), Budget(), {})
 
 
-def test_every_choice_is_made_at_every_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import ablations
-
+def test_every_choice_is_made_at_every_count() -> None:
     found = list(ablations.candidates(measured(), (4, 6), 2, tiles=(8, 64)))
     assert [(one.choice, one.tile) for one in found[:3]] == [
         ("shipped", 32),

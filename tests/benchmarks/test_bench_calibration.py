@@ -7,16 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from models import LLAMA, make_plan
-
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import bench_calibration as bench
+from benchmarks.serving_model import make_model
+from tests.support.models import LLAMA, make_plan
 
 
 def test_measures_a_whole_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import bench_calibration as bench
-    from benchmarks.serving_model import make_model
-
     model = make_model(LLAMA, make_plan(), tmp_path / "tiny")
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
     prompts = tmp_path / "prompts.jsonl"

@@ -11,7 +11,8 @@ import pytest
 import torch
 import triton
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+from benchmarks import kernel_common, plot_kernels
+
 INTERPRETED = triton.knobs.runtime.interpret and not torch.cuda.is_available()
 FLASHINFER = ("flashinfer_select", "flashinfer_attend", "flashinfer_cascade")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
@@ -25,11 +26,10 @@ def run_once(step, repeats: int = 1) -> float:
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """A benchmark's module, with steps run once instead of timed, and FA3 left out."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    module = importlib.import_module(request.param)
+    module = importlib.import_module(f"benchmarks.{request.param}")
     small = {"KV_HEADS": 2, "GROUP": 2, "Q_HEADS": 4, "DIM": 32}
     for name, size in small.items():
-        monkeypatch.setattr(importlib.import_module("kernel_common"), name, size)
+        monkeypatch.setattr(kernel_common, name, size)
         monkeypatch.setattr(module, name, size, raising=False)
     monkeypatch.setattr(module, "measure", run_once)
     for name in ("fa3_decode", "fa3_extend", *FLASHINFER):
@@ -83,15 +83,14 @@ def test_prefill_sums_chunks(bench: ModuleType, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("bench", ["bench_decode"], indirect=True)
 def test_rows_are_appended_and_the_newest_is_drawn(bench: ModuleType, tmp_path: Path) -> None:
-    common, plots = map(importlib.import_module, ("kernel_common", "plot_kernels"))
     stamp = {"gpu": "G", "versions": "v", "commit": "c", "date": "d"}
     path = tmp_path / "rows.csv"
     for ms in (2.0, 1.0):
         row = bench.Row("16x128K", "composite", "exact", ms, 4.0, plan="qwen3-8b")
-        common.append_rows(path, [row], stamp)
+        kernel_common.append_rows(path, [row], stamp)
     assert len(list(csv.DictReader(path.open()))) == 2
-    assert [row["speedup"] for row in plots.newest(path)] == ["4.000"]
-    plots.plot(path, tmp_path / "rows.png")
+    assert [row["speedup"] for row in plot_kernels.newest(path)] == ["4.000"]
+    plot_kernels.plot(path, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 1000
 
 

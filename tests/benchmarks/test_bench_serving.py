@@ -3,39 +3,28 @@
 import contextlib
 import csv
 import gzip
-import importlib
 import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import pytest
 import torch
 
-from kascade_sglang.demo.server import Server
+from benchmarks import bench_serving as bench
+from benchmarks import serving_profile
+from benchmarks.serving_model import make_model
 from kascade_sglang.errors import KascadeError
-from models import LLAMA, make_plan
+from kascade_sglang.servers.process import Server
+from tests.support.models import LLAMA, make_plan
 
-ROOT = Path(__file__).resolve().parents[2]
 STAMP = ("gpu", "versions", "commit", "date")
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT))
-    try:
-        yield importlib.import_module("benchmarks.bench_serving")
-    finally:
-        sys.path.remove(str(ROOT))
-
-
 @pytest.mark.e2e
-def test_every_request_gets_what_it_asks_for(bench: ModuleType, tmp_path: Path) -> None:
-    from benchmarks.serving_model import make_model
-
+def test_every_request_gets_what_it_asks_for(tmp_path: Path) -> None:
     model = make_model({**LLAMA, "bos_token_id": 0, "eos_token_id": 1}, make_plan(), tmp_path / "m")
     options = Namespace(model="tiny", model_path=None, server_flags=["--max-total-tokens", "8192"])
     if not torch.cuda.is_available():
@@ -54,7 +43,7 @@ def test_every_request_gets_what_it_asks_for(bench: ModuleType, tmp_path: Path) 
 
 @pytest.mark.parametrize(("rounds", "up"), [(1, 1), (2, 2)], ids=["one-by-one", "in-turn"])
 def test_servers_of_several_rounds_stand_side_by_side(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, up: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, up: int
 ) -> None:
     running, asked = [], []
 
@@ -86,16 +75,14 @@ def test_servers_of_several_rounds_stand_side_by_side(
 
 
 @pytest.mark.parametrize("result", [(2, [4, 3]), (1, [4])], ids=["short", "lost"])
-def test_runs_count_only_with_every_token(bench: ModuleType, result: tuple[int, list[int]]) -> None:
+def test_runs_count_only_with_every_token(result: tuple[int, list[int]]) -> None:
     completed, lengths = result
     workload = bench.Workload(2, 300, 4, "itl_p50_ms", 2.0)
     with pytest.raises(KascadeError, match="expected 2 replies of 4 tokens"):
         bench.require_all({"completed": completed, "output_lens": lengths}, workload)
 
 
-def test_ratios_are_to_the_best_of_the_others(
-    bench: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ratios_are_to_the_best_of_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     speeds = [("kascade", 290.0), ("fa3", 150.0), ("triton", 100.0), ("kascade", 310.0)]
     rows = [
         {"workload": "chat", "backend": name, "output_tokens_per_s": speed}
@@ -111,16 +98,14 @@ def test_ratios_are_to_the_best_of_the_others(
     assert "1.25x" in lines[0] and "2.00x" in lines[1]
 
 
-def test_arrivals_follow_what_fa3_reached(bench: ModuleType) -> None:
+def test_arrivals_follow_what_fa3_reached() -> None:
     rows = [{"workload": "rag-8-prefixes-limit", "requests_per_s": 10.0}]
     assert bench.arrival_rate("rag-8-prefixes", rows) == 8.0
     assert bench.arrival_rate("rag-8-prefixes", [*rows, {**rows[0], "requests_per_s": 1.0}]) == 8.0
     assert bench.arrival_rate("chat", rows) == float("inf")
 
 
-def test_refuses_arrivals_without_their_limit(
-    bench: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refuses_arrivals_without_their_limit(capsys: pytest.CaptureFixture[str]) -> None:
     names = ["rag-8-prefixes-limit", "rag-8-prefixes"]
     assert bench.parse_arguments(["--workloads", *names]).workloads == names
     with pytest.raises(SystemExit):
@@ -131,13 +116,13 @@ def test_refuses_arrivals_without_their_limit(
     assert "--rounds: expected at least 1, got 0" in capsys.readouterr().err
 
 
-def test_curves_are_drawn_of_what_was_measured(bench: ModuleType, tmp_path: Path) -> None:
+def test_curves_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
     picture = tmp_path / "curves.png"
     bench.plot(bench.RESULTS, picture, "llama-3.1-8b")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_shape_has_a_plan_that_fits(bench: ModuleType, tmp_path: Path) -> None:
+def test_every_shape_has_a_plan_that_fits(tmp_path: Path) -> None:
     from kascade_sglang.plan.library import PLAN_NAME
     from kascade_sglang.plan.schema import load_plan
 
@@ -146,9 +131,7 @@ def test_every_shape_has_a_plan_that_fits(bench: ModuleType, tmp_path: Path) -> 
         assert load_plan(folder / PLAN_NAME).anchors == anchors
 
 
-def test_a_profile_says_what_ran_and_what_did_not(bench: ModuleType, tmp_path: Path) -> None:
-    from benchmarks import serving_profile
-
+def test_a_profile_says_what_ran_and_what_did_not(tmp_path: Path) -> None:
     kernels = [
         ("nvjet_tst_128x8", 0, 4000),
         ("decode_scores_kernel", 4000, 1000),

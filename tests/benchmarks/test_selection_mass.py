@@ -1,51 +1,31 @@
 """The selection study: its methods against the reference, its inputs and its table."""
 
 import csv
-import importlib
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from benchmarks import attention_inputs as inputs
+from benchmarks import selection_mass as study
 from kascade_kernels.budget import TILE, Budget
 from kascade_kernels.reference import anchor_scores, select_topk
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def inputs() -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module("attention_inputs")
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-@pytest.fixture(scope="module")
-def study(inputs: ModuleType) -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module("selection_mass")
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-def case_of(inputs: ModuleType, phase: str, length: int = 1280):
+def case_of(phase: str, length: int = 1280):
     sizes = inputs.Sizes(tiles=1, positions=1, samples=1)
     found = [case for case in inputs.synthetic(length, sizes) if case.phase == phase]
     return found[-1]
 
 
 @pytest.fixture(params=["decode", "prefill"])
-def case(request: pytest.FixtureRequest, inputs: ModuleType):
-    return case_of(inputs, request.param)
+def case(request: pytest.FixtureRequest):
+    return case_of(request.param)
 
 
-def test_mass_and_scores_are_those_of_the_reference(study: ModuleType, case) -> None:
+def test_mass_and_scores_are_those_of_the_reference(case) -> None:
     expected = anchor_scores(case.q.double(), case.k.double(), case.scale)
     for head, row in enumerate(study.rows_of(case)):
         assert torch.allclose(row.mass.sum(1), torch.ones(len(row.q), dtype=torch.float64))
@@ -54,7 +34,7 @@ def test_mass_and_scores_are_those_of_the_reference(study: ModuleType, case) -> 
         torch.testing.assert_close(scores, expected[head], rtol=1e-4, atol=1e-7)
 
 
-def test_methods_without_an_approximation_are_exact(study: ModuleType, case) -> None:
+def test_methods_without_an_approximation_are_exact(case) -> None:
     for row in study.rows_of(case):
         count = Budget(0.1).selected((len(row.k) - 1) // TILE)
         best = select_topk(row.mass[:, : row.own].sum(0, keepdim=True), count)
@@ -68,7 +48,7 @@ def test_methods_without_an_approximation_are_exact(study: ModuleType, case) -> 
             assert (select_topk(scores, count) == best).float().mean() > 0.99
 
 
-def test_no_method_beats_the_exact_selection(study: ModuleType, case) -> None:
+def test_no_method_beats_the_exact_selection(case) -> None:
     for row in study.rows_of(case):
         tallies: dict = {}
         study.measure(row, case.phase, tallies)
@@ -80,13 +60,13 @@ def test_no_method_beats_the_exact_selection(study: ModuleType, case) -> None:
                 assert tally.rows[0] > 1 - 1e-6
 
 
-def test_pages_keep_no_more_than_they_may(study: ModuleType, case) -> None:
+def test_pages_keep_no_more_than_they_may(case) -> None:
     row = next(study.rows_of(case))
     scores = study.pages(row, count=96, page=32, times=2)
     assert (scores >= 0).sum() == 192
 
 
-def test_rounding(study: ModuleType) -> None:
+def test_rounding() -> None:
     x = torch.randn(50, 64)
     most = x.abs().amax(1, keepdim=True)
     assert ((study.round_int(x, 127) - x).abs() <= most / 254 * 1.0001).all()
@@ -102,7 +82,7 @@ def test_rounding(study: ModuleType) -> None:
     assert (rounded[finite] - x[finite]).abs().max() < 8 * 2**-11
 
 
-def test_synthetic_attention_is_as_described(inputs: ModuleType) -> None:
+def test_synthetic_attention_is_as_described() -> None:
     head = inputs.SyntheticHead(1024, seed=0, sink=12)
     spreads = head.k.float().std(0)
     assert (spreads / spreads.median() > 5).sum() == 4
@@ -115,15 +95,13 @@ def test_synthetic_attention_is_as_described(inputs: ModuleType) -> None:
     assert margins.mean() > 8  # a needle, in most queries
 
 
-def test_demo_chat_asks_questions(inputs: ModuleType) -> None:
+def test_demo_chat_asks_questions() -> None:
     ids, kinds = inputs.demo_chat(2048, seed=0)
     assert len(ids) == len(kinds) <= 2048
     assert sum(kind == inputs.ANSWER for kind in kinds) > 100
 
 
-def test_table_and_picture(
-    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "mass.csv"
     small = "--demo --synthetic 768 --tiles 1 --positions 1 --samples 1 --out".split()
     monkeypatch.setattr(sys, "argv", ["selection_mass.py", *small, str(out)])

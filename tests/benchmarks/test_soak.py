@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kascade_sglang.demo.server import Server, demo_arguments
-
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import soak
+from kascade_sglang.servers.demo_model import demo_arguments
+from kascade_sglang.servers.process import Server
 
 
 @pytest.mark.e2e
 def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import soak
-
     monkeypatch.setenv("SGLANG_TEST_RETRACT", "true")
     monkeypatch.setattr(soak, "FLUSH_SECONDS", 2)
     monkeypatch.setattr(soak, "ABORT_SHARE", 0.5)
@@ -31,10 +28,7 @@ def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["wrong_length"] == row["failed"] == row["different"] == 0
 
 
-def test_replies_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import soak
-
+def test_replies_that_differ_are_counted() -> None:
     prompt = soak.Prompt(random.Random(0), 64, 16)
     prompt.alone = [[-1.0, 7, None]]
     meta = {"completion_tokens": prompt.outputs, "output_token_logprobs": [[-1.0, 7, None]]}

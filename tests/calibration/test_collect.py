@@ -5,12 +5,12 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from brute import least_similarity, mean_mass
 from transformers import LlamaForCausalLM
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.calibration.collect import MASS_RATIOS, collect, sample_tiles, work_of
-from kascade_sglang.calibration.errors import CalibrationError
+from kascade_sglang.errors import CalibrationError
+from tests.support.brute import least_similarity, mean_mass
 
 BUDGET = Budget(0.1, 64)
 

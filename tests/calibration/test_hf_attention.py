@@ -17,7 +17,6 @@ from transformers import (
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_kernels.reference import anchor_scores, pool_heads, select_topk
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import (
     KascadeAttention,
     dense_attention,
@@ -26,6 +25,7 @@ from kascade_sglang.calibration.hf_attention import (
     query_tiles,
 )
 from kascade_sglang.calibration.hf_model import shape_of
+from kascade_sglang.errors import CalibrationError
 from kascade_sglang.plan.schema import Plan, PlanError
 
 EVERYTHING = Budget(1.0, 64)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.prompts import Prompt, file_digest, read_prompts
+from kascade_sglang.errors import CalibrationError
 
 
 def write(folder: Path, name: str, *lines: object) -> Path:

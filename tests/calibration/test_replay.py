@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from test_families import FAMILIES, GEMMA, build
 from transformers import LlamaForCausalLM
 
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_sglang.calibration import replay
 from kascade_sglang.calibration.collect import full_layers, measure_prompt, sample_tiles
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import DenseAttention, LayerCall, our_attention
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.spans import Span, spans_of
+from kascade_sglang.errors import CalibrationError
+from tests.support.families import FAMILIES, GEMMA, build
 
 BUDGET = Budget(0.1, 64)
 LENGTH = 6 * TILE + 5

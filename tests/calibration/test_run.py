@@ -14,13 +14,13 @@ from transformers import LlamaForCausalLM
 from kascade_kernels.budget import Budget
 from kascade_sglang.calibration.anchors import pick_anchors
 from kascade_sglang.calibration.collect import collect
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.hf_attention import kascade_generate
 from kascade_sglang.calibration.hf_model import load_model
 from kascade_sglang.calibration.similarity import anchor_gain, layer_similarity
 from kascade_sglang.cli import main
-from kascade_sglang.demo.server import MODEL
+from kascade_sglang.errors import CalibrationError
 from kascade_sglang.plan.schema import load_plan
+from kascade_sglang.servers.demo_model import MODEL
 
 MASS = ("0.05", "0.1", "0.2")
 

@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kascade_sglang.calibration import hf_model
-from kascade_sglang.calibration.errors import CalibrationError
 from kascade_sglang.calibration.sources import BUNDLED, DEFAULT_LIMIT, PromptSource
-from kascade_sglang.demo.server import MODEL
+from kascade_sglang.errors import CalibrationError
+from kascade_sglang.servers.demo_model import MODEL
 
 
 @pytest.fixture(autouse=True)

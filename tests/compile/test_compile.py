@@ -8,8 +8,6 @@ import pytest
 import sglang.srt.utils.common  # noqa: F401
 import torch
 
-from capture import compiled_launches
-from decode_case import DecodeCase
 from kascade_kernels import tuning
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
@@ -22,6 +20,8 @@ from kascade_kernels.select_slots import count_high, select_slots
 from kascade_kernels.structs import Rows
 from kascade_kernels.tile_attention import tile_attention
 from kascade_kernels.tile_scores import tile_lse, tile_scores
+from tests.support.capture import compiled_launches
+from tests.support.decode_case import DecodeCase
 
 CONTEXT = 131072
 HEADS = 2

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_compile import launch_decode, launch_prefill
 from triton.compiler import ASTSource
 
 import kascade_kernels
-from capture import instead_of_launching
 from kascade_kernels.tuning import DEFAULT, TABLE, Launch
+from tests.compile.test_compile import launch_decode, launch_prefill
+from tests.support.capture import instead_of_launching
 
 FOLDER = Path(kascade_kernels.__file__).parent
 STEPS = ("BLOCK_K", "CHUNK", "PART", "BLOCK")

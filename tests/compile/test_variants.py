@@ -8,13 +8,13 @@ import sglang.srt.utils.common  # noqa: F401
 import torch
 import triton
 
-from capture import launched_variants
 from kascade_kernels.budget import Budget
 from kascade_sglang.backend.paths import build_paths
 from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.host.steps import Batch, Layer, Rank
 from kascade_sglang.plan.schema import ModelShape, Plan
+from tests.support.capture import launched_variants
 
 HEADS, GROUP, DIM, CONTEXT, SLOTS = 2, 4, 64, 70_000, 256
 ANCHOR, REUSE = Layer(0, 1.0), Layer(1, 1.0)

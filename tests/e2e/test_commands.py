@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kascade_sglang.demo.server import MODEL, Server, demo_arguments
-from models import LLAMA, make_plan
-from support import (
+from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.process import Server
+from tests.support.models import LLAMA, make_plan
+from tests.support.requests import (
     assert_equals,
     generate,
     prompt_ids,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import sglang
 
-from kascade_sglang.demo.server import MODEL
-from support import prompt_ids, sampling
+from kascade_sglang.servers.demo_model import MODEL
+from tests.support.requests import prompt_ids, sampling
 
 pytestmark = pytest.mark.e2e
 

@@ -1,6 +1,6 @@
 """Real servers on a GPU: the replies of a float32 server on the CPU, whatever is captured or exact.
 
-``cpu_replies.json`` holds what the torch reference answers: ``python tests/e2e/test_gpu.py`` asks
+``cpu_replies.json`` holds what the torch reference answers: ``python -m tests.e2e.test_gpu`` asks
 a server on a CPU and writes it anew.
 """
 
@@ -13,8 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kascade_sglang.demo.server import Server, demo_arguments
-from support import REPLIES, ask_everything, generate, prompt_ids, tokens_and_logprobs
+from kascade_sglang.servers.demo_model import demo_arguments
+from kascade_sglang.servers.process import Server
+from tests.support.requests import (
+    REPLIES,
+    ask_everything,
+    generate,
+    prompt_ids,
+    tokens_and_logprobs,
+)
 
 pytestmark = [
     pytest.mark.e2e,

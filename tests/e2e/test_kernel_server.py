@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kascade_sglang.demo.server import Server, demo_arguments
-from support import (
+from kascade_sglang.servers.demo_model import demo_arguments
+from kascade_sglang.servers.process import Server
+from tests.support.requests import (
     assert_equals,
     generate,
     prompt_ids,

@@ -8,26 +8,27 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kascade_sglang.counters import KeyReads, read_key_reads
-from kascade_sglang.demo.server import MODEL, Server, demo_arguments
 from kascade_sglang.evaluation.methods import without_head_map
-from support import REPLIES, ask_everything, generate, prompt_ids, shipped_plan
+from kascade_sglang.servers.counters import KeyCounters, read_key_counters
+from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.process import Server
+from tests.support.requests import REPLIES, ask_everything, generate, prompt_ids, shipped_plan
 
 pytestmark = pytest.mark.e2e
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def replies_and_reads(flags: list[str], log: Path) -> tuple[dict[str, str], KeyReads]:
+def replies_and_reads(flags: list[str], log: Path) -> tuple[dict[str, str], KeyCounters]:
     """Ask the demo's questions; returns replies, and what one request more reads."""
     with Server([*demo_arguments("kascade"), *flags], log) as server:
         replies = ask_everything(server)
-        before = read_key_reads(server.url)
+        before = read_key_counters(server.url)
         generate(server, prompt_ids(3, 3000), 24)
-        after = read_key_reads(server.url)
+        after = read_key_counters(server.url)
     return replies, {key: after[key] - before[key] for key in after}
 
 
-def assert_answers_as_the_cpu(replies: dict[str, str], reads: KeyReads) -> None:
+def assert_answers_as_the_cpu(replies: dict[str, str], reads: KeyCounters) -> None:
     assert replies == json.loads(REPLIES.read_text())
     assert 0 < reads["decode", "attended"] < reads["decode", "dense"]
 

@@ -15,11 +15,11 @@ from openai import OpenAI
 
 from kascade_sglang.cli import main
 from kascade_sglang.config import load_config
-from kascade_sglang.demo.client import MODEL_NAME
-from kascade_sglang.demo.server import MODEL, Server, demo_arguments
-from kascade_sglang.demo.tasks import is_correct, messages
+from kascade_sglang.servers.demo_model import MODEL, MODEL_NAME, demo_arguments
+from kascade_sglang.servers.process import Server
 from kascade_sglang.sparsity import key_reads
-from support import (
+from kascade_sglang.text.documents import is_correct, messages
+from tests.support.requests import (
     assert_equals,
     document,
     generate,
@@ -95,10 +95,10 @@ def test_counters_equal_the_budget(server: Server) -> None:
     """What a report says of one request is what the backend counted, plus one step run ahead."""
     ids = prompt_ids(7, 1800)
     config = load_config(str(MODEL), shipped_plan().shape)
-    before = server.key_reads()
+    before = server.key_counters()
     generate(server, ids, 9)
     time.sleep(1)
-    grown = {key: value - before.get(key, 0) for key, value in server.key_reads().items()}
+    grown = {key: value - before.get(key, 0) for key, value in server.key_counters().items()}
     prefill = key_reads(config, np.arange(len(ids)))
     for kind in ("attended", "scored", "dense"):
         assert grown["prefill", kind] == getattr(prefill, kind)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from kascade_sglang import cli
-from kascade_sglang.demo.server import MODEL
 from kascade_sglang.evaluation.longbench import datasets
 from kascade_sglang.evaluation.tokens import Tokens
-from stub import Stub, WordTokenizer
+from kascade_sglang.servers.demo_model import MODEL
+from tests.support.stub import Stub, WordTokenizer
 
 
 @pytest.fixture(scope="session")

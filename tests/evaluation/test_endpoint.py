@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stub import serving
+from tests.support.stub import serving
 
 Eval = Callable[..., int]
 CHAT = "/v1/chat/completions"

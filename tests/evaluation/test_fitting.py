@@ -2,7 +2,7 @@
 
 import pytest
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.fitting import CLOSE, Draft, longest
 
 

@@ -15,7 +15,7 @@ from kascade_sglang.evaluation.registry import groups, pick
 from kascade_sglang.evaluation.results import COLUMNS
 from kascade_sglang.evaluation.samples import Order, Sample
 from kascade_sglang.evaluation.tokens import Tokens
-from stub import WordTokenizer, perfect, serving
+from tests.support.stub import WordTokenizer, perfect, serving
 
 Eval = Callable[..., int]
 CHINESE = ("multifieldqa_zh", "dureader", "vcsum")

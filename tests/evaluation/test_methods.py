@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from kascade_sglang.config import FLAGS_VARIABLE, KascadeConfig, load_config
-from kascade_sglang.demo.server import MODEL
 from kascade_sglang.evaluation.methods import Method, all_methods, server_arguments
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import load_plan
+from kascade_sglang.servers.demo_model import MODEL
 
 PLAN = load_plan(MODEL / PLAN_NAME)
 SPARSE = [method for method in all_methods([0.1]) if method.ratio]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.results import COLUMNS
 from kascade_sglang.evaluation.tokens import Tokens
-from stub import serving
+from tests.support.stub import serving
 
 Eval = Callable[..., int]
 HEADER = ",".join(COLUMNS)

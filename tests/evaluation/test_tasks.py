@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.registry import groups, pick
 from kascade_sglang.evaluation.ruler_qa import invented
 from kascade_sglang.evaluation.samples import Order, Sample, Task
 from kascade_sglang.evaluation.tokens import Tokens
-from stub import WordTokenizer
+from tests.support.stub import WordTokenizer
 
 KNOWN = groups(None, None, None, None)
 MADE = pick(["ruler", "facts", "perplexity"], KNOWN)

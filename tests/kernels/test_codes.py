@@ -6,7 +6,7 @@ import triton.language as tl
 
 from kascade_kernels._triton._primitives import encode_score
 from kascade_kernels.codes import decode, encode
-from shapes import DEVICE, needs_kernels
+from tests.support.shapes import DEVICE, needs_kernels
 
 
 @triton.jit

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from decode_case import DecodeCase
 from kascade_kernels.decode_attention import decode_attention
 from kascade_kernels.decode_lists import Spans
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.structs import Lists
 from kascade_kernels.tuning import STEP
-from shapes import DEVICE, needs_kernels, shapes
+from tests.support.decode_case import DecodeCase
+from tests.support.shapes import DEVICE, needs_kernels, shapes
 
 pytestmark = needs_kernels
 

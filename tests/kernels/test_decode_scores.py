@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 
-from decode_case import DecodeCase, list_of, lists_of
-from interpreter import tune
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.codes import decode
@@ -15,7 +13,9 @@ from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.structs import KeyCopy, Lists, Rows
-from shapes import DEVICE, needs_kernels, shapes
+from tests.support.decode_case import DecodeCase, list_of, lists_of
+from tests.support.interpreter import tune
+from tests.support.shapes import DEVICE, needs_kernels, shapes
 
 pytestmark = needs_kernels
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from decode_case import DecodeCase
-from interpreter import tune
 from kascade_kernels.row_slots import allocate_row_slots, copy_row_slots
-from shapes import DEVICE, needs_kernels
+from tests.support.decode_case import DecodeCase
+from tests.support.interpreter import tune
+from tests.support.shapes import DEVICE, needs_kernels
 
 pytestmark = needs_kernels
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from decode_case import DecodeCase, list_of
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.reference import select_topk
 from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
 from kascade_kernels.structs import Lists
-from shapes import DEVICE, needs_kernels
+from tests.support.decode_case import DecodeCase, list_of
+from tests.support.shapes import DEVICE, needs_kernels
 
 pytestmark = needs_kernels
 

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from decode_case import DecodeCase, lists_of
-from interpreter import tune
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
 from kascade_kernels.decode_scores import ScoreScratch
@@ -14,7 +12,9 @@ from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from kascade_kernels.structs import KeyCopy, Lists
-from shapes import DEVICE, needs_kernels, shapes
+from tests.support.decode_case import DecodeCase, lists_of
+from tests.support.interpreter import tune
+from tests.support.shapes import DEVICE, needs_kernels, shapes
 
 pytestmark = needs_kernels
 

@@ -6,8 +6,8 @@ import torch
 from kascade_kernels.budget import TILE, tile_of
 from kascade_kernels.reference import sparse_attention
 from kascade_kernels.tile_attention import tile_attention
-from shapes import DEVICE, needs_kernels, shapes
-from tile_case import TileCase, pack_lists
+from tests.support.shapes import DEVICE, needs_kernels, shapes
+from tests.support.tile_case import TileCase, pack_lists
 
 pytestmark = needs_kernels
 

@@ -7,15 +7,15 @@ import torch
 import triton
 import triton.language as tl
 
-from interpreter import tune
 from kascade_kernels._triton._primitives import encode_score
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.reference import pool_heads
 from kascade_kernels.structs import KeyCopy, Rows
 from kascade_kernels.tile_scores import EDGE, keys_read, tile_lse, tile_scores
-from shapes import DEVICE, needs_kernels, shapes
-from tile_case import TileCase
+from tests.support.interpreter import tune
+from tests.support.shapes import DEVICE, needs_kernels, shapes
+from tests.support.tile_case import TileCase
 
 pytestmark = needs_kernels
 

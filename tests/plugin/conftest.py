@@ -11,7 +11,7 @@ from sglang.srt.plugins import load_plugins
 from kascade_sglang.config import FLAGS_VARIABLE, Settings, environment_variable
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan
-from models import LLAMA, make_plan
+from tests.support.models import LLAMA, make_plan
 
 
 @pytest.fixture(scope="session", autouse=True)

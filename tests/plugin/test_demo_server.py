@@ -10,7 +10,7 @@ import psutil
 SCRIPT = """
 import sys
 from pathlib import Path
-from kascade_sglang.demo.server import Server, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
 
 stop_servers_on_sigterm()
 sleep = (sys.executable, "-c", "import time; time.sleep(600)")

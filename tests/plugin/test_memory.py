@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from kascade_kernels.budget import Budget
 from kascade_sglang.backend.memory import ReservedMemory, reserved_memory
 from kascade_sglang.checks import check
 from kascade_sglang.config import MB
 from kascade_sglang.host.server import largest_decodes, server_facts
-from models import parse
+from tests.support.models import parse
 
 LISTS, ROOM = 4, 409 - 32 + 32
 """KV heads; a tenth of the 4096 positions, in which the own tile is counted, and a tile."""
@@ -25,9 +26,14 @@ PARTS = 4 * 8 * 8 * 64 * (16 + 1)
 def reserved(make_model: Callable[..., Path]) -> Callable[..., ReservedMemory]:
     """Memory of a server whose kernels run, as a worker counts it."""
 
-    def count(exact: bool = False, heads: str = "per_head", **changes: object) -> ReservedMemory:
+    def count(
+        exact: bool = False,
+        heads: str = "per_head",
+        prefill: Budget | None = None,
+        **changes: object,
+    ) -> ReservedMemory:
         facts = server_facts(parse(make_model(), "--chunked-prefill-size", "256"))
-        config = replace(check(facts), exact=exact, heads=heads)
+        config = replace(check(facts), exact=exact, heads=heads, prefill=prefill)
         facts = replace(facts, gpu=True, captured_decode=8, eager_decode=0)
         return reserved_memory(replace(facts, **changes), config)
 
@@ -39,11 +45,16 @@ SMALL = 2 * 8 * 8 + 4 * (8 + 8 * 8 + 2 * 8 + 8 + 8 * 8) + 8 * 8 * LISTS
 
 
 def test_scores_and_lists_are_counted(reserved: Callable[..., ReservedMemory]) -> None:
-    decode_and_prefill_rows = 8 + 256 // 32
+    decoding, prefill = 8 * ROOM, 256 // 32 * (ROOM - 32)
     others = 768 * MB + SLOTS + PARTS
     per_head, pooled = reserved().scratch - others, reserved(heads="pooled").scratch - others
     for found, lists in ((per_head, LISTS), (pooled, 1)):
-        assert 0 < found - 4 * decode_and_prefill_rows * lists * ROOM <= SMALL
+        assert 0 < found - 4 * lists * (decoding + prefill) <= SMALL
+
+
+def test_longer_lists_in_prefill_are_counted(reserved: Callable[..., ReservedMemory]) -> None:
+    more = reserved(prefill=Budget(0.1, 1024)).scratch - reserved().scratch
+    assert more == 4 * LISTS * 256 // 32 * (1024 - 409)
 
 
 def test_copies_are_counted_by_the_token(reserved: Callable[..., ReservedMemory]) -> None:
@@ -96,4 +107,4 @@ def test_nothing_is_reserved_for_decoding_that_is_not_known(
     reserved: Callable[..., ReservedMemory],
 ) -> None:
     found = reserved(captured_decode=0).scratch
-    assert found == 768 * MB + 4 * 256 // 32 * LISTS * ROOM
+    assert found == 768 * MB + 4 * 256 // 32 * LISTS * (ROOM - 32)

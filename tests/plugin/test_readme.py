@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_tables_are_those_of_the_results() -> None:
-    command = [sys.executable, "benchmarks/readme_tables.py", "--check"]
+    command = [sys.executable, "-m", "benchmarks.readme_tables", "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"run `make readme-tables`\n{result.stderr}"
 

@@ -17,17 +17,11 @@ from kascade_sglang import checks
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host import runtime
 from kascade_sglang.host.release import require_supported_host
-from kascade_sglang.host.server import (
-    SUPPORTED_VALUES,
-    SUPPORTED_VALUES_LATER,
-    _unsupported,
-    require_hooks,
-    server_facts,
-)
+from kascade_sglang.host.server import require_hooks, server_facts
 from kascade_sglang.plan import library
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import MAX_BYTES, ModelShape
-from models import make_plan, parse, resolve
+from tests.support.models import make_plan, parse, resolve
 
 MakeModel = Callable[..., Path]
 
@@ -128,58 +122,6 @@ def test_min_k_below_two_tiles(make_model: MakeModel) -> None:
     assert "at least 64" in refusal(make_model(), "--kascade-min-k", "32")
 
 
-REFUSED_FLAGS = {
-    "speculative_algorithm": ["--speculative-algorithm", "NGRAM"],
-    "disaggregation_mode": ["--disaggregation-mode", "decode"],
-    "dllm_algorithm": ["--dllm-algorithm", "LowConfidence"],
-    "kv_cache_dtype": ["--kv-cache-dtype", "fp8_e4m3"],
-    "dcp_size": ["--dcp-size", "2", "--tp-size", "4"],
-    "attn_cp_size": ["--attn-cp-size", "2", "--tp-size", "4"],
-    "enable_prefill_cp": ["--enable-prefill-cp"],
-    "enable_dp_attention": ["--enable-dp-attention", "--dp-size", "2", "--tp-size", "2"],
-    "enable_two_batch_overlap": ["--enable-two-batch-overlap"],
-    "enable_single_batch_overlap": ["--enable-single-batch-overlap"],
-    "enable_pdmux": ["--enable-pdmux"],
-    "enable_torch_compile": ["--enable-torch-compile"],
-    "enable_hierarchical_cache": ["--enable-hierarchical-cache"],
-    "enable_lmcache": ["--enable-lmcache"],
-    "enable_flexkv": ["--enable-flexkv"],
-    "radix_cache_backend": ["--radix-cache-backend", "flexkv"],
-    "enable_hisparse": ["--enable-hisparse"],
-    "enable_mis": ["--enable-mis"],
-    "enable_unified_memory": ["--enable-unified-memory"],
-    "enable_page_major_kv_layout": ["--enable-page-major-kv-layout"],
-    "prefill_only_disable_kv_cache": ["--prefill-only-disable-kv-cache"],
-    "use_ray": ["--use-ray"],
-    "enable_kv_cache_sharding": ["--enable-kv-cache-sharding"],
-    "enable_unified_cache_external_linker": ["--enable-unified-cache-external-linker"],
-    "enable_nvidia_megakernel": ["--enable-nvidia-megakernel"],
-    "attn_dp_size": ["--attn-dp-size", "2", "--tp-size", "2"],
-    "cuda_graph_backend_prefill": ["--cuda-graph-backend-prefill", "full"],
-}
-"""For every field that is checked, a command line that sets it."""
-
-
-def test_every_checked_flag_is_tried() -> None:
-    checked = set(SUPPORTED_VALUES) | set(SUPPORTED_VALUES_LATER)
-    assert set(REFUSED_FLAGS) == checked | {"cuda_graph_backend_prefill"}
-
-
-@pytest.mark.parametrize("field", REFUSED_FLAGS)
-def test_unsupported_flag(
-    make_model: MakeModel, field: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Through the parser: refused by us, by SGLang itself, or not known to this release."""
-    if field in SUPPORTED_VALUES_LATER and not hasattr(ServerArgs, field):
-        pytest.skip("this release has no such flag")
-    with pytest.raises((SystemExit, ValueError, AssertionError, RuntimeError)) as stop:
-        parse(make_model(), *REFUSED_FLAGS[field])
-    if isinstance(stop.value, SystemExit):
-        refused = str(stop.value.code) + capfd.readouterr().err
-        flag = REFUSED_FLAGS[field][0]
-        assert f"{flag}: expected" in refused or "attn-dp-size: expected" in refused, refused
-
-
 def test_all_reasons_are_said_at_once(make_model: MakeModel) -> None:
     flags = ("--enable-two-batch-overlap", "--enable-lmcache", "--kascade-min-k", "3")
     with pytest.raises(SystemExit) as stop:
@@ -188,67 +130,6 @@ def test_all_reasons_are_said_at_once(make_model: MakeModel) -> None:
     assert len(lines) == 3
     for line, word in zip(lines, ("two-batch", "lmcache", "min_k"), strict=True):
         assert word in line and "expected" in line
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("attention_arch", SimpleNamespace(name="MLA"), "MLA"),
-        ("is_encoder_decoder", True, "encoder-decoder"),
-        ("is_generation", False, "generative decoder"),
-        ("is_multimodal", True, "multimodal"),
-        ("is_hybrid_swa", True, "sliding-window"),
-        ("has_attention_sinks", True, "sinks"),
-        ("v_head_dim", 8, "head_dim"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_unsupported_model(make_model: MakeModel, field: str, value: Any, expected: str) -> None:
-    facts = server_facts(parse(make_model()))
-    plain = {
-        "hf_text_config": SimpleNamespace(),
-        "attention_arch": SimpleNamespace(name="MHA"),
-        "is_encoder_decoder": False,
-        "is_generation": True,
-        "is_multimodal": False,
-        "is_hybrid_swa": False,
-        "has_attention_sinks": False,
-        "head_dim": 16,
-        "v_head_dim": 16,
-    }
-    assert not list(_unsupported(SimpleNamespace(**plain)))
-    found = tuple(_unsupported(SimpleNamespace(**plain | {field: value})))
-    with pytest.raises(KascadeError, match=f"model: .*{expected}.*another --attention-backend"):
-        checks.check(replace(facts, model=replace(facts.model, unsupported=found)))
-
-
-def test_soft_capped_and_cross_attention_models(make_model: MakeModel) -> None:
-    assert "soft-capped" in refusal(make_model(attn_logit_softcapping=50.0))
-    assert "cross attention" in refusal(make_model(add_cross_attention=True))
-
-
-@pytest.mark.parametrize(
-    ("ranks", "heads", "expected"),
-    [("3", "per_head", "divisor"), ("8", "per_head", "divisor"), ("2", "pooled", "per_head")],
-)
-def test_tensor_parallel_across_heads(
-    make_model: MakeModel, ranks: str, heads: str, expected: str
-) -> None:
-    assert expected in refusal(make_model(), "--kascade-heads", heads, "--tp-size", ranks)
-
-
-@pytest.mark.parametrize("selection", ["omnikv", "lessismore"])
-def test_tensor_parallel_comparisons_with_one_list(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, selection: str
-) -> None:
-    monkeypatch.setenv("KASCADE_SELECTION", selection)
-    assert f"selection: {selection} makes one list" in refusal(make_model(), "--tp-size", "2")
-
-
-def test_pipeline_stage_without_its_anchor(make_model: MakeModel) -> None:
-    args = parse(make_model(), "--pp-size", "2")
-    assert checks.check(server_facts(args)), "the second stage starts at layer 2, an anchor"
-    assert "stages start at layers [1, 3]" in refusal(make_model(), "--pp-size", "4")
 
 
 def test_other_sglang_release() -> None:
@@ -266,11 +147,6 @@ def test_hook_that_was_registered_and_never_ran(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kascade_patches, "_ran", {"pool_sizes"})
     with pytest.raises(KascadeError, match="hooks pool_cell_size: expected SGLang to call them"):
         kascade_patches.require_ran("pool_cell_size", "pool_sizes")
-
-
-def test_full_prefill_graphs_by_json(make_model: MakeModel) -> None:
-    full = json.dumps({"prefill": {"backend": "full"}})
-    assert "expected breakable" in refusal(make_model(), "--cuda-graph-config", full)
 
 
 @pytest.mark.parametrize("name", ["fa4", "trtllm_mha", "kascade", "none"])
@@ -338,13 +214,6 @@ def test_kv_pool_of_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
     with pytest.raises(KascadeError, match=r"expected \[48, KV heads, .*SGLANG_USE_HND_KVCACHE"):
         runtime.require_plain_pool(make_pool(torch.bfloat16), torch.bfloat16)
-
-
-def test_plan_with_sliding_windows(make_model: MakeModel) -> None:
-    row = (0.1, 0.9, 0.2, 0.3)
-    plan = make_plan(windowed=(0, 2), anchors=(1,), similarity={3: (row,) * 4})
-    sentence = refusal(make_model(plan))
-    assert "full attention in every layer, got sliding windows in layers [0, 2]" in sentence
 
 
 def test_preset_is_announced_at_the_start(

@@ -2,7 +2,7 @@
 
 Run as ``python -m kascade_sglang.demo.recipe.corpus --work DIR`` on a Debian system with
 ``apt-get``, ``dpkg`` and network access. Writes ``DIR/train.txt.gz`` (stays out of the
-repository) and ``demo/data/filler.txt.gz`` (public-domain text only, shipped). Each file has
+repository) and ``text/data/books.txt.gz`` (public-domain text only, shipped). Each file has
 one sentence a line; a line starting with ``#`` names the text that follows.
 """
 
@@ -16,6 +16,8 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from kascade_sglang.text.books import SHIPPED
+
 TRAIN_PACKAGES = (
     "bible-kjv",
     "bible-kjv-text",
@@ -25,7 +27,6 @@ TRAIN_PACKAGES = (
 )
 HELD_OUT_PACKAGE = "dict-devil"
 HELD_OUT_SOURCE = "snappy"
-SHIPPED = Path(__file__).resolve().parent.parent / "data" / "filler.txt.gz"
 SUITE = "deb-src http://deb.debian.org/debian bookworm main"
 
 ASCII = str.maketrans(

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kascade_sglang.demo.tasks import TASKS, is_correct, make_document, messages
+from kascade_sglang.servers.demo_model import MODEL
+from kascade_sglang.text.documents import TASKS, is_correct, make_document, messages
 
-MODEL = Path(__file__).resolve().parent.parent / "model"
 # Left free for the question and the marks of the chat, so that a length is a prompt's length.
 ROOM = 40
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kascade_sglang.demo.filler import load_filler
 from kascade_sglang.demo.recipe.network import Network
 from kascade_sglang.demo.recipe.rows import ANSWER, BATCH_TOKENS, Chat
-from kascade_sglang.demo.tasks import TASKS, compose
+from kascade_sglang.text.books import load_books
+from kascade_sglang.text.documents import TASKS, compose
 
 # The row length that a prompt of this length, with its reply, fits in.
 ROW_LENGTHS = {1024: 1088, 2048: 2176, 4096: 4352, 8192: 8704}
@@ -34,7 +34,7 @@ def _document_rows(chat: Chat, seed: int, length: int) -> dict[str, list[np.ndar
     rng = random.Random(f"heldout-{seed}-{length}")
     counts = dict.fromkeys(TASKS, QUESTIONS_A_DOCUMENT)
     # The prompt is the document, a question and the marks of the chat.
-    draft = compose(rng, "test", counts, length - 40, chat.encoder.count, load_filler())
+    draft = compose(rng, "test", counts, length - 40, chat.encoder.count, load_books())
     found: dict[str, list[np.ndarray]] = {task: [] for task in TASKS}
     for item in draft.items:
         found[item.question.task].append(chat.row(draft.pieces, [item], ROW_LENGTHS[length]))

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from kascade_sglang.demo.filler import load_filler
-from kascade_sglang.demo.server import MODEL
-from kascade_sglang.demo.tasks import TASKS, compose, prompt
+from kascade_sglang.servers.demo_model import MODEL
+from kascade_sglang.text.books import load_books
+from kascade_sglang.text.documents import TASKS, compose, prompt
 
 LENGTHS = (2048, 4096, 6000, 8000)
 
@@ -33,7 +33,7 @@ def write_prompts(out: Path, count: int = 8) -> None:
             rng = random.Random(f"calibration-{index}")
             counts = dict.fromkeys(TASKS, 2)
             length = LENGTHS[index % len(LENGTHS)]
-            draft = compose(rng, "train", counts, length, count_tokens, load_filler())
+            draft = compose(rng, "train", counts, length, count_tokens, load_books())
             chat, document = [], "".join(draft.pieces)
             for turn, item in enumerate(rng.sample(draft.items, len(draft.items))):
                 text = item.question.text

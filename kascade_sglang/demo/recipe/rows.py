@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kascade_sglang.demo.recipe.encoding import Encoder
-from kascade_sglang.demo.tasks import Item, compose
+from kascade_sglang.text.documents import Item, compose
 
 PAD, REST, ANSWER = 0, 1, 2
 # Rows of every length fill the same number of tokens, so the GPU code is compiled once.

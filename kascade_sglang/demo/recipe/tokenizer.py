@@ -16,12 +16,12 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kascade_sglang.demo import vocabulary
-from kascade_sglang.demo.filler import load_filler
 from kascade_sglang.demo.recipe.encoding import PIECE
-from kascade_sglang.demo.tasks import TASKS, compose
+from kascade_sglang.servers.demo_model import MODEL
+from kascade_sglang.text import words
+from kascade_sglang.text.books import load_books
+from kascade_sglang.text.documents import TASKS, compose
 
-MODEL = Path(__file__).resolve().parent.parent / "model"
 VOCABULARY = 4096
 SPECIAL = ("<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -36,21 +36,21 @@ REPEATS = 4000
 def fact_words() -> list[str]:
     """Every word and number that should be one token, as it stands in a sentence."""
     lists = (
-        vocabulary.ADJECTIVES,
-        vocabulary.NOUNS,
-        vocabulary.FIRST_NAMES,
-        vocabulary.LAST_NAMES,
-        vocabulary.PHRASE_FIRST,
-        vocabulary.PHRASE_SECOND,
+        words.ADJECTIVES,
+        words.NOUNS,
+        words.FIRST_NAMES,
+        words.LAST_NAMES,
+        words.PHRASE_FIRST,
+        words.PHRASE_SECOND,
     )
-    words = [f" {word}" for found in lists for word in found]
+    spaced = [f" {word}" for found in lists for word in found]
     pairs = [f"{number:02d}" for number in range(100)]
-    return words + pairs + [f" {pair}" for pair in pairs]
+    return spaced + pairs + [f" {pair}" for pair in pairs]
 
 
 def texts(filler: Path) -> Iterator[str]:
     """The training text: filler, documents with facts, and the words that must be tokens."""
-    books = load_filler(filler)
+    books = load_books(filler)
     for _, sentences in books:
         yield from (" " + sentence for sentence in sentences)
     rng = random.Random(0)

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kascade_sglang.demo.filler import load_filler
 from kascade_sglang.demo.recipe import heldout
 from kascade_sglang.demo.recipe.encoding import Encoder
 from kascade_sglang.demo.recipe.export import export
 from kascade_sglang.demo.recipe.network import Network, Shape, Weights, new_weights
 from kascade_sglang.demo.recipe.optimizer import Muon, adam_for_rest
 from kascade_sglang.demo.recipe.rows import ANSWER, BATCH_TOKENS, REST, Chat, Feed
-
-MODEL = Path(__file__).resolve().parent.parent / "model"
+from kascade_sglang.servers.demo_model import MODEL
+from kascade_sglang.text.books import load_books
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,8 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     chat = Chat(Encoder(args.tokenizer))
-    texts = load_filler(args.filler)
-    for _, sentences in (*texts, *load_filler()):
+    texts = load_books(args.filler)
+    for _, sentences in (*texts, *load_books()):
         for sentence in sentences:
             chat.encoder.remember(" " + sentence)
     cells = heldout.make_cells(chat, args.final_rows, list(heldout.ROW_LENGTHS), args.workers)

@@ -7,7 +7,7 @@ import torch
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.reference import anchor_scores
 from kascade_kernels.structs import Lists, Rows
-from shapes import DEVICE
+from tests.support.shapes import DEVICE
 
 
 @dataclass

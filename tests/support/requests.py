@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kascade_sglang.calibration.hf_attention import kascade_generate
 from kascade_sglang.demo.__main__ import documents
-from kascade_sglang.demo.client import ask_all
-from kascade_sglang.demo.server import MODEL, Server
-from kascade_sglang.demo.tasks import Document, make_document, messages
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan, load_plan
+from kascade_sglang.servers.client import ask_all
+from kascade_sglang.servers.demo_model import MODEL
+from kascade_sglang.servers.process import Server
+from kascade_sglang.text.documents import Document, make_document, messages
 
 REPLIES = Path(__file__).with_name("cpu_replies.json")
 """The replies of a float32 server on a CPU; test_gpu.py says how to write them."""

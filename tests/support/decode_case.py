@@ -11,7 +11,7 @@ from kascade_kernels.merge_parts import Parts
 from kascade_kernels.reference import anchor_scores, pool_heads
 from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from kascade_kernels.structs import KeyCopy, Lists, Rows
-from shapes import DEVICE
+from tests.support.shapes import DEVICE
 
 
 @dataclass

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 
 
 def read_text(path: Path, where: str) -> str:

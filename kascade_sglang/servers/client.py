@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from openai import AsyncOpenAI
 
-from kascade_sglang.demo.tasks import Document, Question, is_correct, messages
-
-MODEL_NAME = "kascade-demo"
-MAX_TOKENS = 48
+from kascade_sglang.servers.demo_model import MODEL_NAME
+from kascade_sglang.text.documents import MAX_TOKENS, Document, Question, is_correct, messages
 
 
 @dataclass(frozen=True)

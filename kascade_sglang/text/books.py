@@ -1,4 +1,4 @@
-"""The real English text that facts are planted in."""
+"""Books: the real English text that facts are planted in."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import gzip
 from functools import lru_cache
 from pathlib import Path
 
-SHIPPED = Path(__file__).resolve().parent / "data" / "filler.txt.gz"
+SHIPPED = Path(__file__).resolve().parent / "data" / "books.txt.gz"
 
 
 @lru_cache(maxsize=4)
-def load_filler(path: Path = SHIPPED) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def load_books(path: Path = SHIPPED) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Read (title, sentences) of every text in a file of one sentence a line.
 
     A line that starts with ``# `` holds the title of the text that follows. The shipped file

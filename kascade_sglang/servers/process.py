@@ -15,14 +15,11 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
-import torch
 
-from kascade_sglang.counters import KeyReads, read_key_reads
+from kascade_sglang.servers.counters import KeyCounters, read_key_counters
 
-MODEL = Path(__file__).resolve().parent / "model"
 START_TIMEOUT = 600
 PORTS = range(20_000, 32_000)
-
 
 _running: set["Server"] = set()
 
@@ -53,26 +50,6 @@ def stop_servers_on_sigterm() -> None:
         os._exit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
-
-
-def demo_arguments(backend: str, dense: str | None = None) -> list[str]:
-    """Return the server's arguments for the demo model on this machine.
-
-    dense: the backend that ``kascade`` composes, None for its default.
-    Without a GPU: float32, which torch's CPU kernels are fastest in. Pages of one tile make a
-    prefix-cache hit end where a tile ends.
-    """
-    arguments = ["--model-path", str(MODEL), "--served-model-name", "kascade-demo"]
-    arguments += ["--attention-backend", backend, "--page-size", "32"]
-    # The number of tokens bounds memory. A small fraction would count what other processes take
-    # while the model loads, and refuse to start.
-    arguments += ["--max-total-tokens", "65536", "--mem-fraction-static", "0.5"]
-    arguments += ["--enable-metrics", "--enable-cache-report", "--log-level", "warning"]
-    if backend == "kascade" and dense:
-        arguments += ["--kascade-dense-backend", dense]
-    if not torch.cuda.is_available():
-        arguments += ["--dtype", "float32", "--sleep-on-idle"]
-    return arguments
 
 
 class Server:
@@ -156,9 +133,9 @@ class Server:
         """Return the last lines of the server's log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def key_reads(self) -> KeyReads:
+    def key_counters(self) -> KeyCounters:
         """Return Kascade's counters as {(phase, kind): keys}; empty under another backend."""
-        return read_key_reads(self.url)
+        return read_key_counters(self.url)
 
     def stop(self) -> None:
         """End the server and every process it started."""

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kascade_sglang.demo.filler import load_filler
-from kascade_sglang.demo.vocabulary import (
+from kascade_sglang.text.books import load_books
+from kascade_sglang.text.words import (
     COUNTED,
     NUMBER_KINDS,
     PHRASE,
@@ -23,6 +23,8 @@ from kascade_sglang.demo.vocabulary import (
 )
 
 TASKS = ("single_key", "multi_key", "multi_hop", "which_document", "counting")
+MAX_TOKENS = 48
+"""Room for the longest right reply."""
 
 FACT_FORMS = (
     "The {core}.",
@@ -84,7 +86,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Draft:
+class DocumentDraft:
     """A document in pieces that are tokenised one by one, and what can be asked about it."""
 
     title: str
@@ -256,7 +258,7 @@ def compose(
     target_tokens: int,
     count_tokens: Callable[[str], int],
     texts: Sequence[tuple[str, Sequence[str]]],
-) -> Draft:
+) -> DocumentDraft:
     """Plan a document of just under ``target_tokens`` with ``counts[task]`` questions a task."""
     draw = Draw(rng, split)
     facts: list[str] = []
@@ -278,7 +280,7 @@ def compose(
     title, sentences = texts[rng.choices(range(len(texts)), [len(t[1]) for t in texts])[0]]
     mixed = _mix(rng, facts, _filler(rng, sentences, budget, count_tokens))
     pieces, where = _number(rng, mixed, min(parts, len(mixed)))
-    return Draft(title, tuple(pieces), tuple(ask.item(where) for ask in asks))
+    return DocumentDraft(title, tuple(pieces), tuple(ask.item(where) for ask in asks))
 
 
 def make_document(
@@ -297,7 +299,7 @@ def make_document(
     """
     rng = random.Random(f"{split}-{seed}")
     counts = dict.fromkeys(tasks, questions_per_task)
-    draft = compose(rng, split, counts, target_tokens, count_tokens, load_filler())
+    draft = compose(rng, split, counts, target_tokens, count_tokens, load_books())
     questions = tuple(item.question for item in draft.items)
     return Document(draft.title, "".join(draft.pieces), questions)
 

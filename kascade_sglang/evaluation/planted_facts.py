@@ -3,10 +3,16 @@
 import random
 from functools import partial
 
-from kascade_sglang.demo.client import MAX_TOKENS
-from kascade_sglang.demo.tasks import TASKS, Question, is_correct, make_document, prompt
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.samples import Order, Sample, Task
+from kascade_sglang.text.documents import (
+    MAX_TOKENS,
+    TASKS,
+    Question,
+    is_correct,
+    make_document,
+    prompt,
+)
 
 PREFIX = "facts_"
 

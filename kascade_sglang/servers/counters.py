@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-KeyReads = dict[tuple[str, str], int]
-"""{(phase, kind): keys}; see ``backend/metrics.py``."""
+KeyCounters = dict[tuple[str, str], int]
+"""{(phase, kind): keys}; see ``backend/key_counter.py``."""
 
 
 def read_samples(url: str, timeout: float = 30) -> Iterator[Sample]:
@@ -22,19 +22,21 @@ def read_samples(url: str, timeout: float = 30) -> Iterator[Sample]:
         yield from family.samples
 
 
-def read_key_reads(url: str, timeout: float = 30) -> KeyReads:
+def read_key_counters(url: str, timeout: float = 30) -> KeyCounters:
     """Return the counters of the server at ``url``; empty under another backend.
 
     timeout: seconds. Raises OSError (urllib's) where there is no ``/metrics``.
     """
-    reads: KeyReads = Counter()
+    reads: KeyCounters = Counter()
     for sample in read_samples(url, timeout):
         if sample.name == "kascade_key_reads_total":
             reads[sample.labels["phase"], sample.labels["kind"]] += int(sample.value)
     return dict(reads)
 
 
-def share_attended(before: KeyReads, after: KeyReads, phase: str | None = None) -> float | None:
+def share_attended(
+    before: KeyCounters, after: KeyCounters, phase: str | None = None
+) -> float | None:
     """Keys attended to as a share of dense attention's, between two readings of the counters.
 
     phase: ``prefill`` or ``decode``; None for both. None is returned where nothing was read.

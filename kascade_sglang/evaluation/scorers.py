@@ -10,7 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
 
 CONTROL = re.compile(r"[\x00-\x1f]")
 ARTICLES = re.compile(r"\b(a|an|the)\b")

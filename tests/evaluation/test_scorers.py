@@ -4,75 +4,75 @@ import math
 
 import pytest
 
-from kascade_sglang.evaluation import metrics
-from kascade_sglang.evaluation.errors import EvaluationError
+from kascade_sglang.errors import EvaluationError
+from kascade_sglang.evaluation import scorers
 from kascade_sglang.evaluation.intervals import bootstrap, score_interval, wilson
 from kascade_sglang.evaluation.longbench import best_score
 
 
 def test_string_match() -> None:
-    assert metrics.string_match_all(" Amber\x07 and AZURE", ("amber", "azure")) == 1
-    assert metrics.string_match_all("amber", ("amber", "azure", "plum", "fig")) == 0.25
-    assert metrics.string_match_part("it is Azure", ("amber", "azure")) == 1
-    assert metrics.string_match_part("", ("amber",)) == 0
+    assert scorers.string_match_all(" Amber\x07 and AZURE", ("amber", "azure")) == 1
+    assert scorers.string_match_all("amber", ("amber", "azure", "plum", "fig")) == 0.25
+    assert scorers.string_match_part("it is Azure", ("amber", "azure")) == 1
+    assert scorers.string_match_part("", ("amber",)) == 0
 
 
 def test_qa_f1() -> None:
-    assert metrics.qa_f1("The Eiffel Tower!", "eiffel tower") == 1
+    assert scorers.qa_f1("The Eiffel Tower!", "eiffel tower") == 1
     # found: in paris france (3), wanted: paris (1); 1 in common: P 1/3, R 1.
-    assert metrics.qa_f1("in Paris, France", "Paris") == pytest.approx(0.5)
+    assert scorers.qa_f1("in Paris, France", "Paris") == pytest.approx(0.5)
     # Repeated words count as often as both have them: 2 in common, P 2/3, R 2/2.
-    assert metrics.qa_f1("x x x", "x x") == pytest.approx(0.8)
-    assert metrics.qa_f1("", "Paris") == 0
+    assert scorers.qa_f1("x x x", "x x") == pytest.approx(0.8)
+    assert scorers.qa_f1("", "Paris") == 0
 
 
 def test_rouge_l() -> None:
     # LCS "police the gunman" of 4 and 4 words: P = R = 3/4.
     both = "police killed the gunman", "police kill the gunman"
-    assert metrics.rouge_l(*both) == pytest.approx(0.75, abs=1e-6)
+    assert scorers.rouge_l(*both) == pytest.approx(0.75, abs=1e-6)
     # LCS "the gunman" (or "police the"): 2 of 4 words each.
     both = "the gunman kill police", "police killed the gunman"
-    assert metrics.rouge_l(*both) == pytest.approx(0.5, abs=1e-6)
+    assert scorers.rouge_l(*both) == pytest.approx(0.5, abs=1e-6)
     # Union over sentences, Lin 2004: "w1 w2 w3 w5" of 5; the reply has 8 different words.
     reply, answer = "w1 w2 w6 w7 w8. w1 w3 w8 w9 w5", "w1 w2 w3 w4 w5"
     precision, recall = 4 / 8, 4 / 5
     expected = 2 * precision * recall / (precision + recall)
-    assert metrics.rouge_l(reply, answer) == pytest.approx(expected, abs=1e-6)
-    assert metrics.rouge_l("same words here", "same words here") == pytest.approx(1, abs=1e-6)
-    assert metrics.rouge_l("", "x") == metrics.rouge_l("x", "") == metrics.rouge_l("...", "x") == 0
+    assert scorers.rouge_l(reply, answer) == pytest.approx(expected, abs=1e-6)
+    assert scorers.rouge_l("same words here", "same words here") == pytest.approx(1, abs=1e-6)
+    assert scorers.rouge_l("", "x") == scorers.rouge_l("x", "") == scorers.rouge_l("...", "x") == 0
 
 
 def test_rouge_l_counts_like_the_package() -> None:
     # Values of the PyPI package rouge 1.0.1: words count once, and so does an empty "sentence".
-    assert metrics.rouge_l("a a a b", "a b") == pytest.approx(0.999999995)
-    assert metrics.rouge_l("a b. ", "a b.") == pytest.approx(0.7999999952)
-    assert metrics.rouge_l("b c a. d e", "a b c. e d f") == pytest.approx(0.5454545405)
+    assert scorers.rouge_l("a a a b", "a b") == pytest.approx(0.999999995)
+    assert scorers.rouge_l("a b. ", "a b.") == pytest.approx(0.7999999952)
+    assert scorers.rouge_l("b c a. d e", "a b c. e d f") == pytest.approx(0.5454545405)
 
 
 def test_classification() -> None:
     classes = ["Other location", "location", "City", "Date"]
-    assert metrics.classification("City", "City", classes) == 1
-    assert metrics.classification("City or Date", "City", classes) == 0.5
+    assert scorers.classification("City", "City", classes) == 1
+    assert scorers.classification("City or Date", "City", classes) == 0.5
     # "location" is part of the right name, so it does not count against it.
-    assert metrics.classification("Other location", "Other location", classes) == 1
-    assert metrics.classification("nothing", "City", classes) == 0
+    assert scorers.classification("Other location", "Other location", classes) == 1
+    assert scorers.classification("nothing", "City", classes) == 0
 
 
 def test_counting_and_retrieval() -> None:
-    assert metrics.number_share("There are 7, not 8", "7") == 0.5
-    assert metrics.number_share("none", "7") == 0
-    assert metrics.retrieval("Paragraph 12", "Paragraph 12") == 1
-    assert metrics.retrieval("Paragraph 1", "Paragraph 12") == 0
-    assert metrics.retrieval("段落3", "段落3") == 1
+    assert scorers.number_share("There are 7, not 8", "7") == 0.5
+    assert scorers.number_share("none", "7") == 0
+    assert scorers.retrieval("Paragraph 12", "Paragraph 12") == 1
+    assert scorers.retrieval("Paragraph 1", "Paragraph 12") == 0
+    assert scorers.retrieval("段落3", "段落3") == 1
 
 
 def test_code_similarity() -> None:
-    assert metrics.code_similarity("\n# comment\nreturn x\nmore", "return x") == 1
+    assert scorers.code_similarity("\n# comment\nreturn x\nmore", "return x") == 1
     # difflib: 3 letters in common of 4 and 4: 2 * 3 / 8 = 0.75.
-    assert metrics.code_similarity("abcd", "bcde") == 0.75
+    assert scorers.code_similarity("abcd", "bcde") == 0.75
     # 2 * 2 / 7 = 0.5714, in whole percent.
-    assert metrics.code_similarity("abx", "abyz") == 0.57
-    assert metrics.code_similarity("", "x") == 0
+    assert scorers.code_similarity("abx", "abyz") == 0.57
+    assert scorers.code_similarity("", "x") == 0
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_code_similarity() -> None:
     ],
 )
 def test_boxed_integer(reply: str, number: int | None) -> None:
-    assert metrics.boxed_integer(reply) == number
+    assert scorers.boxed_integer(reply) == number
 
 
 def test_longbench_takes_the_best_answer_and_the_first_line() -> None:
@@ -105,9 +105,9 @@ def test_chinese_words_need_jieba() -> None:
         import jieba  # noqa: F401
     except ImportError:
         with pytest.raises(EvaluationError, match="pip install jieba"):
-            metrics.qa_f1_zh("你好", "你好")
+            scorers.qa_f1_zh("你好", "你好")
     else:
-        assert metrics.qa_f1_zh("你好。", "你好") == 1
+        assert scorers.qa_f1_zh("你好。", "你好") == 1
 
 
 def test_wilson() -> None:

@@ -14,7 +14,7 @@ from kascade_sglang.backend.sizes import runs_kernels
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.host.steps import Batch
 from kascade_sglang.plan.schema import ModelShape, Plan
-from shapes import DEVICE
+from tests.support.shapes import DEVICE
 
 HEAD_DIM = 64 if DEVICE == "cuda" else 32
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
@@ -227,10 +227,9 @@ class Harness:
             self.step([(request, start, min(start + chunk, self.lengths[request]))])
 
 
-def expected_output(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
-    """Masked float64 attention over the recorded selections, written out without the kernels."""
-    q, k, v = (tensor.double().cpu() for tensor in harness.qkv[layer_id][request])
-    length, group = len(q), harness.group
+def attended(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
+    """Which keys each query attends to by the recorded selections: bool [H, length, length]."""
+    length = len(harness.qkv[layer_id][request][0])
     mask = torch.zeros(harness.kv_heads, length, length, dtype=torch.bool)
     for (tile, first), positions in harness.selections[layer_id][request].items():
         for position in range(first, min(32 * (tile + 1), length)):
@@ -241,6 +240,14 @@ def expected_output(harness: Harness, layer_id: int, request: int) -> torch.Tens
                 mask[head, position] = False
                 mask[head, position, positions[head]] = True
             mask[:, position, 32 * tile : position + 1] = True
+    return mask
+
+
+def expected_output(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
+    """Masked float64 attention over the recorded selections, written out without the kernels."""
+    q, k, v = (tensor.double().cpu() for tensor in harness.qkv[layer_id][request])
+    length, group = len(q), harness.group
+    mask = attended(harness, layer_id, request)
     logits = torch.einsum("qhgd,khd->hgqk", q.view(length, -1, group, HEAD_DIM), k)
     logits *= HEAD_DIM**-0.5
     logits = logits.masked_fill(~mask[:, None], float("-inf"))

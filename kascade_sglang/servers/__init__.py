@@ -1,0 +1,1 @@
+"""Servers from outside: starting, asking, reading the counters of and ending one."""

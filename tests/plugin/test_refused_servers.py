@@ -1,0 +1,222 @@
+"""Everything that a server's flags, model or plan are refused for, through SGLang's own parser.
+
+One table, a row for each refusal in the code: the tests below count that none is missing.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+from sglang.srt.server_args import ServerArgs
+
+from kascade_sglang import checks
+from kascade_sglang.host import server
+from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
+from tests.support.models import make_plan, parse
+
+MakeModel = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A command line and the words that its refusal begins with.
+
+    flag: the ServerArgs field, where one flag alone is refused.
+    model, plan: changes to those of ``models.py``. gpu: whether steps run on one.
+    """
+
+    words: str
+    flags: str = ""
+    flag: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    environ: dict[str, str] = field(default_factory=dict)
+    gpu: bool = False
+
+
+def of_flag(name: str, flags: str, words: str = "") -> Refused:
+    """A field that is refused whatever the model; its flag comes first."""
+    words = words or f"{flags.split()[0]}: expected"
+    return Refused(words, flags, flag=name)
+
+
+LATER = hasattr(ServerArgs, "attn_dp_size")
+DP = "--attn-dp-size: expected" if LATER else "--enable-dp-attention: expected"
+GRAPHS = "cuda_graph_backend_prefill"
+FULL_GRAPHS = '--cuda-graph-config {"prefill":{"backend":"full"}}'
+FLAGS = (
+    of_flag("speculative_algorithm", "--speculative-algorithm NGRAM"),
+    of_flag("disaggregation_mode", "--disaggregation-mode decode"),
+    of_flag("dllm_algorithm", "--dllm-algorithm LowConfidence"),
+    of_flag("kv_cache_dtype", "--kv-cache-dtype fp8_e4m3"),
+    of_flag("dcp_size", "--dcp-size 2 --tp-size 4"),
+    of_flag("attn_cp_size", "--attn-cp-size 2 --tp-size 4"),
+    of_flag("enable_prefill_cp", "--enable-prefill-cp"),
+    of_flag("enable_dp_attention", "--enable-dp-attention --dp-size 2 --tp-size 2", DP),
+    of_flag("enable_two_batch_overlap", "--enable-two-batch-overlap"),
+    of_flag("enable_single_batch_overlap", "--enable-single-batch-overlap"),
+    of_flag("enable_pdmux", "--enable-pdmux"),
+    of_flag("enable_torch_compile", "--enable-torch-compile"),
+    of_flag("enable_hierarchical_cache", "--enable-hierarchical-cache"),
+    of_flag("enable_lmcache", "--enable-lmcache"),
+    of_flag("enable_flexkv", "--enable-flexkv"),
+    of_flag("radix_cache_backend", "--radix-cache-backend flexkv"),
+    of_flag("enable_hisparse", "--enable-hisparse"),
+    of_flag("enable_mis", "--enable-mis"),
+    of_flag("enable_unified_memory", "--enable-unified-memory"),
+    of_flag("enable_page_major_kv_layout", "--enable-page-major-kv-layout"),
+    of_flag("prefill_only_disable_kv_cache", "--prefill-only-disable-kv-cache"),
+    of_flag("use_ray", "--use-ray"),
+    of_flag("attn_dp_size", "--attn-dp-size 2 --tp-size 2"),
+    of_flag("enable_kv_cache_sharding", "--enable-kv-cache-sharding"),
+    of_flag("enable_unified_cache_external_linker", "--enable-unified-cache-external-linker"),
+    of_flag("enable_nvidia_megakernel", "--enable-nvidia-megakernel"),
+    of_flag(GRAPHS, "--cuda-graph-backend-prefill full"),
+    of_flag(GRAPHS, FULL_GRAPHS, words="--cuda-graph-backend-prefill: expected breakable"),
+)
+MLA = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 2,
+}
+SINKS = {
+    "architectures": ["MiMoV2FlashForCausalLM"],
+    "add_swa_attention_sink_bias": True,
+    "hybrid_layer_pattern": [1, 0, 1, 0],
+}
+ROW = (0.1, 0.9, 0.2, 0.3)
+WINDOWED = {"windowed": (0, 2), "anchors": (1,), "similarity": {3: (ROW,) * 4}}
+ONE_LIST = "makes one list for all heads, which works with --tp-size 1 alone"
+OTHERS = (
+    Refused("model: multi-head latent attention (MLA) has no KV heads to select for", model=MLA),
+    Refused(
+        "model: encoder-decoder and cross attention are not supported",
+        model={"architectures": ["WhisperForConditionalGeneration"]},
+    ),
+    Refused(
+        "model: encoder-decoder and cross attention are not supported",
+        model={"add_cross_attention": True},
+    ),
+    Refused(
+        "model: expected a generative decoder, got an embedding or reward model", "--is-embedding"
+    ),
+    Refused(
+        "model: multimodal models are not supported",
+        model={
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "model_type": "qwen2_vl",
+            "vision_config": {},
+        },
+    ),
+    Refused("model: sliding-window layers are not supported", model={"is_hybrid_swa": True}),
+    Refused("model: attention sinks are not supported", model=SINKS),
+    Refused(
+        "model: soft-capped attention logits are not supported",
+        model={"attn_logit_softcapping": 50.0},
+    ),
+    Refused("model: expected one head_dim for K and V", model={"v_head_dim": 8}),
+    Refused(
+        "plan: expected full attention in every layer, got sliding windows in layers [0, 2]",
+        plan=WINDOWED,
+    ),
+    Refused("--tp-size: expected a divisor of the model's 4 KV heads, got 3", "--tp-size 3"),
+    Refused("--tp-size: expected a divisor of the model's 4 KV heads, got 8", "--tp-size 8"),
+    Refused(
+        "--kascade-heads: expected per_head with --tp-size above 1, got pooled",
+        "--kascade-heads pooled --tp-size 2",
+    ),
+    *(
+        Refused(f"selection: {name} {ONE_LIST}", "--tp-size 2", environ={"KASCADE_SELECTION": name})
+        for name in ("omnikv", "lessismore")
+    ),
+    Refused(
+        "--pp-size: pipeline stages start at layers [1, 3], whose anchor sits on", "--pp-size 4"
+    ),
+    Refused(
+        "--dtype: expected bfloat16 or float16 on a GPU, got float32", "--dtype float32", gpu=True
+    ),
+    Refused("model: expected a head_dim of (64, 128, 256), got 16", gpu=True),
+    Refused(
+        "--kascade-dense-backend: expected fa3 or triton with --enable-deterministic-inference",
+        "--kascade-dense-backend flashinfer --enable-deterministic-inference",
+        gpu=True,
+    ),
+    Refused(
+        "--prefill-attention-backend: expected kascade, which keeps 8-bit copies of keys",
+        "--prefill-attention-backend triton",
+        gpu=True,
+    ),
+)
+
+
+@pytest.mark.parametrize("row", FLAGS + OTHERS, ids=lambda row: row.flag or row.words[:40])
+def test_a_refused_server(
+    make_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    row: Refused,
+) -> None:
+    monkeypatch.setattr(server, "has_gpu", lambda: row.gpu)
+    for name, value in row.environ.items():
+        monkeypatch.setenv(name, value)
+    model = make_model(make_plan(**row.plan), **row.model)
+    with pytest.raises(SystemExit) as stop:
+        parse(model, *row.flags.split())
+    if row.flag in SUPPORTED_VALUES_LATER and not hasattr(ServerArgs, row.flag):
+        assert "unrecognized arguments: " + row.flags.split()[0] in capfd.readouterr().err
+        return
+    said = stop.value.code
+    assert isinstance(said, str), "a text makes the exit status 1"
+    lines = said.removeprefix("kascade: ").split("\n")
+    assert (
+        said.startswith("kascade: ") and sum(line.startswith(row.words) for line in lines) == 1
+    ), said
+
+
+def test_the_same_server_without_what_is_refused(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no row is refused for what all of them have."""
+    assert checks.check(server.server_facts(parse(make_model())))
+    assert checks.check(server.server_facts(parse(make_model(), "--tp-size", "2")))
+    assert checks.check(server.server_facts(parse(make_model(), "--pp-size", "2")))
+
+
+def sentences(function: FunctionType) -> Iterator[str]:
+    """The text that each sentence of a function begins with; empty where it is made elsewhere."""
+    for node in ast.walk(ast.parse(inspect.getsource(function))):
+        if isinstance(node, ast.Yield):
+            texts = (each.value for each in ast.walk(node.value) if isinstance(each, ast.Constant))
+            yield next((text for text in texts if isinstance(text, str)), "")
+
+
+def test_every_checked_flag_has_a_row() -> None:
+    checked = {*SUPPORTED_VALUES, *SUPPORTED_VALUES_LATER, "cuda_graph_backend_prefill"}
+    assert {row.flag for row in FLAGS} == checked
+    assert len(list(sentences(server.refused_flags))) == 2, "fields of a table, and graphs"
+
+
+REFUSING = {
+    function.__name__: function
+    for module in (checks, server)
+    for function in vars(module).values()
+    if inspect.isgeneratorfunction(function) and function.__module__ == module.__name__
+}
+OF_FLAGS = {server.refused_flags.__name__, checks.flag_reasons.__name__}
+
+
+@pytest.mark.parametrize("name", sorted(set(REFUSING) - OF_FLAGS))
+def test_every_sentence_in_the_code_has_a_row(name: str) -> None:
+    words = {text for row in OTHERS for text in (row.words, row.words.removeprefix("model: "))}
+    for begin in sentences(REFUSING[name]):
+        assert begin, "no text to know a sentence by"
+        assert any(text.startswith(begin) or begin.startswith(text) for text in words), begin

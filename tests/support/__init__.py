@@ -1,0 +1,1 @@
+"""What tests share: cases, models, servers that are not there, what the interpreter lacks."""
