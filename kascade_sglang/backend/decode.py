@@ -39,9 +39,8 @@ class DecodeBuffers:
         self.requests = torch.arange(rows, device=device)
         self.shared = SharedPrefix.allocate(rows, sizes.group, device)
         self.steps = torch.empty(2, rows, dtype=torch.int32, device=device)
-        parts = most_parts(
-            rows, sizes.kv_heads, sizes.q_heads, batch_invariant=config.batch_invariant
-        )
+        sized = (rows, sizes.kv_heads, sizes.q_heads, self.steps.device)
+        parts = most_parts(*sized, batch_invariant=config.batch_invariant)
         self.parts = Parts.empty(parts, sizes.head_dim, device)
 
     @property

@@ -3,6 +3,7 @@
 import torch
 import triton
 
+from kascade_kernels import tuning
 from kascade_kernels._triton._key_copy import copy_keys_kernel
 from kascade_kernels.checks import require_heads_together, require_shape
 from kascade_kernels.structs import KeyCopy
@@ -33,5 +34,5 @@ def copy_keys(k_cache: torch.Tensor, written: torch.Tensor, copy: KeyCopy) -> No
         HEADS=heads,
         HEADS_PAD=triton.next_power_of_2(heads),
         D=dim,
-        num_warps=4,
+        **tuning.launch("copy_keys", k_cache.device).options(),
     )

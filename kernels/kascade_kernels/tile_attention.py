@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 
+from kascade_kernels import tuning
 from kascade_kernels._triton._tile_attention import tile_attention_kernel
+from kascade_kernels._triton._tile_scores import block_count
 from kascade_kernels.checks import (
     require_dtype,
     require_last_dim_contiguous,
@@ -14,21 +15,7 @@ from kascade_kernels.checks import (
 )
 from kascade_kernels.launch import LOG2_E
 from kascade_kernels.structs import Lists, Rows
-from kascade_kernels.tile_scores import (
-    Launch,
-    check_tiles,
-    is_hopper,
-)
-
-
-def attention_launch(dim: int, bytes_per_value: int, hopper: bool) -> Launch:
-    """Launch parameters: two programs an SM up to 256 bytes a key, where wgmma is there.
-
-    Elsewhere, and for longer keys, four warps would spill the [128, D] accumulator.
-    """
-    if dim * bytes_per_value > 256:
-        return Launch(32, 1, 8, 3 if hopper else 2)
-    return Launch(64, 1, 4, 2) if hopper else Launch(64, 1, 8, 3)
+from kascade_kernels.tile_scores import check_tiles
 
 
 def tile_attention(
@@ -67,8 +54,9 @@ def tile_attention(
         out = torch.empty_like(q)
     require_shape("out", out, tuple(q.shape))
     require_last_dim_contiguous("out", out)
-    launch = attention_launch(q.shape[-1], q.element_size(), is_hopper(q.device))
-    tile_attention_kernel[(kv_heads * triton.cdiv(group, 4), count)](
+    key_bytes = q.shape[-1] * q.element_size()
+    launch = tuning.launch("tile_attention", q.device, key_bytes, group)
+    tile_attention_kernel[(kv_heads * block_count(group), count)](
         q_ptr=q,
         k_ptr=k_cache,
         v_ptr=v_cache,
@@ -95,7 +83,7 @@ def tile_attention(
         LISTS=lists.per_row,
         GROUP=group,
         DIM=q.shape[-1],
-        BLOCK_K=launch.block_k,
+        BLOCK_K=launch.block,
         **launch.options(),
     )
     return out

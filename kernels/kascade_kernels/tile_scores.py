@@ -7,12 +7,12 @@ uses the first ``count * group`` of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 
+from kascade_kernels import tuning
 from kascade_kernels._triton._tile_scores import (
+    block_count,
     merge_lse_kernel,
     tile_lse_kernel,
     tile_scores_kernel,
@@ -25,53 +25,13 @@ from kascade_kernels.checks import (
     require_lists,
     require_shape,
 )
-from kascade_kernels.launch import LOG2_E
+from kascade_kernels.launch import EDGE, LOG2_E, PRODUCT_ROWS
 from kascade_kernels.structs import KeyCopy, Lists, Rows
 
-EDGE = 128
-"""Candidates at either end that a sampled log-sum-exp reads one by one."""
-LSE_SPAN = 2048
-"""Keys whose log-sum-exp one program makes. Partial results are merged span by span, so this may
-not depend on anything but the tile: another value gives other last bits."""
-SCORE_SPAN = 4096
-"""Keys that one program scores: a short extension still fills the GPU, and loading the queries
-stays a small part of the work."""
 
-
-class Launch(NamedTuple):
-    """How a kernel is cut up: keys of a step, rows that share keys, warps, pipeline stages."""
-
-    block_k: int
-    tiles: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, int]:
-        """Return what the compiler takes."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-def is_hopper(device: torch.device) -> bool:
-    """Whether wgmma is there, which computes 64 rows a warp group."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def score_launch(dim: int, group: int, bytes_per_value: int, hopper: bool) -> Launch:
-    """Launch parameters of the score kernel; measured on an H100 at dim 128 and a group of 4.
-
-    A product of 128 columns, four warps where they have wgmma, and 64 keys a step, or 128 in
-    8 bits, were fastest; wider products or more warps cost 10 to 50 %.
-    """
-    eight_bit, wide = bytes_per_value == 1, dim * bytes_per_value > 256
-    tiles = max(1, 128 // (TILE * triton.next_power_of_2(group)))
-    block_k = 128 if group > 8 and not wide or (eight_bit and group <= 4) else 64
-    four_warps = hopper and dim <= 128 and group <= 8 and not wide
-    return Launch(block_k, tiles, 4 if four_warps else 8, 2 if wide else 3)
-
-
-def lse_launch(dim: int, bytes_per_value: int) -> Launch:
-    """Launch parameters of the log-sum-exp kernel: eight warps are 4 % faster than four."""
-    return Launch(64 if dim * bytes_per_value > 256 else 128, 1, 8, 3)
+def bundle(group: int) -> int:
+    """Tiles that share each load of keys: as many as fill one product."""
+    return max(1, PRODUCT_ROWS // (TILE * triton.next_power_of_2(group)))
 
 
 def keys_read(candidates: int, stride: int) -> int:
@@ -113,10 +73,9 @@ def tile_lse(
         out = torch.empty(shape, dtype=torch.float32, device=q.device)
     _require_lse("out", out, shape)
     max_end = req_to_token.shape[1] if max_end is None else max_end
-    spans = max(1, triton.cdiv(keys_read(max_end, stride), LSE_SPAN))
+    launch = tuning.launch("tile_lse", q.device, q.shape[-1] * q.element_size(), group)
+    spans = max(1, triton.cdiv(keys_read(max_end, stride), launch.span))
     parts = torch.empty(count, kv_heads, spans, TILE * group, dtype=torch.float32, device=q.device)
-    blocks = triton.cdiv(group, 4)
-    launch = lse_launch(q.shape[-1], q.element_size())
     common = {
         "end_ptr": rows.ends,
         "count_ptr": rows.tokens,
@@ -127,9 +86,9 @@ def tile_lse(
         "LISTS": lists.per_row,
         "GROUP": group,
         "STRIDE": stride,
-        "SPAN": LSE_SPAN,
+        "SPAN": launch.span,
     }
-    tile_lse_kernel[(count, kv_heads * blocks, spans)](
+    tile_lse_kernel[(count, kv_heads * block_count(group), spans)](
         q_ptr=q,
         k_ptr=k_cache,
         table_ptr=req_to_token,
@@ -142,11 +101,12 @@ def tile_lse(
         k_head_stride=k_cache.stride(1),
         table_stride=req_to_token.stride(0),
         DIM=q.shape[-1],
-        BLOCK_K=launch.block_k,
+        BLOCK_K=launch.block,
         **common,
         **launch.options(),
     )
-    merge_lse_kernel[(count, kv_heads)](lse_ptr=out, **common)
+    merge = tuning.launch("merge_lse", q.device)
+    merge_lse_kernel[(count, kv_heads)](lse_ptr=out, **common, **merge.options())
     return out
 
 
@@ -185,12 +145,12 @@ def tile_scores(
     elif pooled:
         _require_rows("sums", sums, (count, room), torch.float32)
     key_scales = keys.scales if eight_bit else lse
-    bytes_per_value = 1 if eight_bit else q.element_size()
-    launch = score_launch(q.shape[-1], group, bytes_per_value, is_hopper(q.device))
+    key_bytes, kind = q.shape[-1] * cache.element_size(), ".8bit" if eight_bit else ""
+    launch, tiles = tuning.launch(f"tile_scores{kind}", q.device, key_bytes, group), bundle(group)
     grid = (
-        triton.cdiv(count, launch.tiles),
+        triton.cdiv(count, tiles),
         1 if pooled else kv_heads,
-        triton.cdiv(room, SCORE_SPAN),
+        triton.cdiv(room, launch.span),
     )
     tile_scores_kernel[grid](
         q_ptr=q,
@@ -221,9 +181,9 @@ def tile_scores(
         LISTS=lists.per_row,
         GROUP=group,
         DIM=q.shape[-1],
-        SPAN=SCORE_SPAN,
-        BLOCK_K=launch.block_k,
-        TILES=launch.tiles,
+        SPAN=launch.span,
+        BLOCK_K=launch.block,
+        TILES=tiles,
         POOLED=pooled,
         EIGHT_BIT=eight_bit,
         **launch.options(),

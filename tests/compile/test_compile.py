@@ -8,8 +8,7 @@ import pytest
 import sglang.srt.utils.common  # noqa: F401
 import torch
 
-import kascade_kernels.tile_attention as tile_attention_module
-import kascade_kernels.tile_scores as tile_scores_module
+from kascade_kernels import tuning
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
 from kascade_kernels.decode_attention import decode_attention
@@ -70,8 +69,7 @@ def launch_prefill(dtype: torch.dtype, dim: int, group: int) -> None:
 
 def launch_as_on(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose launch parameters as on a GPU of this capability."""
-    for module in (tile_scores_module, tile_attention_module):
-        monkeypatch.setattr(module, "is_hopper", lambda device: capability == 90)
+    monkeypatch.setattr(tuning, "capability_of", lambda device: capability // 10)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from kascade_kernels.decode_attention import decode_attention
-from kascade_kernels.decode_lists import STEP, Spans
+from kascade_kernels.decode_lists import Spans
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.structs import Lists
+from kascade_kernels.tuning import STEP
 from tests.support.decode_case import DecodeCase
 from tests.support.shapes import DEVICE, needs_kernels, shapes
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kascade_kernels.budget import Budget, tile_of
-from kascade_kernels.decode_lists import STEP, Spans, decode_lists
+from kascade_kernels.decode_lists import Spans, decode_lists
+from kascade_kernels.tuning import STEP
 from tests.support.shapes import DEVICE, needs_kernels
 
 pytestmark = needs_kernels

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from kascade_kernels import decode_lists as module
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.codes import decode
@@ -15,6 +14,7 @@ from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.structs import KeyCopy, Lists, Rows
 from tests.support.decode_case import DecodeCase, list_of, lists_of
+from tests.support.interpreter import tune
 from tests.support.shapes import DEVICE, needs_kernels, shapes
 
 pytestmark = needs_kernels
@@ -172,7 +172,7 @@ def test_huge_logits(key: float) -> None:
 
 def test_rows_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     # So few that, but for ``batch_invariant``, a row's share would depend on the others.
-    monkeypatch.setattr(module, "SCORE_PROGRAMS", 8)
+    tune(monkeypatch, "score", programs=8)
     case = DecodeCase.make(LENGTHS)
     together, out, _ = run(case, attend=True, batch_invariant=True)
     alone = DecodeCase(

@@ -7,13 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kascade_kernels import tile_scores as module
 from kascade_kernels._triton._primitives import encode_score
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.reference import pool_heads
 from kascade_kernels.structs import KeyCopy, Rows
 from kascade_kernels.tile_scores import EDGE, keys_read, tile_lse, tile_scores
+from tests.support.interpreter import tune
 from tests.support.shapes import DEVICE, needs_kernels, shapes
 from tests.support.tile_case import TileCase
 
@@ -103,7 +103,7 @@ def test_lse(group: int, dim: int, dtype: torch.dtype) -> None:
 
 def test_lse_merges_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that outweighs all others, in each span in turn."""
-    monkeypatch.setattr(module, "LSE_SPAN", 128)
+    tune(monkeypatch, "tile_lse", span=128)
     case = TileCase.make([(480, 500), (64, 300)])
     for position in (3, 200, 383, 481):
         case.k[case.req_to_token[case.places[0][0], position]] *= 9
@@ -116,7 +116,7 @@ def test_lse_merges_spans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stride, span", [(2, 2048), (8, 128), (1000, 128)])
 def test_sampled_lse(stride: int, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LSE_SPAN", span)
+    tune(monkeypatch, "tile_lse", span=span)
     case = TileCase.make([(590, 617), (260, 290), (150, 256)])
     sampled, full = lse_of(case, stride=stride), lse_of(case)
     for row, (_, end, _, _) in enumerate(case.places):
@@ -152,7 +152,7 @@ def test_scores_on_pages(page_size: int, dim: int) -> None:
 @pytest.mark.memcheck
 @pytest.mark.parametrize("kv_heads, group", [(3, 4), (2, 5), (1, 4)])
 def test_pooled(kv_heads: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SCORE_SPAN", 128)
+    tune(monkeypatch, "tile_scores", span=128)
     case = TileCase.make(EXTENDS, kv_heads=kv_heads, group=group)
     check_codes(case, score(case, pooled=True), steps=1, pooled=True)
 
