@@ -18,10 +18,10 @@ from kascade_kernels.checks import (
     require_shape,
 )
 from kascade_kernels.decode_lists import Spans
+from kascade_kernels.find_shared_prefixes import SharedPrefix
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
 from kascade_kernels.select_slots import CodeBuffer, programs_per_list
-from kascade_kernels.shared_prefix import SharedPrefix
 from kascade_kernels.structs import KeyCopy, Lists, Rows
 from kascade_kernels.tuning import CHUNK, STEP
 

@@ -6,8 +6,9 @@ import torch
 
 from kascade_kernels import tuning
 from kascade_kernels._triton._tile_attention import tile_attention_kernel
-from kascade_kernels._triton._tile_scores import block_count
+from kascade_kernels._triton._tiles import block_count
 from kascade_kernels.checks import (
+    check_tiles,
     require_dtype,
     require_last_dim_contiguous,
     require_lists,
@@ -15,7 +16,6 @@ from kascade_kernels.checks import (
 )
 from kascade_kernels.launch import LOG2_E
 from kascade_kernels.structs import Lists, Rows
-from kascade_kernels.tile_scores import check_tiles
 
 
 def tile_attention(

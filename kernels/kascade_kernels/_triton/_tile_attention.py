@@ -1,10 +1,10 @@
-"""Body of ``tile_attention``. Logits are in base 2; query rows are numbered as in _tile_scores."""
+"""Body of ``tile_attention``. Logits are in base 2; query rows are numbered as in _tiles."""
 
 import triton
 import triton.language as tl
 
 from kascade_kernels._triton._primitives import TILE, VARY, of_mapped_list, own_tile_start
-from kascade_kernels._triton._tile_scores import (
+from kascade_kernels._triton._tiles import (
     block_count,
     block_rows,
     clamped_slots,

@@ -4,7 +4,7 @@ import torch
 import triton
 
 from kascade_kernels import tuning
-from kascade_kernels._triton._key_copy import copy_keys_kernel
+from kascade_kernels._triton._copy_keys import copy_keys_kernel
 from kascade_kernels.checks import require_heads_together, require_shape
 from kascade_kernels.structs import KeyCopy
 

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from kascade_kernels import tuning
-from kascade_kernels._triton._shared_prefix import compare_slots_kernel, group_rows_kernel
+from kascade_kernels._triton._find_shared_prefixes import compare_slots_kernel, group_rows_kernel
 from kascade_kernels.decode_lists import Spans
 from kascade_kernels.launch import padded_group
 from kascade_kernels.structs import Rows

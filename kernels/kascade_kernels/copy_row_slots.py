@@ -3,7 +3,7 @@
 import torch
 
 from kascade_kernels import tuning
-from kascade_kernels._triton._row_slots import copy_row_slots_kernel
+from kascade_kernels._triton._copy_row_slots import copy_row_slots_kernel
 from kascade_kernels.checks import require_dtype
 from kascade_kernels.structs import Rows
 
