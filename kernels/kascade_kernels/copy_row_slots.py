@@ -33,6 +33,6 @@ def copy_row_slots(req_to_token: torch.Tensor, rows: Rows, copy: torch.Tensor) -
         copy=copy,
         stride_table=req_to_token.stride(0),
         stride_copy=copy.stride(0),
-        CHUNK=launch.block,
+        BLOCK=launch.block,
         **launch.options(),
     )

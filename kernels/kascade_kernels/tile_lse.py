@@ -62,11 +62,11 @@ def tile_lse(
     spans = max(1, triton.cdiv(keys_read(max_end, stride), launch.span))
     parts = torch.empty(count, kv_heads, spans, TILE * group, dtype=torch.float32, device=q.device)
     common = {
-        "end_ptr": rows.ends,
-        "count_ptr": rows.tokens,
-        "selected_ptr": lists.counts,
-        "part_ptr": parts,
-        "spans": spans,
+        "ends": rows.ends,
+        "tokens": rows.tokens,
+        "counts": lists.counts,
+        "part_lse": parts,
+        "room": spans,
         "HEADS": kv_heads,
         "LISTS": lists.per_row,
         "GROUP": group,
@@ -74,22 +74,22 @@ def tile_lse(
         "SPAN": launch.span,
     }
     tile_lse_kernel[(count, kv_heads * block_count(group), spans)](
-        q_ptr=q,
-        k_ptr=k_cache,
-        table_ptr=req_to_token,
-        request_ptr=rows.requests,
-        start_ptr=rows.starts,
-        scale=scale * LOG2_E,
-        q_token_stride=q.stride(0),
-        q_head_stride=q.stride(1),
-        k_slot_stride=k_cache.stride(0),
-        k_head_stride=k_cache.stride(1),
-        table_stride=req_to_token.stride(0),
-        DIM=q.shape[-1],
-        BLOCK_K=launch.block,
+        q=q,
+        k=k_cache,
+        table=req_to_token,
+        requests=rows.requests,
+        starts=rows.starts,
+        scale_log2=scale * LOG2_E,
+        stride_q=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_k=k_cache.stride(0),
+        stride_k_head=k_cache.stride(1),
+        stride_table=req_to_token.stride(0),
+        D=q.shape[-1],
+        BLOCK=launch.block,
         **common,
         **launch.options(),
     )
     merge = tuning.launch("merge_lse", q.device)
-    merge_lse_kernel[(count, kv_heads)](lse_ptr=out, **common, **merge.options())
+    merge_lse_kernel[(count, kv_heads)](lse=out, **common, **merge.options())
     return out

@@ -1,4 +1,4 @@
-"""An operation has one name everywhere, and the table in kernels/README.md is true."""
+"""Operations and kernels' arguments have one name everywhere: kernels/README.md lists them."""
 
 import ast
 import csv
@@ -34,6 +34,24 @@ def operations() -> list[Operation]:
 def functions(path: Path) -> list[str]:
     tree = ast.parse(path.read_text())
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+
+def bodies() -> list[tuple[ast.FunctionDef, list[str]]]:
+    """Kernels, with the lines of their files."""
+    return [
+        (node, path.read_text().splitlines())
+        for path in sorted((KERNELS / "_triton").glob("*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    ]
+
+
+def words() -> set[str]:
+    """Numbers and constants that the second table explains."""
+    table = (ROOT / "kernels/README.md").read_text().split("| name |")[1].split("\n\n")[0]
+    return set(
+        re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines()[2:]))
+    )
 
 
 OPERATIONS = operations()
@@ -79,3 +97,19 @@ def test_its_benchmark_rows_were_measured(operation: Operation) -> None:
         if kind:
             with (ROOT / f"benchmarks/results/{bench}_h100.csv").open() as lines:
                 assert kind in {row["kind"] for row in csv.DictReader(lines)}
+
+
+@pytest.mark.parametrize("body", bodies(), ids=lambda body: body[0].name)
+def test_a_body_says_its_grid_and_shapes(body: tuple[ast.FunctionDef, list[str]]) -> None:
+    """Every argument that the README does not explain as a number is a pointer with a shape."""
+    node, lines = body
+    first = next(line for line in lines[node.body[0].lineno - 2 :] if "#" in line)
+    assert first.strip().startswith("# Grid: (")
+    for argument in node.args.args:
+        name, line = argument.arg, lines[argument.lineno - 1]
+        if argument.annotation is not None:
+            assert name.isupper() and name in words()
+        elif name.startswith("stride_"):
+            assert re.fullmatch(r"stride_[a-z]+(_head|_list)?", name)
+        elif name not in words():
+            assert re.search(r"# .*\[[^\]]+\]", line) and not name.endswith("_ptr"), name

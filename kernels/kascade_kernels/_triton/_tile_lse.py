@@ -37,53 +37,52 @@ def sampled_position(index, middle, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def add_exponentials(q, k, hidden, weight, largest, total, scale, MASKED: tl.constexpr):
-    """Take keys [N, DIM] into a running log-sum-exp [ROWS]; each stands for 2^weight keys."""
-    products = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, N]
+def add_exponentials(
+    queries, keys, hidden, weight, largest, total, scale_log2, MASKED: tl.constexpr
+):
+    """Take keys [N, D] into a running log-sum-exp [ROWS]; each stands for 2^weight keys."""
+    products = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # [ROWS, N]
     if MASKED:
         products = tl.where(hidden, float("-inf"), products)
     previous = largest
-    largest = tl.maximum(largest, tl.max(products, axis=1) * scale + weight)
+    largest = tl.maximum(largest, tl.max(products, axis=1) * scale_log2 + weight)
     total = total * tl.exp2(previous - largest)
-    total += tl.sum(tl.exp2(products * scale - (largest - weight)[:, None]), axis=1)
+    total += tl.sum(tl.exp2(products * scale_log2 - (largest - weight)[:, None]), axis=1)
     return largest, total
 
 
 @triton.jit(do_not_specialize=VARY)
 def tile_lse_kernel(
-    # Pointers
-    q_ptr,
-    k_ptr,
-    table_ptr,
-    request_ptr,
-    end_ptr,
-    start_ptr,
-    count_ptr,
-    selected_ptr,
-    part_ptr,
-    # Numbers
-    scale,
-    spans,
-    q_token_stride,
-    q_head_stride,
-    k_slot_stride,
-    k_head_stride,
-    table_stride,
-    # Meta-parameters
+    q,  # [tokens, Hq, D]
+    k,  # [slots, H, D]
+    table,  # int32 [requests, max_context]
+    requests,  # [rows]
+    ends,  # [rows]
+    starts,  # int32 [rows]
+    tokens,  # int32 [rows]
+    counts,  # int32 [rows, LISTS]
+    part_lse,  # float32 [rows, HEADS, room, TILE * GROUP]
+    scale_log2,
+    room,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    stride_table,
     HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     GROUP: tl.constexpr,
-    DIM: tl.constexpr,
+    D: tl.constexpr,
     STRIDE: tl.constexpr,
     SPAN: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Log-sum-exp of one block of query rows over one span of the keys that are read.
 
-    part: float32 [rows, HEADS, spans, TILE * GROUP]. Span 0 takes in the own tile. A step of
-    BLOCK_K keys must divide EDGE and SPAN, so that all its keys have one weight.
-    Grid: (rows, HEADS * blocks, spans). Later rows, which are the longer ones, start first.
+    Span 0 takes in the own tile. A step of BLOCK keys must divide EDGE and SPAN, so that all its
+    keys have one weight.
     """
+    # Grid: (rows, HEADS * blocks, room). Later rows, which are the longer ones, start first.
     ROWS: tl.constexpr = block_rows(GROUP, 0)
     BLOCKS: tl.constexpr = block_count(GROUP)
     row = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -91,83 +90,87 @@ def tile_lse_kernel(
     query_row = tl.program_id(1) % BLOCKS * ROWS + tl.arange(0, ROWS)  # [ROWS]
     span = tl.program_id(2)
 
-    end = tl.load(end_ptr + row).to(tl.int32)
+    end = tl.load(ends + row).to(tl.int32)
     candidates = own_tile_start(end)
     middle, picked = sampled_middle(candidates, STRIDE)
     indices = candidates - middle + picked
-    count = tl.load(count_ptr + row)
-    dense = tl.load(selected_ptr + row * LISTS + list_of(head, LISTS)) == candidates
+    count = tl.load(tokens + row)
+    dense = tl.load(counts + row * LISTS + list_of(head, LISTS)) == candidates
     without_query = tl.program_id(1) % BLOCKS * ROWS >= count * GROUP
     if dense | without_query | (span * SPAN >= indices):
         return
 
-    table = table_ptr + tl.load(request_ptr + row).to(tl.int64) * table_stride
+    row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
     query = query_row // GROUP
     live = query < count
-    token = tl.load(start_ptr + row) + query
+    token = tl.load(starts + row) + query
     q_head = head * GROUP + query_row % GROUP
-    q = load_queries(q_ptr, token, q_head, live, q_token_stride, q_head_stride, DIM)
+    queries = load_queries(q, token, q_head, live, stride_q, stride_q_head, D)
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if span == 0:
         own = candidates + tl.arange(0, TILE)
-        own_slots = clamped_slots(table, own, end - 1)
-        own_k = gather_keys(k_ptr, own_slots, head, k_slot_stride, k_head_stride, DIM)
+        own_slot = clamped_slots(row_slots, own, end - 1)
+        own_keys = gather_keys(k, own_slot, head, stride_k, stride_k_head, D)
         unseen = own[None, :] > tl.minimum(end - count + query, end - 1)[:, None]
-        largest, total = add_exponentials(q, own_k, unseen, 0.0, largest, total, scale, True)
+        largest, total = add_exponentials(
+            queries, own_keys, unseen, 0.0, largest, total, scale_log2, True
+        )
     stands_for = tl.maximum(middle, 1).to(tl.float32) / tl.maximum(picked, 1).to(tl.float32)
     middle_weight = tl.log2(stands_for)
     stop = tl.minimum(span * SPAN + SPAN, indices)
-    whole = span * SPAN + (stop - span * SPAN) // BLOCK_K * BLOCK_K
-    for first in range(span * SPAN, whole, BLOCK_K):
-        position = sampled_position(first + tl.arange(0, BLOCK_K), middle, STRIDE)
-        slots = tl.load(table + position).to(tl.int64)
-        k = gather_keys(k_ptr, slots, head, k_slot_stride, k_head_stride, DIM)
+    whole = span * SPAN + (stop - span * SPAN) // BLOCK * BLOCK
+    for first in range(span * SPAN, whole, BLOCK):
+        position = sampled_position(first + tl.arange(0, BLOCK), middle, STRIDE)
+        slot = tl.load(row_slots + position).to(tl.int64)
+        keys = gather_keys(k, slot, head, stride_k, stride_k_head, D)
         weight = tl.where(first < 2 * EDGE, 0.0, middle_weight)
-        largest, total = add_exponentials(q, k, None, weight, largest, total, scale, False)
+        largest, total = add_exponentials(
+            queries, keys, None, weight, largest, total, scale_log2, False
+        )
     if whole < stop:
-        index = whole + tl.arange(0, BLOCK_K)
+        index = whole + tl.arange(0, BLOCK)
         tail = sampled_position(tl.minimum(index, stop - 1), middle, STRIDE)
-        tail_slots = tl.load(table + tail).to(tl.int64)
-        tail_k = gather_keys(k_ptr, tail_slots, head, k_slot_stride, k_head_stride, DIM)
+        tail_slot = tl.load(row_slots + tail).to(tl.int64)
+        tail_keys = gather_keys(k, tail_slot, head, stride_k, stride_k_head, D)
         weight = tl.where(whole < 2 * EDGE, 0.0, middle_weight)
         past = index[None, :] >= stop
-        largest, total = add_exponentials(q, tail_k, past, weight, largest, total, scale, True)
+        largest, total = add_exponentials(
+            queries, tail_keys, past, weight, largest, total, scale_log2, True
+        )
 
-    at = ((row.to(tl.int64) * HEADS + head) * spans + span) * (TILE * GROUP) + query_row
-    tl.store(part_ptr + at, largest + tl.log2(total), mask=live)
+    at = ((row.to(tl.int64) * HEADS + head) * room + span) * (TILE * GROUP) + query_row
+    tl.store(part_lse + at, largest + tl.log2(total), mask=live)
 
 
 @triton.jit(do_not_specialize=VARY)
 def merge_lse_kernel(
-    part_ptr,
-    end_ptr,
-    count_ptr,
-    selected_ptr,
-    lse_ptr,
-    spans,
+    part_lse,  # float32 [rows, HEADS, room, TILE * GROUP]
+    ends,  # [rows]
+    tokens,  # int32 [rows]
+    counts,  # int32 [rows, LISTS]
+    lse,  # float32 [rows, HEADS, TILE * GROUP]
+    room,
     HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     GROUP: tl.constexpr,
     STRIDE: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Merge the spans of one row and KV head in order; +inf where there is no query.
-
-    lse: float32 [rows, HEADS, TILE * GROUP]. Grid: (rows, HEADS).
-    """
+    """Merge the spans of one row and KV head in order; +inf where there is no query."""
+    # Grid: (rows, HEADS).
     row, head = tl.program_id(0), tl.program_id(1)
-    end = tl.load(end_ptr + row).to(tl.int32)
+    end = tl.load(ends + row).to(tl.int32)
     candidates = own_tile_start(end)
-    if tl.load(selected_ptr + row * LISTS + list_of(head, LISTS)) == candidates:
+    if tl.load(counts + row * LISTS + list_of(head, LISTS)) == candidates:
         return
     middle, picked = sampled_middle(candidates, STRIDE)
     used = tl.cdiv(candidates - middle + picked, SPAN)
     query_row = tl.arange(0, power_of_2(TILE * GROUP))
-    live = query_row // GROUP < tl.load(count_ptr + row)
+    live = query_row // GROUP < tl.load(tokens + row)
     of_head = row.to(tl.int64) * HEADS + head
-    parts = part_ptr + of_head * spans * (TILE * GROUP) + query_row
+    parts = part_lse + of_head * room * (TILE * GROUP) + query_row
 
     largest = tl.full(query_row.shape, float("-inf"), tl.float32)
     for span in range(used):
@@ -177,5 +180,5 @@ def merge_lse_kernel(
     for span in range(used):
         part = tl.load(parts + span * (TILE * GROUP), mask=live, other=0.0)
         total += tl.exp2(part - largest)
-    lse = tl.where(live, largest + tl.log2(total), float("inf"))
-    tl.store(lse_ptr + of_head * (TILE * GROUP) + query_row, lse, mask=query_row < TILE * GROUP)
+    merged = tl.where(live, largest + tl.log2(total), float("inf"))
+    tl.store(lse + of_head * (TILE * GROUP) + query_row, merged, mask=query_row < TILE * GROUP)

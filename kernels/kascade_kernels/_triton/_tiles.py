@@ -27,25 +27,25 @@ def block_count(group: int) -> int:
 
 
 @triton.jit
-def load_queries(q_ptr, token, q_head, live, token_stride, head_stride, DIM: tl.constexpr):
-    """Query rows [N, DIM] of tokens [N] and query heads [N]; zero where not live."""
+def load_queries(q, token, q_head, live, token_stride, head_stride, D: tl.constexpr):
+    """Query rows [N, D] of tokens [N] and query heads [N]; zero where not live."""
     at = token.to(tl.int64) * token_stride + q_head * head_stride
-    dim = tl.arange(0, DIM)
-    return tl.load(q_ptr + at[:, None] + dim[None, :], mask=live[:, None], other=0.0)
+    dim = tl.arange(0, D)
+    return tl.load(q + at[:, None] + dim[None, :], mask=live[:, None], other=0.0)
 
 
 @triton.jit
-def clamped_slots(table, position, last):
+def clamped_slots(row_slots, position, last):
     """KV slots of positions in a request's row of the table; past the last, the last one's.
 
     So the keys that are gathered always exist and need no mask, which would be a tenth of the
     instructions of the score loop.
     """
-    return tl.load(table + tl.minimum(position, last)).to(tl.int64)
+    return tl.load(row_slots + tl.minimum(position, last)).to(tl.int64)
 
 
 @triton.jit
-def gather_keys(k_ptr, slots, head, slot_stride, head_stride, DIM: tl.constexpr):
-    """Keys [N, DIM] of one head in slots [N]."""
-    at = slots * slot_stride + head * head_stride
-    return tl.load(k_ptr + at[:, None] + tl.arange(0, DIM)[None, :])
+def gather_keys(k, slot, head, slot_stride, head_stride, D: tl.constexpr):
+    """Keys [N, D] of one head in slots [N]."""
+    at = slot * slot_stride + head * head_stride
+    return tl.load(k + at[:, None] + tl.arange(0, D)[None, :])
