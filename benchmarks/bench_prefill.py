@@ -31,7 +31,8 @@ from benchmarks.kernel_common import (
 from benchmarks.rivals import fa3_extend
 from kascade_kernels.arena import empty_on
 from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
-from kascade_kernels.tile_scores import tile_lse, tile_scores
+from kascade_kernels.tile_lse import tile_lse
+from kascade_kernels.tile_scores import tile_scores
 from kascade_sglang.backend.extend import LSE_STRIDE
 from kascade_sglang.backend.paths import Paths
 

@@ -60,7 +60,7 @@ def decode_attention(
         part_out=parts.out,
         scale_log2=scale * LOG2_E,
         stride_q=q.stride(0),
-        stride_slot=k_cache.stride(0),
+        stride_k=k_cache.stride(0),
         HEADS=kv_heads,
         LISTS=lists.per_row,
         GROUP=group,

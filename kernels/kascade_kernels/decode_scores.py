@@ -18,10 +18,10 @@ from kascade_kernels.checks import (
     require_shape,
 )
 from kascade_kernels.decode_lists import Spans
+from kascade_kernels.find_shared_prefixes import SharedPrefix
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
 from kascade_kernels.select_slots import CodeBuffer, programs_per_list
-from kascade_kernels.shared_prefix import SharedPrefix
 from kascade_kernels.structs import KeyCopy, Lists, Rows
 from kascade_kernels.tuning import CHUNK, STEP
 
@@ -110,9 +110,9 @@ def decode_scores(
         part_out=parts.out,
         scale_log2=scale * LOG2_E,
         stride_q=q.stride(0),
-        stride_slot=cache.stride(0),
+        stride_k=cache.stride(0),
         stride_table=req_to_token.stride(0),
-        stride_logits=scratch.logits.shape[2],
+        stride_logits_head=scratch.logits.shape[2],
         HEADS=kv_heads,
         LISTS=lists.per_row,
         GROUP=group,
@@ -121,7 +121,7 @@ def decode_scores(
         D=dim,
         BLOCK=STEP,
         SPLITS=splits,
-        KEYS_8BIT=eight_bit,
+        EIGHT_BIT=eight_bit,
         ATTEND=values is not None,
         **launch.options(),
     )
@@ -167,9 +167,9 @@ def _pool(rows: Rows, lists: Lists, scratch: ScoreScratch, parts: Parts, splits:
         counts=lists.counts,
         codes=scratch.codes.codes,
         high_counts=scratch.codes.high,
-        stride_logits=stride,
+        stride_logits_head=stride,
         LISTS=per_row,
-        POOLED=q_heads // per_row,
+        PER_LIST=q_heads // per_row,
         BLOCK=STEP,
         SPLITS=splits,
         CHUNKS=chunks,

@@ -73,7 +73,7 @@ def count_high(buffer: CodeBuffer, rows: Rows, lists: Lists) -> None:
         counts=lists.counts,
         high_counts=buffer.high,
         room=chunks,
-        stride_codes=buffer.codes.stride(1),
+        stride_codes_list=buffer.codes.stride(1),
         LISTS=per_row,
         CHUNK=CHUNK,
         APPEND_OWN=False,
@@ -116,14 +116,14 @@ def select_slots(
     find_high_kernel[(per_row, count)](
         high_counts=high,
         low_counts=low,
-        PART=find_high.block,
+        BLOCK=find_high.block,
         **common,
         **find_high.options(),
     )
     count_low_kernel[grid(count_low)](
         codes=codes,
         low_counts=low,
-        stride_codes=codes.stride(1),
+        stride_codes_list=codes.stride(1),
         FEW=FEW,
         **common,
         **count_low.options(),
@@ -132,7 +132,7 @@ def select_slots(
         high_counts=high,
         low_counts=low,
         before=before,
-        PART=find_low.block,
+        BLOCK=find_low.block,
         **common,
         **find_low.options(),
     )
@@ -143,7 +143,7 @@ def select_slots(
         before=before,
         slots=lists.slots,
         offsets=lists.offsets,
-        stride_codes=codes.stride(1),
+        stride_codes_list=codes.stride(1),
         stride_table=req_to_token.stride(0),
         **common,
         **emit.options(),

@@ -6,8 +6,9 @@ import torch
 
 from kascade_kernels import tuning
 from kascade_kernels._triton._tile_attention import tile_attention_kernel
-from kascade_kernels._triton._tile_scores import block_count
+from kascade_kernels._triton._tiles import block_count
 from kascade_kernels.checks import (
+    check_tiles,
     require_dtype,
     require_last_dim_contiguous,
     require_lists,
@@ -15,7 +16,6 @@ from kascade_kernels.checks import (
 )
 from kascade_kernels.launch import LOG2_E
 from kascade_kernels.structs import Lists, Rows
-from kascade_kernels.tile_scores import check_tiles
 
 
 def tile_attention(
@@ -57,33 +57,33 @@ def tile_attention(
     key_bytes = q.shape[-1] * q.element_size()
     launch = tuning.launch("tile_attention", q.device, key_bytes, group)
     tile_attention_kernel[(kv_heads * block_count(group), count)](
-        q_ptr=q,
-        k_ptr=k_cache,
-        v_ptr=v_cache,
-        table_ptr=req_to_token,
-        request_ptr=rows.requests,
-        end_ptr=rows.ends,
-        start_ptr=rows.starts,
-        count_ptr=rows.tokens,
-        slot_ptr=lists.slots,
-        offset_ptr=lists.offsets,
-        selected_ptr=lists.counts,
-        head_map_ptr=head_map,
-        out_ptr=out,
-        scale=scale * LOG2_E,
-        q_token_stride=q.stride(0),
-        q_head_stride=q.stride(1),
-        k_slot_stride=k_cache.stride(0),
-        k_head_stride=k_cache.stride(1),
-        v_slot_stride=v_cache.stride(0),
-        v_head_stride=v_cache.stride(1),
-        table_stride=req_to_token.stride(0),
-        out_token_stride=out.stride(0),
-        out_head_stride=out.stride(1),
+        q=q,
+        k=k_cache,
+        v=v_cache,
+        table=req_to_token,
+        requests=rows.requests,
+        ends=rows.ends,
+        starts=rows.starts,
+        tokens=rows.tokens,
+        slots=lists.slots,
+        offsets=lists.offsets,
+        counts=lists.counts,
+        head_map=head_map,
+        out=out,
+        scale_log2=scale * LOG2_E,
+        stride_q=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_k=k_cache.stride(0),
+        stride_k_head=k_cache.stride(1),
+        stride_v=v_cache.stride(0),
+        stride_v_head=v_cache.stride(1),
+        stride_table=req_to_token.stride(0),
+        stride_out=out.stride(0),
+        stride_out_head=out.stride(1),
         LISTS=lists.per_row,
         GROUP=group,
-        DIM=q.shape[-1],
-        BLOCK_K=launch.block,
+        D=q.shape[-1],
+        BLOCK=launch.block,
         **launch.options(),
     )
     return out

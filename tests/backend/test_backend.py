@@ -8,7 +8,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from triton.runtime.errors import OutOfResources
 
 from kascade_kernels.budget import TILE, Budget
-from kascade_kernels.reference import anchor_scores
+from kascade_kernels.reference import tile_scores
 from kascade_sglang.backend import paths
 from kascade_sglang.backend.decode import DecodeBuffers, DecodeStep
 from kascade_sglang.backend.warm_up import warm_up
@@ -82,7 +82,7 @@ def test_anchor_selects_the_largest_scores() -> None:
     rtol = 1e-3 if KERNELS else 1e-6
     for (tile, first), positions in harness.selections[2][0].items():
         end = min(32 * (tile + 1), LONG)
-        scores = anchor_scores(q[first:end], k[:end], HEAD_DIM**-0.5)
+        scores = tile_scores(q[first:end], k[:end], HEAD_DIM**-0.5)
         budget = harness.config.budget.selected(tile)
         assert positions.shape == (2, budget)
         kept = scores.gather(1, positions).sum(1)

@@ -8,8 +8,8 @@ import torch
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.codes import decode
+from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
-from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.structs import KeyCopy, Lists, Rows
@@ -117,9 +117,6 @@ def test_eight_bit_keys_recover_the_mass() -> None:
     case = DecodeCase.make([700, 333], dim=64)
     copy = allocate_key_copy(case.k.shape[0], case.k.shape[1], 64, DEVICE)
     copy_keys(case.k, torch.arange(case.k.shape[0], device=DEVICE), copy)
-    restored = copy.values.float() * copy.scales[..., None]
-    step = case.k.float().abs().amax(-1, keepdim=True) / 127
-    assert ((restored - case.k.float()).abs() <= 0.51 * step).all()
     selection, _, _ = run(case, copy=copy)
     for row in range(2):
         wanted = BUDGET.selected(tile_of(case.lengths[row] - 1))

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from kascade_kernels import reference
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
+from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.decode_scores import ScoreScratch
-from kascade_kernels.key_copy import allocate_key_copy, copy_keys
+from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.launch import padded_group
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
-from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from kascade_kernels.structs import KeyCopy, Lists
 from tests.support.decode_case import DecodeCase, lists_of
 from tests.support.interpreter import tune
@@ -64,6 +65,12 @@ def test_finds_what_rows_share(group: int) -> None:
     assert shared.keys.tolist() == keys
     if most > 1:
         assert shared.members.tolist() == members
+    slots = [case.slots_of(row) for row in range(len(LENGTHS))]
+    found, groups = reference.find_shared_prefixes(slots, most)
+    assert found == keys
+    assert sorted(groups) == sorted(
+        tuple(m for m in own if m >= 0) for own in members if max(own) >= 0
+    )
 
 
 def test_a_later_step_forgets_the_groups_of_an_earlier_one() -> None:

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from kascade_kernels import tuning
-from kascade_kernels._triton._shared_prefix import compare_slots_kernel, group_rows_kernel
+from kascade_kernels._triton._find_shared_prefixes import compare_slots_kernel, group_rows_kernel
 from kascade_kernels.decode_lists import Spans
 from kascade_kernels.launch import padded_group
 from kascade_kernels.structs import Rows
@@ -59,8 +59,8 @@ def find_shared_prefixes(
         requests=rows.requests,
         ends=rows.ends,
         spans=spans.score,
-        members=shared.members,
-        keys=shared.keys,
+        shared_rows=shared.members,
+        shared_keys=shared.keys,
         stride_table=req_to_token.stride(0),
         rows=count,
         ROWS=triton.next_power_of_2(count),
@@ -71,10 +71,10 @@ def find_shared_prefixes(
     compare_slots_kernel[(count, launch.per_row)](
         table=req_to_token,
         requests=rows.requests,
-        members=shared.members,
-        keys=shared.keys,
+        shared_rows=shared.members,
+        shared_keys=shared.keys,
         stride_table=req_to_token.stride(0),
         MEMBERS=members,
-        CHUNK=launch.block,
+        BLOCK=launch.block,
         **launch.options(),
     )

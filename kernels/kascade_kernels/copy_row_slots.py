@@ -3,7 +3,7 @@
 import torch
 
 from kascade_kernels import tuning
-from kascade_kernels._triton._row_slots import copy_row_slots_kernel
+from kascade_kernels._triton._copy_row_slots import copy_row_slots_kernel
 from kascade_kernels.checks import require_dtype
 from kascade_kernels.structs import Rows
 
@@ -33,6 +33,6 @@ def copy_row_slots(req_to_token: torch.Tensor, rows: Rows, copy: torch.Tensor) -
         copy=copy,
         stride_table=req_to_token.stride(0),
         stride_copy=copy.stride(0),
-        CHUNK=launch.block,
+        BLOCK=launch.block,
         **launch.options(),
     )
