@@ -11,7 +11,7 @@ LAYERS = range(4)
 def test_a_short_calibration_is_told_in_one_number() -> None:
     work = work_of(1000, LAYERS, 4, "error")
     assert describe(300 / work, [1000], LAYERS, 4, "error") == (
-        "1 prompts of up to 1000 tokens: about 5 minutes"
+        "1 prompt of up to 1000 tokens: about 5 minutes"
     )
 
 
