@@ -36,7 +36,8 @@ def describe(
     """Say what prompts of these lengths will take and, where that is long, what would not."""
     each = [per_work * work_of(length, layers, depth, criterion) for length in lengths]
     total = sum(each)
-    sentence = f"{len(each)} prompt{'s' * (len(each) > 1)} of up to {max(lengths)} tokens: about {_time(total)}"
+    what = "1 prompt" if len(each) == 1 else f"{len(each)} prompts"
+    sentence = f"{what} of up to {max(lengths)} tokens: about {_time(total)}"
     if total <= LONG or criterion == "mass":
         return sentence
     by_mass = per_work * sum(work_of(length, layers, depth, "mass") for length in lengths)
