@@ -16,7 +16,7 @@ UNIT_TESTS := tests/plan tests/plugin tests/kernels tests/backend tests/calibrat
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
 .PHONY: demo serve test test-fast test-host test-serving test-kernels test-gpu check eval bench \
-	bench-decode bench-prefill bench-serving soak readme-tables clean
+	bench-decode bench-prefill bench-quality bench-serving soak readme-tables clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
@@ -75,6 +75,10 @@ bench-decode: $(STAMP)  ## decode attention beside FlashAttention-3
 
 bench-prefill: $(STAMP)  ## prefill attention beside FlashAttention-3
 	$(BIN)/python -m benchmarks.bench_prefill
+
+bench-quality: $(STAMP)  ## answers of pretrained models, dense and sparse side by side, on a GPU
+	$(BIN)/python -m benchmarks.bench_quality
+	$(BIN)/python -m benchmarks.plot_quality
 
 bench-serving: $(STAMP)  ## real servers beside SGLang's own backends, on a GPU
 	$(BIN)/python -m benchmarks.bench_serving

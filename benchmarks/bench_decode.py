@@ -38,9 +38,9 @@ from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget, tile_of
 from kascade_kernels.decode_lists import Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
+from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
-from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from kascade_kernels.structs import Rows
 from kascade_sglang.host.steps import Batch
 

@@ -126,13 +126,13 @@ def new_tokens(pool: Pool, spans: list[tuple[int, int]], *, decode: bool) -> Bat
 def make_paths(pool: Pool, mode: str) -> Paths:
     """Build what the backend would, for a model of one layer of each kind.
 
-    mode: ``default``; ``exact``; or ``fast``, the preset.
+    mode: ``default``; in prefill ``fast``, the preset; ``exact``, that with ``--kascade-exact``.
     """
     maps = torch.rand(KV_HEADS, KV_HEADS, generator=torch.Generator().manual_seed(0)).tolist()
     shape = ModelShape(3, Q_HEADS, KV_HEADS, DIM, Q_HEADS * DIM)
     plan = Plan("benchmark", shape, (LAYER0, ANCHOR), {REUSE: tuple(map(tuple, maps))})
     rank = Rank(range(KV_HEADS), range(3), pool.table, pool.size + pool.page_size, DEVICE)
-    prefill = Budget(min_k=Budget().min_k if mode == "fast" else PREFILL_MIN_K)
+    prefill = Budget(min_k=PREFILL_MIN_K if mode == "default" else Budget().min_k)
     config = KascadeConfig(plan, Budget(), "per_head", exact=mode == "exact", prefill=prefill)
     paths = build_paths(rank, pool, config)
     for index in (LAYER0, ANCHOR):

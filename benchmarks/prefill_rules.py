@@ -71,7 +71,7 @@ def parse_rule(text: str) -> Rule:
             found["ratio"] = 1.0
         else:
             raise ValueError(
-                f"rule {text!r}: unknown part {part!r}; see benchmarks/prefill_rules.py"
+                f"rule {text!r}: expected parts named in benchmarks/prefill_rules.py, got {part!r}"
             )
     return Rule(**found)
 

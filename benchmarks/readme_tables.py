@@ -6,12 +6,16 @@ fails where a document differs from them.
 
 import csv
 import itertools
+import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
+
+from benchmarks import plot_quality
 from benchmarks.plot_kernels import newest
 from benchmarks.plot_serving import newest_runs
 from benchmarks.serving_profile import STEPS
@@ -60,14 +64,50 @@ def quality_table() -> str:
     return markdown(["method", *(f"{float(ratio):.0%}" for ratio in ratios)], lines)
 
 
+def models_table() -> str:
+    """``make bench-quality``: points below or above dense attention, one row a configuration."""
+    lines = []
+    for row in plot_quality.summary(plot_quality.newest()).to_dict("records"):
+        lengths = [key for key in row if isinstance(key, int)]
+        points = [row[length] for length in lengths] + [row["hard"]]
+        cells = ["" if math.isnan(value) else f"{value:+.1f}" for value in points]
+        cells[-1] += f" (n={row['n']:.0f})"
+        lines.append([row["model"], row["config"], *cells, f"{row['prefill_read']:.0%}"])
+    header = [f"RULER at {length}" for length in lengths]
+    hard = "four hard tasks, 16K and 31K"
+    return markdown(["model", "config", *header, hard, "keys read in prefill at 31K"], lines)
+
+
+def rules_table() -> str:
+    """``prefill_search``: one row a rule and length, means over tasks, the least harmful first."""
+    rows = pd.read_csv(RESULTS / "prefill_rules.csv")
+    cells = rows.groupby(["length", "rule"], sort=False)
+    means = cells[["divergence", "log_prob", "read", "recovered_p01"]].mean()
+    means["n"] = cells["n"].sum()
+    lines = [
+        [
+            str(length),
+            f"`{rule}`",
+            f"{row['divergence']:.3f}",
+            f"{row['log_prob']:.3f}",
+            f"{row['read']:.0%}",
+            f"{row['recovered_p01']:.2f}",
+            f"{row['n']:.0f}",
+        ]
+        for (length, rule), row in means.sort_values(["length", "divergence"]).iterrows()
+    ]
+    header = ["tokens", "rule", "divergence, nats", "log probability", "keys read"]
+    return markdown([*header, "mass kept, 1st percentile of rows", "prompts"], lines)
+
+
 def prefill_table() -> str:
     """``make bench-prefill``: speed over FlashAttention-3, one row a case; random inputs."""
-    return kernel_table("prefill_h100.csv")
+    return kernel_table("prefill_h100.csv", ("default", "fast", "exact"))
 
 
 def decode_table() -> str:
     """``make bench-decode``: speed over FlashAttention-3, one row a case; random inputs."""
-    return kernel_table("decode_h100.csv")
+    return kernel_table("decode_h100.csv", ("default", "exact"))
 
 
 def settings_table() -> str:
@@ -130,22 +170,24 @@ def profile_table() -> str:
     return markdown(["", *(f"{names[stage]}, {backend}" for stage, backend in columns)], lines)
 
 
-def kernel_table(name: str) -> str:
-    """Composites and shares of a kernel benchmark, one row a case."""
+def kernel_table(name: str, modes: Sequence[str]) -> str:
+    """Composites and shares of a kernel benchmark, one row a case.
+
+    modes: the columns; layers' shares are those of the last but one, which every case has.
+    """
     rows = [row for row in newest(RESULTS / name) if row["inputs"] == "random"]
     found = {(r["case"], r["kind"], r["plan"], r["mode"]): r for r in rows}
-    modes = ("default", "exact")
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
-        cells = [f"{found[case, 'composite', 'llama-3.1-8b', mode]['speedup']}" for mode in modes]
-        cells += [f"{found[case, 'composite', 'qwen3-8b', mode]['speedup']}" for mode in modes]
-        speeds = [f"{float(cell):.1f}x" for cell in cells]
-        shares = [
-            f"{float(found[case, kind, '', 'default']['share']):.2f}"
-            for kind in ("layer0", "anchor", "reuse")
+        composites = [
+            found.get((case, "composite", plan, mode))
+            for plan in ("llama-3.1-8b", "qwen3-8b")
+            for mode in modes
         ]
-        fa3 = float(found[case, "reuse", "", "default"]["fa3_ms"])
-        lines.append([case, *speeds, *shares, f"{fa3:.2f}"])
+        speeds = [f"{float(row['speedup']):.1f}x" if row else "" for row in composites]
+        layers = [found[case, kind, "", modes[-2]] for kind in ("layer0", "anchor", "reuse")]
+        shares = [f"{float(row['share']):.2f}" for row in layers]
+        lines.append([case, *speeds, *shares, f"{float(layers[-1]['fa3_ms']):.2f}"])
     plans = [f"{plan}, {mode}" for plan in ("Llama-3.1-8B", "Qwen3-8B") for mode in modes]
     shares = [f"{kind} / FA3" for kind in ("layer 0", "anchor", "reuse")]
     return markdown(["case", *plans, *shares, "FA3, ms a layer"], lines)
@@ -183,7 +225,7 @@ def pieces_table() -> str:
     """``make bench-prefill``: an anchor layer's pieces as shares of FlashAttention-3."""
     rows = [r for r in newest(RESULTS / "prefill_h100.csv") if r["case"] == "8K-on-120K"]
     found = {(r["kind"], r["mode"], r["inputs"]): r for r in rows if not r["plan"]}
-    columns = [(mode, inputs) for mode in ("default", "exact") for inputs in INPUTS]
+    columns = [(mode, inputs) for mode in ("fast", "exact") for inputs in INPUTS]
     kinds = ("lse", "score", "select", "attend", "anchor", "layer0", "reuse")
     lines = [
         [kind, *(f"{float(found[(kind, *column)]['share']):.3f}" for column in columns)]
@@ -230,6 +272,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "demo": demo_table,
         "quality": quality_table,
+        "models": models_table,
         "prefill": prefill_table,
         "decode": decode_table,
         "serving": serving_table,
@@ -240,6 +283,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "serving-h200": partial(serving_table, "serving_h200.csv"),
         "profile": profile_table,
         "ablations": ablations_table,
+        "rules": rules_table,
     },
     "benchmarks/results/faster_selection.md": {"mass": mass_table, "pieces": pieces_table},
 }

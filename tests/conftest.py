@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from kascade_kernels.arena import Arena, Empty
 from tests.support.interpreter import add_bfloat16, leave_out_programs
 from tests.support.shapes import INTERPRETED
 
@@ -36,6 +37,18 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill an arena with bytes of 255 before every use: NaN as floats, -1 as whole numbers."""
+    cut = Arena.cut
+
+    def poisoned(arena: Arena) -> Empty:
+        arena._memory.fill_(255)
+        return cut(arena)
+
+    monkeypatch.setattr(Arena, "cut", poisoned)
 
 
 @pytest.fixture(autouse=True)

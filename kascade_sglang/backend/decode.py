@@ -9,13 +9,13 @@ import torch
 import triton
 
 from kascade_kernels.arena import Arena
+from kascade_kernels.copy_row_slots import allocate_row_slots, copy_row_slots
 from kascade_kernels.decode_attention import decode_attention
 from kascade_kernels.decode_lists import Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
+from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.merge_parts import Parts, most_parts
-from kascade_kernels.row_slots import allocate_row_slots, copy_row_slots
 from kascade_kernels.select_slots import select_slots
-from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from kascade_kernels.structs import Lists, Rows
 from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.sizes import Sizes
@@ -39,9 +39,8 @@ class DecodeBuffers:
         self.requests = torch.arange(rows, device=device)
         self.shared = SharedPrefix.allocate(rows, sizes.group, device)
         self.steps = torch.empty(2, rows, dtype=torch.int32, device=device)
-        parts = most_parts(
-            rows, sizes.kv_heads, sizes.q_heads, batch_invariant=config.batch_invariant
-        )
+        sized = (rows, sizes.kv_heads, sizes.q_heads, self.steps.device)
+        parts = most_parts(*sized, batch_invariant=config.batch_invariant)
         self.parts = Parts.empty(parts, sizes.head_dim, device)
 
     @property

@@ -12,7 +12,8 @@ from kascade_kernels.budget import TILE
 from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
 from kascade_kernels.structs import Lists, Rows
 from kascade_kernels.tile_attention import tile_attention
-from kascade_kernels.tile_scores import tile_lse, tile_scores
+from kascade_kernels.tile_lse import tile_lse
+from kascade_kernels.tile_scores import tile_scores
 from kascade_kernels.tiles import cut_tiles
 from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.sizes import Sizes

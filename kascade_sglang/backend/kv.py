@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kascade_kernels.key_copy import allocate_key_copy, copy_keys
+from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.structs import KeyCopy
 from kascade_sglang.host.runtime import key_value_caches, write_kv
 

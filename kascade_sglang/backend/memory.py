@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from kascade_kernels.budget import TILE, tile_of
-from kascade_kernels.key_copy import allocate_key_copy
+from kascade_kernels.copy_keys import allocate_key_copy
 from kascade_sglang.backend.decode import DecodeBuffers
 from kascade_sglang.backend.extend import allocate_lists
 from kascade_sglang.backend.sizes import Sizes, copied_layers

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from kascade_kernels.reference import sparse_attention
+from kascade_kernels.reference import tile_attention
 from kascade_kernels.tiles import Tiles, cut_tiles
 from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.selectors import SELECTORS, Case
@@ -124,7 +124,7 @@ class ReferencePath:
         out = torch.zeros_like(q)
         for tile, slots in zip(step, selected, strict=True):
             queries, own = q[tile.queries], step.slots[tile.request][tile.own_start : tile.end]
-            out[tile.queries] = sparse_attention(
+            out[tile.queries] = tile_attention(
                 queries, keys, values, slots[head_map], own, layer.scale
             )
         return out

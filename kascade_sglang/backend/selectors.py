@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from kascade_kernels.budget import TILE, tile_of
-from kascade_kernels.reference import anchor_scores, pool_heads, select_topk
+from kascade_kernels.reference import pool_heads, select_topk, tile_scores
 from kascade_sglang.sparsity import QUEST_PAGE
 
 SINKS = 4
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 def topk(case: Case) -> torch.Tensor:
     """Kascade: the exact Top-k of attention mass."""
-    scores = anchor_scores(case.q, case.keys, case.scale)
+    scores = tile_scores(case.q, case.keys, case.scale)
     return select_topk(pool_heads(scores) if case.pooled else scores, case.count)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from kascade_kernels.budget import TILE, tile_of
-from kascade_kernels.reference import anchor_scores, pool_heads, select_topk, sparse_attention
+from kascade_kernels.reference import pool_heads, select_topk, tile_attention, tile_scores
 from kascade_sglang.calibration.hf_model import shape_of
 from kascade_sglang.calibration.limited_attention import Limits, limited_attention
 from kascade_sglang.errors import CalibrationError
@@ -183,12 +183,12 @@ class KascadeAttention:
         for tile, q_tile, end in query_tiles(q, length):
             selected = self._keys_for(layer, tile)
             own = torch.arange(TILE * tile, end, device=q.device)
-            outputs.append(sparse_attention(q_tile, k, v, selected, own, scale))
+            outputs.append(tile_attention(q_tile, k, v, selected, own, scale))
         return torch.cat(outputs)
 
     def _select(self, tile: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         """Return the positions a tile's anchor selects: int64 [H, count], pooled [1, count]."""
-        scores = anchor_scores(q, k, scale)
+        scores = tile_scores(q, k, scale)
         if self._plan.heads == "pooled":
             scores = pool_heads(scores)
         return select_topk(scores, self._plan.budget.selected(tile))

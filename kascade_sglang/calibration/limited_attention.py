@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kascade_kernels.budget import TILE, tile_of
-from kascade_kernels.reference import anchor_scores
+from kascade_kernels.reference import tile_scores
 
 _QUERIES_AT_ONCE = 128
 
@@ -55,7 +55,7 @@ def limited_attention(
 
 
 def capped_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
-    """Like ``kascade_kernels.reference.anchor_scores``, with capped logits.
+    """Like ``kascade_kernels.reference.tile_scores``, with capped logits.
 
     q: [n, Hq, D], queries of one tile. k: [L, H, D] up to the last one. Returns [H, C], C the
     number of keys before the tile.
@@ -73,7 +73,7 @@ def layer_scores(
 ) -> torch.Tensor:
     """Scores of the keys before a tile, [H, C], in a layer with or without capped logits."""
     if softcap is None:
-        return anchor_scores(q, k, scale)
+        return tile_scores(q, k, scale)
     return capped_scores(q, k, scale, softcap)
 
 

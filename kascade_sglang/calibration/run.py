@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from kascade_sglang.calibration.collect import (
     sample_tiles,
     work_of,
 )
+from kascade_sglang.calibration.estimate import describe, seconds_per_work
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.replay import MOST_ROWS, reply_rows
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
@@ -244,6 +246,12 @@ def _measure(
     if ready:
         kept = sum(stats is not None for stats in measured)
         logger.warning("resuming: %d of %d prompts are measured already", kept, len(prompts))
+    todo = [len(prompt.ids) for prompt, stats in zip(prompts, measured, strict=True) if not stats]
+    if todo:
+        longest = max(prompts, key=lambda prompt: len(prompt.ids))
+        per_work = seconds_per_work(model, longest)
+        sentence = describe(per_work, todo, layers, depth, config.criterion)
+        print(f"calibrating {sentence}", file=sys.stderr)
     shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     # smoothing=0: the time left counts the pauses of the forward passes between prompts' tiles.
     with tqdm(

@@ -1,6 +1,6 @@
 """Queries that share a selection, many such spans at once.
 
-``kascade_kernels.reference.sparse_attention`` does the same for one tile. A prompt is run again
+``kascade_kernels.reference.tile_attention`` does the same for one tile. A prompt is run again
 for every pair of layers, and one call a tile would leave a GPU waiting for Python.
 """
 

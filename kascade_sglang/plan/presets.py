@@ -29,7 +29,10 @@ _PRESETS = {
     "DeepSeek-R1-Distill-Llama-8B": _Preset(_LLAMA_8B, (0, 2, 8, 13, 14)),
     "Qwen3-8B": _Preset(_QWEN3_8B, (0, 2, 7, 14, 23)),
 }
-_ALIASES = {"meta-llama-3.1-8b-instruct": "llama-3.1-8b-instruct"}
+_ALIASES = {
+    "meta-llama-3.1-8b-instruct": "llama-3.1-8b-instruct",
+    "qwen2.5-coder-0.5b-instruct": "qwen2.5-coder-0.5b",
+}
 
 
 def preset(name: str) -> Plan:

@@ -91,6 +91,11 @@ class Plan:
         _check_shape(self.shape)
         _check_windowed(self.windowed, self.shape.layers)
         _check_anchors(self.anchors, self.shape.layers, self.windowed)
+        if self.prefill_min_k is not None:
+            try:
+                Budget(self.budget.ratio, self.prefill_min_k)
+            except ValueError as error:
+                raise PlanError(f"plan.prefill_{error}") from error
         if self.heads not in HEAD_MODES:
             raise PlanError(f"plan.heads: expected one of {HEAD_MODES}, got {self.heads!r}")
         for layer in self.reuse_layers:

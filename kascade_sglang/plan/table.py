@@ -23,7 +23,8 @@ def describe(plan: Plan) -> str:
         f"{shape.kv_heads} KV heads, head_dim {shape.head_dim or '?'}, "
         f"hidden {shape.hidden or '?'}",
         f"anchors    {','.join(map(str, plan.anchors))}",
-        f"budget     {plan.budget.ratio:g} of the context, at least {plan.budget.min_k} keys",
+        f"budget     {plan.budget.ratio:g} of the context, at least {plan.budget.min_k} keys"
+        + (f", {plan.prefill_min_k} in prefill" if plan.prefill_min_k is not None else ""),
         f"heads      {plan.heads}",
         "",
         *_layer_table(plan),

@@ -2,4 +2,5 @@
 
 ``budget``     how many keys a query tile may attend to (pure Python).
 ``reference``  every operation in plain torch; it defines what is correct.
+``tuning``     how every kernel is launched.
 """

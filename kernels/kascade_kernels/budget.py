@@ -1,7 +1,7 @@
 """How many keys a query tile attends to: a function of the tile's absolute position alone.
 
-Because neither the prompt's length nor the chunk enters, a chunked prefill, a prefix-cache hit
-and decoding all give a position the same budget.
+Because neither the prompt's length nor the chunk enters, a chunked prefill and a prefix-cache hit
+give a position the same budget. Decoding has one of its own.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 import torch
 
-from kascade_kernels.structs import Lists
+from kascade_kernels.structs import Lists, Rows
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
@@ -65,3 +65,39 @@ def require_lists(lists: Lists, rows: int, per_row: tuple[int, ...]) -> None:
     require_dtype("lists.counts", lists.counts, torch.int32)
     require_contiguous("lists.offsets", lists.offsets)
     require_contiguous("lists.counts", lists.counts)
+
+
+def require_lse(name: str, lse: torch.Tensor, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless these are log-sum-exps of query rows."""
+    require_shape(name, lse, shape)
+    require_dtype(name, lse, torch.float32)
+    require_contiguous(name, lse)
+
+
+def check_tiles(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    req_to_token: torch.Tensor,
+    rows: Rows,
+    eight_bit: bool = False,
+) -> tuple[int, int, int]:
+    """Check what every operation on tiles takes; return rows, KV heads and group."""
+    require_shape("q", q, (None, None, None))
+    q_heads, dim = q.shape[1:]
+    require_shape("keys", keys, (None, None, dim))
+    require_dtype("keys", keys, torch.int8 if eight_bit else q.dtype)
+    require_dtype("req_to_token", req_to_token, torch.int32)
+    for name, tensor in (("q", q), ("keys", keys), ("req_to_token", req_to_token)):
+        require_last_dim_contiguous(name, tensor)
+    kv_heads = keys.shape[1]
+    if q_heads % kv_heads:
+        raise ValueError(f"q: expected a multiple of {kv_heads} heads, got {q_heads}")
+    least = 32 if eight_bit else 16
+    if dim & (dim - 1) or dim < least:
+        raise ValueError(f"q: expected a power of two from {least} on as head dimension, got {dim}")
+    if rows.starts is None or rows.tokens is None:
+        raise ValueError("rows: expected starts and tokens, got None")
+    count = rows.ends.shape[0]
+    for name, tensor in zip(Rows._fields, rows, strict=True):
+        require_shape(f"rows.{name}", tensor, (count,))
+    return count, kv_heads, q_heads // kv_heads

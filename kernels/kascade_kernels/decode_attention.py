@@ -2,6 +2,7 @@
 
 import torch
 
+from kascade_kernels import tuning
 from kascade_kernels._triton._decode_attention import decode_attention_kernel
 from kascade_kernels.checks import (
     require_dtype,
@@ -10,12 +11,10 @@ from kascade_kernels.checks import (
     require_same_stride,
     require_shape,
 )
-from kascade_kernels.decode_lists import STEP, Spans
+from kascade_kernels.decode_lists import Spans
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
 from kascade_kernels.structs import Lists
-
-LAUNCH = {"num_warps": 4, "num_stages": 4}
 
 
 def decode_attention(
@@ -61,15 +60,15 @@ def decode_attention(
         part_out=parts.out,
         scale_log2=scale * LOG2_E,
         stride_q=q.stride(0),
-        stride_slot=k_cache.stride(0),
+        stride_k=k_cache.stride(0),
         HEADS=kv_heads,
         LISTS=lists.per_row,
         GROUP=group,
         GROUP_PAD=padded_group(group),
         D=dim,
-        BLOCK=STEP,
+        BLOCK=tuning.STEP,
         SPLITS=splits,
-        **LAUNCH,
+        **tuning.launch("decode_attention", q.device).options(),
     )
     out = torch.empty_like(q) if out is None else out
     return merge_parts(parts, splits, lists.counts, spans.attend, out, head_map)

@@ -12,19 +12,10 @@ from typing import NamedTuple
 import torch
 import triton
 
+from kascade_kernels import tuning
 from kascade_kernels._triton._decode_lists import decode_lists_kernel
 from kascade_kernels.budget import Budget
 from kascade_kernels.checks import require_contiguous, require_dtype, require_shape
-
-STEP = 64
-"""Keys of one block, in which spans are counted: the compiler then knows their alignment."""
-SCORE_PROGRAMS = 8192
-ATTEND_PROGRAMS = 512
-"""Programs of all rows and heads together; attention runs best as one wave of four an SM."""
-SCORE_SPLITS, ATTEND_SPLITS = 64, 32
-"""Most programs of one row and head."""
-INVARIANT_SPLITS = 16
-"""Programs of each row and head where a row must not depend on its batch."""
 
 
 class Spans(NamedTuple):
@@ -56,7 +47,7 @@ class Spans(NamedTuple):
         steps: torch.Tensor, rows: int, heads: int, *, batch_invariant: bool = False
     ) -> Spans:
         """Lay the spans of a step out in ``steps``, int32 [2, at least ``rows``]."""
-        splits = most_splits(rows, heads, batch_invariant=batch_invariant)
+        splits = most_splits(rows, heads, steps.device, batch_invariant=batch_invariant)
         return Spans(steps[0, :rows], steps[1, :rows], *splits)
 
     def rows(self, first: int, last: int) -> Spans:
@@ -64,16 +55,18 @@ class Spans(NamedTuple):
         return self._replace(score=self.score[first:last], attend=self.attend[first:last])
 
 
-def most_splits(rows: int, heads: int, *, batch_invariant: bool) -> tuple[int, int]:
+def most_splits(
+    rows: int, heads: int, device: torch.device, *, batch_invariant: bool
+) -> tuple[int, int]:
     """Return the most programs of one row and head: of scoring, and of attention."""
     if batch_invariant:
-        return INVARIANT_SPLITS, INVARIANT_SPLITS
-    lists = rows * heads
-    return _splits(8192, lists, SCORE_SPLITS), _splits(4096, lists, ATTEND_SPLITS)
+        return tuning.INVARIANT_SPLITS, tuning.INVARIANT_SPLITS
+    score, attend = (_splits(tuning.cut(kind, device), rows * heads) for kind in tuning.CUTS)
+    return score, attend
 
 
-def _splits(programs: int, lists: int, most: int) -> int:
-    return max(2, min(most, triton.next_power_of_2(triton.cdiv(programs, lists))))
+def _splits(cut: tuning.Cut, lists: int) -> int:
+    return max(2, min(cut.most, triton.next_power_of_2(triton.cdiv(cut.grid, lists))))
 
 
 def decode_lists(
@@ -94,6 +87,7 @@ def decode_lists(
     require_shape("counts", counts, (rows, None))
     require_dtype("counts", counts, torch.int32)
     require_contiguous("counts", counts)
+    device = counts.device
     decode_lists_kernel[(1,)](
         ends=ends,
         score_spans=spans.score,
@@ -104,11 +98,11 @@ def decode_lists(
         min_k=budget.min_k,
         ROWS=triton.next_power_of_2(rows),
         LISTS=counts.shape[1],
-        SCORE_PROGRAMS=max(1, SCORE_PROGRAMS // heads),
+        SCORE_PROGRAMS=max(1, tuning.cut("score", device).programs // heads),
         SCORE_MOST=spans.score_splits,
-        ATTEND_PROGRAMS=max(1, ATTEND_PROGRAMS // heads),
+        ATTEND_PROGRAMS=max(1, tuning.cut("attend", device).programs // heads),
         ATTEND_MOST=spans.attend_splits,
-        STEP=STEP,
+        STEP=tuning.STEP,
         BATCH_INVARIANT=batch_invariant,
-        num_warps=4,
+        **tuning.launch("decode_lists", device).options(),
     )

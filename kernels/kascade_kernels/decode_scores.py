@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from kascade_kernels import tuning
 from kascade_kernels._triton._decode_scores import decode_scores_kernel, pool_scores_kernel
 from kascade_kernels.arena import Empty
 from kascade_kernels.checks import (
@@ -16,21 +17,13 @@ from kascade_kernels.checks import (
     require_same_stride,
     require_shape,
 )
-from kascade_kernels.decode_lists import STEP, Spans
+from kascade_kernels.decode_lists import Spans
+from kascade_kernels.find_shared_prefixes import SharedPrefix
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
-from kascade_kernels.select_slots import CHUNK, CodeBuffer, programs_per_list
-from kascade_kernels.shared_prefix import SharedPrefix
+from kascade_kernels.select_slots import CodeBuffer, programs_per_list
 from kascade_kernels.structs import KeyCopy, Lists, Rows
-
-BLOCK = STEP
-LAUNCH = {
-    "exact": {"num_warps": 1, "num_stages": 6},
-    "eight_bit": {"num_warps": 1, "num_stages": 6},
-    "attend": {"num_warps": 2, "num_stages": 3},
-    "pool": {"num_warps": 4},
-}
-"""One or two warps: the maximum of a block is then a matter of few threads."""
+from kascade_kernels.tuning import CHUNK, STEP
 
 
 class ScoreScratch(NamedTuple):
@@ -48,7 +41,7 @@ class ScoreScratch(NamedTuple):
     def bytes_per_row(q_heads: int, lists: int, keys: int) -> int:
         """Bytes that each request of a launch needs."""
         keys = padded_keys(keys)
-        logits = q_heads * (2 * keys + 4 * (keys // BLOCK))
+        logits = q_heads * (2 * keys + 4 * (keys // STEP))
         return logits + CodeBuffer.bytes_per_row(lists, keys)
 
     @staticmethod
@@ -57,14 +50,14 @@ class ScoreScratch(NamedTuple):
         keys = padded_keys(keys)
         return ScoreScratch(
             empty((rows, q_heads, keys), torch.float16),
-            empty((rows, q_heads, keys // BLOCK), torch.float32),
+            empty((rows, q_heads, keys // STEP), torch.float32),
             CodeBuffer.allocate(rows, lists, keys, empty),
         )
 
 
 def padded_keys(keys: int) -> int:
     """Round a context length up to whole blocks."""
-    return triton.cdiv(keys, BLOCK) * BLOCK
+    return triton.cdiv(keys, STEP) * STEP
 
 
 def decode_scores(
@@ -93,7 +86,8 @@ def decode_scores(
     maximum of their block of 64.
     """
     eight_bit = isinstance(keys, KeyCopy)
-    kind = "eight_bit" if eight_bit else "exact" if values is None else "attend"
+    kind = ".8bit" if eight_bit else "" if values is None else ".attend"
+    launch = tuning.launch(f"decode_scores{kind}", q.device)
     cache = keys.values if eight_bit else keys
     _check(q, cache, values, req_to_token, lists, scratch)
     (count, q_heads, dim), kv_heads = q.shape, cache.shape[1]
@@ -116,20 +110,20 @@ def decode_scores(
         part_out=parts.out,
         scale_log2=scale * LOG2_E,
         stride_q=q.stride(0),
-        stride_slot=cache.stride(0),
+        stride_k=cache.stride(0),
         stride_table=req_to_token.stride(0),
-        stride_logits=scratch.logits.shape[2],
+        stride_logits_head=scratch.logits.shape[2],
         HEADS=kv_heads,
         LISTS=lists.per_row,
         GROUP=group,
         GROUP_PAD=padded_group(group),
         MEMBERS=shared.members.shape[1],
         D=dim,
-        BLOCK=BLOCK,
+        BLOCK=STEP,
         SPLITS=splits,
-        KEYS_8BIT=eight_bit,
+        EIGHT_BIT=eight_bit,
         ATTEND=values is not None,
-        **LAUNCH[kind],
+        **launch.options(),
     )
     _pool(rows, lists, scratch, parts, splits)
     if values is None:
@@ -164,7 +158,8 @@ def _pool(rows: Rows, lists: Lists, scratch: ScoreScratch, parts: Parts, splits:
     """Turn logits into codes: normalise each query head's, sum them, and count high bytes."""
     count, (_, per_row, chunks, _) = rows.ends.shape[0], scratch.codes.high.shape
     _, q_heads, stride = scratch.logits.shape
-    pool_scores_kernel[(programs_per_list(per_row * count, chunks), per_row, count)](
+    launch = tuning.launch("pool_scores", scratch.logits.device)
+    pool_scores_kernel[(programs_per_list(launch, per_row * count, chunks), per_row, count)](
         logits=scratch.logits,
         block_max=scratch.block_max,
         part_lse=parts.lse,
@@ -172,12 +167,12 @@ def _pool(rows: Rows, lists: Lists, scratch: ScoreScratch, parts: Parts, splits:
         counts=lists.counts,
         codes=scratch.codes.codes,
         high_counts=scratch.codes.high,
-        stride_logits=stride,
+        stride_logits_head=stride,
         LISTS=per_row,
-        POOLED=q_heads // per_row,
-        BLOCK=BLOCK,
+        PER_LIST=q_heads // per_row,
+        BLOCK=STEP,
         SPLITS=splits,
         CHUNKS=chunks,
         CHUNK=CHUNK,
-        **LAUNCH["pool"],
+        **launch.options(),
     )

@@ -4,12 +4,17 @@ import math
 
 import triton
 
+from kascade_kernels._triton import _tile_lse, _tiles
 from kascade_kernels._triton._primitives import TILE
 
 LOG2_E = math.log2(math.e)
 """Kernels take logits in base 2."""
 KERNEL_TILE = TILE.value
 """Positions that share a selection, as the kernels are written."""
+EDGE = _tile_lse.EDGE.value
+"""Candidates at either end that a sampled log-sum-exp reads one by one."""
+PRODUCT_ROWS = _tiles.MAX_ROWS.value
+"""Query rows of one product in prefill, at most."""
 
 
 def padded_group(group: int) -> int:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from kascade_kernels import tuning
 from kascade_kernels._triton._merge_parts import merge_parts_kernel
 from kascade_kernels.checks import require_contiguous
-from kascade_kernels.decode_lists import STEP, Spans, most_splits
+from kascade_kernels.decode_lists import Spans, most_splits
 
 
 class Parts(NamedTuple):
@@ -36,10 +37,13 @@ class Parts(NamedTuple):
         )
 
 
-def most_parts(rows: int, heads: int, q_heads: int, *, batch_invariant: bool) -> int:
+def most_parts(
+    rows: int, heads: int, q_heads: int, device: torch.device, *, batch_invariant: bool
+) -> int:
     """Return how many parts a step of up to ``rows`` requests has; a smaller one may have more."""
     splits = (
-        max(most_splits(n, heads, batch_invariant=batch_invariant)) * n for n in range(1, rows + 1)
+        max(most_splits(n, heads, device, batch_invariant=batch_invariant)) * n
+        for n in range(1, rows + 1)
     )
     return q_heads * max(splits, default=0)
 
@@ -61,6 +65,7 @@ def merge_parts(
     rows, q_heads, dim = out.shape
     require_contiguous("out", out)
     heads = 1 if head_map is None else len(head_map)
+    launch = tuning.launch("merge_parts", out.device)
     merge_parts_kernel[(q_heads, rows)](
         part_out=parts.out,
         part_lse=parts.lse,
@@ -68,13 +73,13 @@ def merge_parts(
         spans=spans,
         head_map=spans if head_map is None else head_map,
         out=out,
-        STEP=STEP,
+        STEP=tuning.STEP,
         Q_HEADS=q_heads,
         GROUP=q_heads // heads,
         LISTS=lengths.shape[1],
         D=dim,
         SPLITS=splits,
-        BLOCK=min(splits, 4),
-        num_warps=1,
+        BLOCK=min(splits, launch.block),
+        **launch.options(),
     )
     return out

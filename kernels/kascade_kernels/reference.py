@@ -9,9 +9,11 @@ Shapes: ``n`` queries of a tile at consecutive positions, ``Hq`` query heads, ``
 the tile's last query. Query ``j`` sits at position ``L - n + j`` and sees the keys up to its own.
 """
 
+import math
+
 import torch
 
-from kascade_kernels.budget import TILE
+from kascade_kernels.budget import TILE, Budget
 
 
 def _working_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -33,25 +35,54 @@ def _causal_penalty(n: int, own: int, rows: int, like: torch.Tensor) -> torch.Te
     return penalty.masked_fill_(key > query + own - n, float("-inf"))
 
 
-def anchor_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+def _tile_start(k: torch.Tensor) -> int:
+    """Position of the first key of the tile that the last of the keys [L, H, D] is in."""
+    return (k.shape[0] - 1) // TILE * TILE
+
+
+def _tile_logits(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """[H, group * n, L]: logits of a tile's query rows, -inf where the key comes later."""
+    start, rows = _tile_start(k), _rows_by_kv_head(q, k.shape[1])
+    logits = rows @ k.permute(1, 2, 0).to(rows.dtype) * scale
+    own = logits[:, :, start:]
+    own += _causal_penalty(q.shape[0], k.shape[0] - start, rows.shape[1], own)
+    return logits
+
+
+def tile_lse(
+    q: torch.Tensor, k: torch.Tensor, scale: float, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-sum-exp in base 2 of every query row over all keys that it sees.
+
+    q: [n, Hq, D]. k: [L, H, D]. weight: [L], the logarithm of how many keys each stands for.
+    Returns [H, n * group]: of each KV head the group's heads of one query side by side.
+    """
+    logits = _tile_logits(q, k, scale)
+    if weight is not None:
+        logits = logits + weight * math.log(2)
+    lse = torch.logsumexp(logits, dim=-1) / math.log(2)
+    return lse.view(k.shape[1], -1, q.shape[0]).transpose(1, 2).flatten(1)
+
+
+def tile_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """Post-softmax attention mass of every candidate key, summed over the tile and the group.
 
     q: [n, Hq, D] the tile's queries. k: [L, H, D] the keys up to the last query's own.
     Returns [H, C], C = the number of keys before the tile, in float32 (float64 for float64).
     Source: section 3.3, "post-softmax pooling".
     """
-    n, length, kv_heads = q.shape[0], k.shape[0], k.shape[1]
-    tile_start = (length - 1) // TILE * TILE
-    rows = _rows_by_kv_head(q, kv_heads)
-    logits = rows @ k.permute(1, 2, 0).to(rows.dtype) * scale  # [H, group * n, L]
-    own = logits[:, :, tile_start:]
-    own += _causal_penalty(n, length - tile_start, rows.shape[1], own)
-    return torch.softmax(logits, dim=-1)[:, :, :tile_start].sum(dim=1)
+    logits = _tile_logits(q, k, scale)
+    return torch.softmax(logits, dim=-1)[:, :, : _tile_start(k)].sum(dim=1)
 
 
 def pool_heads(scores: torch.Tensor) -> torch.Tensor:
     """[H, C] -> [1, C]: one score for all KV heads of the layer (the ``pooled`` mode)."""
     return scores.sum(dim=0, keepdim=True)
+
+
+def decode_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """``tile_scores`` of a tile of which one query, [Hq, D], is new."""
+    return tile_scores(q.unsqueeze(0), k, scale)
 
 
 def select_topk(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -65,7 +96,12 @@ def select_topk(scores: torch.Tensor, count: int) -> torch.Tensor:
     return order[:, :count].sort(dim=-1).values
 
 
-def sparse_attention(
+def select_slots(scores: torch.Tensor, slots: torch.Tensor, count: int) -> torch.Tensor:
+    """``select_topk`` as the slots, [at least C], of the positions: [H, count]."""
+    return slots[select_topk(scores, count)]
+
+
+def tile_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -93,3 +129,63 @@ def sparse_attention(
     out = torch.softmax(logits, dim=-1) @ values  # [H, group * n, D]
     out = out.reshape(kv_heads, -1, n, values.shape[-1]).permute(2, 0, 1, 3)
     return out.reshape(n, q_heads, -1).to(q.dtype)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    listed: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one new query, [Hq, D], to the slots [H, count] on its KV heads' lists."""
+    return tile_attention(q.unsqueeze(0), k_cache, v_cache, listed, listed[0, :0], scale)[0]
+
+
+def merge_parts(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Attention over all keys, [D], from that over some of them: out [parts, D], lse [parts].
+
+    lse: of each part's logits, in base 2.
+    """
+    return torch.softmax(lse * math.log(2), dim=0) @ out
+
+
+def decode_lists(ends: list[int], budget: Budget) -> list[int]:
+    """How many keys the list of a row holds whose query sees ``ends`` keys, own tile included."""
+    return [budget.attended(end - 1) for end in ends]
+
+
+def copy_keys(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [..., D] in steps of their largest magnitude / 127: int8 [..., D], steps [...]."""
+    keys = k.to(_working_dtype(k))
+    scales = keys.abs().amax(dim=-1).clamp(min=1e-30) / 127
+    return torch.floor(keys / scales.unsqueeze(-1) + 0.5).to(torch.int8), scales
+
+
+def copy_row_slots(
+    req_to_token: torch.Tensor, requests: list[int], ends: list[int]
+) -> list[torch.Tensor]:
+    """The slots of each row's keys."""
+    return [req_to_token[request, :end] for request, end in zip(requests, ends, strict=True)]
+
+
+def find_shared_prefixes(
+    slots: list[torch.Tensor], most: int
+) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Groups of up to ``most`` rows with the same first slot.
+
+    slots: of each row's keys. Returns how many slots, from the first on, all rows of a row's
+    group have in common (0 for a row alone), and the groups.
+    """
+    alike: dict[int, list[int]] = {}
+    for row, own in enumerate(slots):
+        alike.setdefault(int(own[0]), []).append(row)
+    shared, groups = [0] * len(slots), []
+    for rows in alike.values():
+        for group in (tuple(rows[at : at + most]) for at in range(0, len(rows), most)):
+            groups.append(group)
+            length = min(len(slots[row]) for row in group)
+            same = torch.stack([slots[row][:length] == slots[group[0]][:length] for row in group])
+            for row in group if len(group) > 1 else ():
+                shared[row] = int(same.all(dim=0).long().cumprod(dim=0).sum())
+    return shared, groups

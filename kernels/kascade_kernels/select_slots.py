@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from kascade_kernels import tuning
 from kascade_kernels._triton._select_slots import (
     count_high_kernel,
     count_low_kernel,
@@ -17,16 +18,7 @@ from kascade_kernels._triton._select_slots import (
 from kascade_kernels.arena import Empty
 from kascade_kernels.checks import require_dtype, require_lists, require_shape
 from kascade_kernels.structs import Lists, Rows
-
-CHUNK = 2048
-"""Codes that are counted together; their counts fit 16 bits."""
-CHUNK_PROGRAMS = 2048
-"""Programs of all lists together that share the chunks: a few waves on any GPU."""
-PART = 16
-"""Chunks whose counts one program holds at a time."""
-FEW = 256
-"""Codes of a chunk that are cheaper to count one at a time."""
-LAUNCH = {"num_warps": 4}
+from kascade_kernels.tuning import CHUNK, FEW, Launch
 
 
 class CodeBuffer(NamedTuple):
@@ -61,9 +53,9 @@ class CodeBuffer(NamedTuple):
         )
 
 
-def programs_per_list(lists: int, chunks: int) -> int:
+def programs_per_list(launch: Launch, lists: int, chunks: int) -> int:
     """Programs that share the chunks of one list. lists: of all rows together."""
-    return min(chunks, triton.cdiv(CHUNK_PROGRAMS, lists))
+    return min(chunks, triton.cdiv(launch.programs, lists))
 
 
 def count_high(buffer: CodeBuffer, rows: Rows, lists: Lists) -> None:
@@ -74,17 +66,18 @@ def count_high(buffer: CodeBuffer, rows: Rows, lists: Lists) -> None:
     _, per_row, chunks, _ = buffer.high.shape
     count = rows.ends.shape[0]
     require_lists(lists, count, (per_row,))
-    count_high_kernel[(programs_per_list(per_row * count, chunks), per_row, count)](
+    launch = tuning.launch("count_high", buffer.codes.device)
+    count_high_kernel[(programs_per_list(launch, per_row * count, chunks), per_row, count)](
         codes=buffer.codes,
         ends=rows.ends,
         counts=lists.counts,
         high_counts=buffer.high,
         room=chunks,
-        stride_codes=buffer.codes.stride(1),
+        stride_codes_list=buffer.codes.stride(1),
         LISTS=per_row,
         CHUNK=CHUNK,
         APPEND_OWN=False,
-        **LAUNCH,
+        **launch.options(),
     )
 
 
@@ -105,7 +98,12 @@ def select_slots(
     require_shape("buffer.codes", buffer.codes, (None, per_row, None))
     require_lists(lists, count, (per_row,))
     codes, high, low, thresholds, before = buffer
-    programs = (programs_per_list(per_row * count, chunks), per_row, count)
+    names = ("find_high", "count_low", "find_low", "emit_slots")
+    find_high, count_low, find_low, emit = (tuning.launch(name, codes.device) for name in names)
+
+    def grid(launch: Launch) -> tuple[int, int, int]:
+        return programs_per_list(launch, per_row * count, chunks), per_row, count
+
     common = {
         "ends": rows.ends,
         "counts": lists.counts,
@@ -114,23 +112,39 @@ def select_slots(
         "LISTS": per_row,
         "CHUNK": CHUNK,
         "APPEND_OWN": append_own,
-        **LAUNCH,
     }
-    find_high_kernel[(per_row, count)](high_counts=high, low_counts=low, PART=PART, **common)
-    count_low_kernel[programs](
-        codes=codes, low_counts=low, stride_codes=codes.stride(1), FEW=FEW, **common
+    find_high_kernel[(per_row, count)](
+        high_counts=high,
+        low_counts=low,
+        BLOCK=find_high.block,
+        **common,
+        **find_high.options(),
+    )
+    count_low_kernel[grid(count_low)](
+        codes=codes,
+        low_counts=low,
+        stride_codes_list=codes.stride(1),
+        FEW=FEW,
+        **common,
+        **count_low.options(),
     )
     find_low_kernel[(per_row, count)](
-        high_counts=high, low_counts=low, before=before, PART=PART, **common
+        high_counts=high,
+        low_counts=low,
+        before=before,
+        BLOCK=find_low.block,
+        **common,
+        **find_low.options(),
     )
-    emit_slots_kernel[programs](
+    emit_slots_kernel[grid(emit)](
         codes=codes,
         table=req_to_token,
         requests=rows.requests,
         before=before,
         slots=lists.slots,
         offsets=lists.offsets,
-        stride_codes=codes.stride(1),
+        stride_codes_list=codes.stride(1),
         stride_table=req_to_token.stride(0),
         **common,
+        **emit.options(),
     )

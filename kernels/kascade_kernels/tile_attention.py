@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 
+from kascade_kernels import tuning
 from kascade_kernels._triton._tile_attention import tile_attention_kernel
+from kascade_kernels._triton._tiles import block_count
 from kascade_kernels.checks import (
+    check_tiles,
     require_dtype,
     require_last_dim_contiguous,
     require_lists,
@@ -14,21 +16,6 @@ from kascade_kernels.checks import (
 )
 from kascade_kernels.launch import LOG2_E
 from kascade_kernels.structs import Lists, Rows
-from kascade_kernels.tile_scores import (
-    Launch,
-    check_tiles,
-    is_hopper,
-)
-
-
-def attention_launch(dim: int, bytes_per_value: int, hopper: bool) -> Launch:
-    """Launch parameters: two programs an SM up to 256 bytes a key, where wgmma is there.
-
-    Elsewhere, and for longer keys, four warps would spill the [128, D] accumulator.
-    """
-    if dim * bytes_per_value > 256:
-        return Launch(32, 1, 8, 3 if hopper else 2)
-    return Launch(64, 1, 4, 2) if hopper else Launch(64, 1, 8, 3)
 
 
 def tile_attention(
@@ -67,35 +54,36 @@ def tile_attention(
         out = torch.empty_like(q)
     require_shape("out", out, tuple(q.shape))
     require_last_dim_contiguous("out", out)
-    launch = attention_launch(q.shape[-1], q.element_size(), is_hopper(q.device))
-    tile_attention_kernel[(kv_heads * triton.cdiv(group, 4), count)](
-        q_ptr=q,
-        k_ptr=k_cache,
-        v_ptr=v_cache,
-        table_ptr=req_to_token,
-        request_ptr=rows.requests,
-        end_ptr=rows.ends,
-        start_ptr=rows.starts,
-        count_ptr=rows.tokens,
-        slot_ptr=lists.slots,
-        offset_ptr=lists.offsets,
-        selected_ptr=lists.counts,
-        head_map_ptr=head_map,
-        out_ptr=out,
-        scale=scale * LOG2_E,
-        q_token_stride=q.stride(0),
-        q_head_stride=q.stride(1),
-        k_slot_stride=k_cache.stride(0),
-        k_head_stride=k_cache.stride(1),
-        v_slot_stride=v_cache.stride(0),
-        v_head_stride=v_cache.stride(1),
-        table_stride=req_to_token.stride(0),
-        out_token_stride=out.stride(0),
-        out_head_stride=out.stride(1),
+    key_bytes = q.shape[-1] * q.element_size()
+    launch = tuning.launch("tile_attention", q.device, key_bytes, group)
+    tile_attention_kernel[(kv_heads * block_count(group), count)](
+        q=q,
+        k=k_cache,
+        v=v_cache,
+        table=req_to_token,
+        requests=rows.requests,
+        ends=rows.ends,
+        starts=rows.starts,
+        tokens=rows.tokens,
+        slots=lists.slots,
+        offsets=lists.offsets,
+        counts=lists.counts,
+        head_map=head_map,
+        out=out,
+        scale_log2=scale * LOG2_E,
+        stride_q=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_k=k_cache.stride(0),
+        stride_k_head=k_cache.stride(1),
+        stride_v=v_cache.stride(0),
+        stride_v_head=v_cache.stride(1),
+        stride_table=req_to_token.stride(0),
+        stride_out=out.stride(0),
+        stride_out_head=out.stride(1),
         LISTS=lists.per_row,
         GROUP=group,
-        DIM=q.shape[-1],
-        BLOCK_K=launch.block_k,
+        D=q.shape[-1],
+        BLOCK=launch.block,
         **launch.options(),
     )
     return out

@@ -5,7 +5,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from kascade_kernels.budget import Budget
-from kascade_sglang.backend.selectors import SELECTORS
+from kascade_sglang.backend.selectors import SELECTORS, Case
 from tests.support.harness import DTYPE, Harness, expected_output
 
 COMPARED = [name for name in SELECTORS if name != "topk"]
@@ -95,7 +95,18 @@ def test_quest_selects_anew_in_every_layer() -> None:
 
 
 @METHODS
-def test_a_budget_of_everything_leaves_nothing_to_choose(method: str) -> None:
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_budget_of_everything_leaves_nothing_to_choose(method: str, missing: int) -> None:
+    q, keys = torch.randn(20, 8, 32), torch.randn(276, 2, 32)
+    found = SELECTORS[method](Case(q, keys, 256 - missing, 1, 32**-0.5, pooled=False))
+    for positions in found:
+        assert len(positions) == 256 - missing
+        assert positions.tolist() == sorted(set(positions.tolist()))
+        assert missing or torch.equal(positions, torch.arange(256))
+
+
+@METHODS
+def test_a_budget_of_everything_is_dense(method: str) -> None:
     harness = build(method, [237], budget=Budget(1.0, 64))
     harness.prefill(0, 237)
     for layer in range(1, 4):

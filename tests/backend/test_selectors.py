@@ -58,13 +58,6 @@ def test_lists_hold_the_budget(
         assert len(found) == 1
 
 
-@pytest.mark.parametrize("name", SELECTORS)
-@pytest.mark.parametrize("n", [1, 32])
-def test_a_budget_of_everything_is_every_key(name: str, n: int) -> None:
-    for found in SELECTORS[name](draw(n, 256, 256)).tolist():
-        assert found == list(range(256))
-
-
 @SHAPES
 @GROUPS
 @pytest.mark.parametrize("pooled", [False, True], ids=["per_head", "pooled"])

@@ -11,7 +11,7 @@ import torch
 from benchmarks import attention_inputs as inputs
 from benchmarks import selection_mass as study
 from kascade_kernels.budget import TILE, Budget
-from kascade_kernels.reference import anchor_scores, select_topk
+from kascade_kernels.reference import select_topk, tile_scores
 
 
 def case_of(phase: str, length: int = 1280):
@@ -26,7 +26,7 @@ def case(request: pytest.FixtureRequest):
 
 
 def test_mass_and_scores_are_those_of_the_reference(case) -> None:
-    expected = anchor_scores(case.q.double(), case.k.double(), case.scale)
+    expected = tile_scores(case.q.double(), case.k.double(), case.scale)
     for head, row in enumerate(study.rows_of(case)):
         assert torch.allclose(row.mass.sum(1), torch.ones(len(row.q), dtype=torch.float64))
         torch.testing.assert_close(row.mass[:, : row.own].sum(0), expected[head])

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from kascade_kernels.budget import TILE, Budget
-from kascade_kernels.reference import anchor_scores, pool_heads, select_topk
+from kascade_kernels.reference import pool_heads, select_topk, tile_scores
 from kascade_sglang.calibration.hf_attention import (
     KascadeAttention,
     dense_attention,
@@ -216,8 +216,8 @@ def test_layer_zero_is_dense_and_selects() -> None:
     attention = KascadeAttention(plan)
     attention(0, q, k, v, 0.25)
     reused = attention(1, q, k, v, 0.25)
-    last = select_topk(anchor_scores(q[-TILE:], k, 0.25), SPARSE.selected(4))
-    assert pool_heads(anchor_scores(q[-TILE:], k, 0.25)).shape == (1, 4 * TILE)
+    last = select_topk(tile_scores(q[-TILE:], k, 0.25), SPARSE.selected(4))
+    assert pool_heads(tile_scores(q[-TILE:], k, 0.25)).shape == (1, 4 * TILE)
     moved = v.clone()
     moved[[position for position in range(4 * TILE) if position not in last]] += 1.0
     again = attention(1, q, k, moved, 0.25)

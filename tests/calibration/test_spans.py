@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kascade_kernels.budget import TILE, Budget, tile_of
-from kascade_kernels.reference import sparse_attention
+from kascade_kernels.reference import tile_attention
 from kascade_sglang.calibration.spans import Span, alike, attend_to_lists, key_lists, spans_of
 
 BUDGET = Budget(0.1, 64)
@@ -44,7 +44,7 @@ def test_equals_the_reference_in_float64(group: int) -> None:
         found = attend_to_lists(q, k, v, lists, 0.5)
         for span, keys, one in zip(spans, selected, found, strict=True):
             own = torch.arange(TILE * tile_of(span.begin), span.end)
-            expected = sparse_attention(q[slice(*span)], k, v, keys[head_map], own, 0.5)
+            expected = tile_attention(q[slice(*span)], k, v, keys[head_map], own, 0.5)
             torch.testing.assert_close(one, expected)
 
 

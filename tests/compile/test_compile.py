@@ -8,19 +8,19 @@ import pytest
 import sglang.srt.utils.common  # noqa: F401
 import torch
 
-import kascade_kernels.tile_attention as tile_attention_module
-import kascade_kernels.tile_scores as tile_scores_module
+from kascade_kernels import tuning
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
+from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
+from kascade_kernels.copy_row_slots import allocate_row_slots, copy_row_slots
 from kascade_kernels.decode_attention import decode_attention
 from kascade_kernels.decode_scores import ScoreScratch
-from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.merge_parts import Parts
-from kascade_kernels.row_slots import allocate_row_slots, copy_row_slots
 from kascade_kernels.select_slots import count_high, select_slots
 from kascade_kernels.structs import Rows
 from kascade_kernels.tile_attention import tile_attention
-from kascade_kernels.tile_scores import tile_lse, tile_scores
+from kascade_kernels.tile_lse import tile_lse
+from kascade_kernels.tile_scores import tile_scores
 from tests.support.capture import compiled_launches
 from tests.support.decode_case import DecodeCase
 
@@ -70,8 +70,7 @@ def launch_prefill(dtype: torch.dtype, dim: int, group: int) -> None:
 
 def launch_as_on(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose launch parameters as on a GPU of this capability."""
-    for module in (tile_scores_module, tile_attention_module):
-        monkeypatch.setattr(module, "is_hopper", lambda device: capability == 90)
+    monkeypatch.setattr(tuning, "capability_of", lambda device: capability // 10)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

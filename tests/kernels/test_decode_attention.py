@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from kascade_kernels import reference
 from kascade_kernels.decode_attention import decode_attention
-from kascade_kernels.decode_lists import STEP, Spans
+from kascade_kernels.decode_lists import Spans
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.structs import Lists
+from kascade_kernels.tuning import STEP
 from tests.support.decode_case import DecodeCase
 from tests.support.shapes import DEVICE, needs_kernels, shapes
 
@@ -32,10 +34,10 @@ def spans_of(lists: Lists) -> Spans:
     return Spans(steps.contiguous(), steps.contiguous(), 4, 4)
 
 
-def attention(
+def eager_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """One query over its lists, [Hq, D]; slots: [H, count], heads already mapped."""
+    """One query over its lists in its own precision, [Hq, D]; slots: [H, count], heads mapped."""
     heads = torch.arange(k.shape[1], device=k.device)[:, None]
     keys, values = k[slots, heads], v[slots, heads]
     grouped = q.view(k.shape[1], -1, q.shape[-1])
@@ -56,8 +58,8 @@ def test_equals_float64(group: int, dim: int, dtype: torch.dtype) -> None:
     for row, slots in enumerate(drawn):
         mapped = torch.stack(slots).flip(0).to(DEVICE)
         q, k, v = case.q[row], case.k, case.v
-        exact = attention(q.double(), k.double(), v.double(), mapped, case.scale)
-        eager = attention(q, k, v, mapped, case.scale)
+        exact = reference.decode_attention(q.double(), k.double(), v.double(), mapped, case.scale)
+        eager = eager_attention(q, k, v, mapped, case.scale)
         eager_error = (eager.double() - exact).abs().max()
         assert (out[row].double() - exact).abs().max() <= eager_error + 1e-4
 
@@ -71,7 +73,7 @@ def test_one_list_for_all_heads() -> None:
     out = decode_attention(case.q, case.k, case.v, lists, spans, head_map, case.scale, parts)
     for row, slots in enumerate(drawn):
         mapped = slots[0].expand(2, -1).to(DEVICE)
-        exact = attention(
+        exact = reference.decode_attention(
             case.q[row].double(), case.k.double(), case.v.double(), mapped, case.scale
         )
         torch.testing.assert_close(out[row].double(), exact, rtol=2e-3, atol=2e-3)
@@ -94,7 +96,9 @@ def test_lists_of_one_row_differ_in_length() -> None:
             for head, chosen in enumerate(head_map):
                 group, slots = slice(4 * head, 4 * head + 4), drawn[row][chosen].to(DEVICE)
                 q, k, v = case.q[row, group], case.k[:, [head]], case.v[:, [head]]
-                exact = attention(q.double(), k.double(), v.double(), slots[None], case.scale)
+                exact = reference.decode_attention(
+                    q.double(), k.double(), v.double(), slots[None], case.scale
+                )
                 torch.testing.assert_close(out[row, group].double(), exact, rtol=2e-3, atol=2e-3)
 
 
@@ -113,7 +117,9 @@ def test_keys_of_infinite_logits_are_left_out() -> None:
     parts = Parts.allocate(spans, 4, 32)
     out = decode_attention(case.q, case.k, case.v, lists, spans, head_map, case.scale, parts)
     finite = torch.cat([slots[:64], slots[128:]])[None]
-    exact = attention(case.q[0].double(), case.k.double(), case.v.double(), finite, case.scale)
+    exact = reference.decode_attention(
+        case.q[0].double(), case.k.double(), case.v.double(), finite, case.scale
+    )
     torch.testing.assert_close(out[0].double(), exact, rtol=2e-3, atol=2e-3)
 
 

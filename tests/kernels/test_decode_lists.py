@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from kascade_kernels import reference
 from kascade_kernels.budget import Budget, tile_of
-from kascade_kernels.decode_lists import STEP, Spans, decode_lists
+from kascade_kernels.decode_lists import Spans, decode_lists
+from kascade_kernels.tuning import STEP
 from tests.support.shapes import DEVICE, needs_kernels
 
 pytestmark = needs_kernels
@@ -40,7 +42,7 @@ def test_counts_are_the_host_s_budget(budget: Budget, per_row: int) -> None:
     spans = Spans.allocate(len(lengths), 8, DEVICE)
     counts = torch.empty(len(lengths), per_row, dtype=torch.int32, device=DEVICE)
     decode_lists(ends, 8, budget, spans, counts)
-    expected = torch.tensor([budget.attended(length - 1) for length in lengths])
+    expected = torch.tensor(reference.decode_lists(lengths, budget))
     assert torch.equal(counts.cpu().long(), expected[:, None].expand(-1, per_row))
 
 

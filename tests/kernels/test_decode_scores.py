@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from kascade_kernels import decode_lists as module
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.codes import decode
+from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
-from kascade_kernels.key_copy import allocate_key_copy, copy_keys
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
 from kascade_kernels.structs import KeyCopy, Lists, Rows
 from tests.support.decode_case import DecodeCase, list_of, lists_of
+from tests.support.interpreter import tune
 from tests.support.shapes import DEVICE, needs_kernels, shapes
 
 pytestmark = needs_kernels
@@ -117,9 +117,6 @@ def test_eight_bit_keys_recover_the_mass() -> None:
     case = DecodeCase.make([700, 333], dim=64)
     copy = allocate_key_copy(case.k.shape[0], case.k.shape[1], 64, DEVICE)
     copy_keys(case.k, torch.arange(case.k.shape[0], device=DEVICE), copy)
-    restored = copy.values.float() * copy.scales[..., None]
-    step = case.k.float().abs().amax(-1, keepdim=True) / 127
-    assert ((restored - case.k.float()).abs() <= 0.51 * step).all()
     selection, _, _ = run(case, copy=copy)
     for row in range(2):
         wanted = BUDGET.selected(tile_of(case.lengths[row] - 1))
@@ -172,7 +169,7 @@ def test_huge_logits(key: float) -> None:
 
 def test_rows_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     # So few that, but for ``batch_invariant``, a row's share would depend on the others.
-    monkeypatch.setattr(module, "SCORE_PROGRAMS", 8)
+    tune(monkeypatch, "score", programs=8)
     case = DecodeCase.make(LENGTHS)
     together, out, _ = run(case, attend=True, batch_invariant=True)
     alone = DecodeCase(

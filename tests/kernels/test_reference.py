@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from kascade_kernels.budget import TILE, Budget
-from kascade_kernels.reference import anchor_scores, pool_heads, select_topk, sparse_attention
+from kascade_kernels.reference import pool_heads, select_topk, tile_attention, tile_scores
 
 SCALE = 0.17
 LENGTHS = pytest.mark.parametrize("start", [0, 32, 128])
@@ -40,7 +40,7 @@ def attention_row(
 @LENGTHS
 @QUERIES
 @GROUPS
-def test_anchor_scores(start: int, n: int, group: int) -> None:
+def test_tile_scores(start: int, n: int, group: int) -> None:
     length = start + n
     q, k, v = draw(n, length, group)
     expected = torch.zeros(2, start, dtype=torch.float64)
@@ -51,17 +51,17 @@ def test_anchor_scores(start: int, n: int, group: int) -> None:
                 seen = list(range(start + query + 1))
                 weights, _ = attention_row(row, k[:, head], v[:, head], seen)
                 expected[head] += torch.tensor(weights[:start], dtype=torch.float64)
-    torch.testing.assert_close(anchor_scores(q, k, SCALE), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(tile_scores(q, k, SCALE), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("position", [32, 36, 63, 64])
 def test_one_query_within_a_tile_scores_the_keys_before_the_tile(position: int) -> None:
     """Decoding: the own tile's earlier keys take mass and are not candidates."""
     q, k, v = draw(1, position + 1, 4)
-    scores = anchor_scores(q, k, SCALE)
+    scores = tile_scores(q, k, SCALE)
     assert scores.shape == (2, position // TILE * TILE)
     weights, _ = attention_row(q[0, 5], k[:, 1], v[:, 1], list(range(position + 1)))
-    one_head = anchor_scores(q[:, 5:6], k[:, 1:], SCALE)
+    one_head = tile_scores(q[:, 5:6], k[:, 1:], SCALE)
     assert one_head[0].tolist() == pytest.approx(weights[: scores.shape[1]], abs=1e-12)
 
 
@@ -73,7 +73,7 @@ def test_sparse_attention(start: int, n: int, group: int) -> None:
     generator = torch.Generator().manual_seed(start)
     count = start // 3
     selected = torch.stack([torch.randperm(start, generator=generator)[:count] for _ in range(2)])
-    found = sparse_attention(q, k, v, selected, torch.arange(start, start + n), SCALE)
+    found = tile_attention(q, k, v, selected, torch.arange(start, start + n), SCALE)
     for query in range(n):
         for q_head in range(2 * group):
             head = q_head // group
@@ -88,7 +88,7 @@ def test_queries_at_the_end_of_their_tile(n: int, own: int) -> None:
     start = 64
     q, k, v = draw(n, start + own, 4)
     selected = torch.tensor([[1, 5, 63], [0, 2, 3]])
-    found = sparse_attention(q, k, v, selected, torch.arange(start, start + own), SCALE)
+    found = tile_attention(q, k, v, selected, torch.arange(start, start + own), SCALE)
     for query in range(n):
         seen = list(range(start, start + own - n + query + 1))
         _, expected = attention_row(q[query, 0], k[:, 0], v[:, 0], [1, 5, 63, *seen])
@@ -104,8 +104,8 @@ def test_slots_may_lie_anywhere(n: int) -> None:
     slots = torch.randperm(500, generator=torch.Generator().manual_seed(0))[:length]
     pool_k, pool_v = torch.full((2, 500, 2, 24), float("nan"))
     pool_k[slots], pool_v[slots] = k, v
-    direct = sparse_attention(q, k, v, selected, own, SCALE)
-    paged = sparse_attention(q, pool_k, pool_v, slots[selected], slots[own], SCALE)
+    direct = tile_attention(q, k, v, selected, own, SCALE)
+    paged = tile_attention(q, pool_k, pool_v, slots[selected], slots[own], SCALE)
     assert torch.equal(direct, paged)
 
 
@@ -114,9 +114,9 @@ def test_slots_may_lie_anywhere(n: int) -> None:
 def test_budget_of_everything_equals_sdpa(n: int, group: int) -> None:
     start = 96
     q, k, v = draw(n, start + n, group)
-    everything = select_topk(anchor_scores(q, k, SCALE), Budget(1.0).selected(start // TILE))
+    everything = select_topk(tile_scores(q, k, SCALE), Budget(1.0).selected(start // TILE))
     assert torch.equal(everything, torch.arange(start).expand(2, -1))
-    found = sparse_attention(q, k, v, everything, torch.arange(start, start + n), SCALE)
+    found = tile_attention(q, k, v, everything, torch.arange(start, start + n), SCALE)
     mask = torch.ones(n, start + n, dtype=torch.bool).tril(start)
     expected = functional.scaled_dot_product_attention(
         *(tensor.transpose(0, 1) for tensor in (q, k, v)),
@@ -168,22 +168,22 @@ def test_pool_heads_sums_over_kv_heads() -> None:
 @pytest.mark.parametrize("group", [1, 4])
 def test_scores_and_own_mass_sum_to_one_per_query(group: int) -> None:
     q, k, _ = draw(32, 160, group)
-    total = anchor_scores(q, k, SCALE).sum(-1)
+    total = tile_scores(q, k, SCALE).sum(-1)
     assert (total > 0).all() and (total < 32 * group).all()
     # Own keys far away leave all of the mass to the candidates.
     k[128:] = -1000 * q.mean(1, keepdim=True).mean(0)
     q = q.mean((0, 1), keepdim=True).expand(32, 2 * group, -1)
     torch.testing.assert_close(
-        anchor_scores(q, k, SCALE).sum(-1), torch.full((2,), 32.0 * group).double()
+        tile_scores(q, k, SCALE).sum(-1), torch.full((2,), 32.0 * group).double()
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
     q, k, v = (tensor.to(dtype) for tensor in draw(5, 101, 4))
-    scores = anchor_scores(q, k, SCALE)
+    scores = tile_scores(q, k, SCALE)
     assert scores.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
-    out = sparse_attention(q, k, v, select_topk(scores, 10), torch.arange(96, 101), SCALE)
+    out = tile_attention(q, k, v, select_topk(scores, 10), torch.arange(96, 101), SCALE)
     assert out.dtype == dtype and out.shape == q.shape
 
 
@@ -191,8 +191,8 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_low_precision_inputs_err_no_more_than_eager_low_precision(dtype: torch.dtype) -> None:
     q, k, v = (tensor.to(dtype) for tensor in draw(32, 160, 4, dim=64, spread=1.5))
     selected, own = torch.arange(128).expand(2, -1), torch.arange(128, 160)
-    exact = sparse_attention(q.double(), k.double(), v.double(), selected, own, SCALE)
-    found = sparse_attention(q, k, v, selected, own, SCALE)
+    exact = tile_attention(q.double(), k.double(), v.double(), selected, own, SCALE)
+    found = tile_attention(q, k, v, selected, own, SCALE)
 
     keys, values = (tensor.repeat_interleave(4, 1) for tensor in (k, v))
     logits = torch.einsum("qhd,khd->hqk", q, keys) * SCALE
@@ -201,31 +201,31 @@ def test_low_precision_inputs_err_no_more_than_eager_low_precision(dtype: torch.
     eager = torch.einsum("hqk,khd->qhd", weights, values)
     assert (found.double() - exact).abs().max() <= (eager.double() - exact).abs().max()
 
-    exact_scores = anchor_scores(q.double(), k.double(), SCALE)
+    exact_scores = tile_scores(q.double(), k.double(), SCALE)
     eager_scores = weights[:, :, :128].unflatten(0, (2, 4)).sum((1, 2)).double()
-    found_error = (anchor_scores(q, k, SCALE).double() - exact_scores).abs().max()
+    found_error = (tile_scores(q, k, SCALE).double() - exact_scores).abs().max()
     assert found_error < (eager_scores - exact_scores).abs().max() / 10
 
 
 def test_tiles_of_one_request_do_not_depend_on_what_follows() -> None:
     """The same tile from a longer request (a cold prefill) and cut off at its end: same bits."""
     q, k, v = (tensor.float() for tensor in draw(160, 160, 4))
-    whole = [anchor_scores(q[s : s + 32], k[: s + 32], SCALE) for s in range(0, 160, 32)]
+    whole = [tile_scores(q[s : s + 32], k[: s + 32], SCALE) for s in range(0, 160, 32)]
     # Other keys after the tile, as another chunking or batch would hold them.
     k2, v2 = k.clone(), v.clone()
     k2[96:], v2[96:] = float("nan"), float("nan")
     for tile in range(3):
         end = TILE * (tile + 1)
         queries, own = q[end - TILE : end], torch.arange(end - TILE, end)
-        assert torch.equal(anchor_scores(queries, k2[:end], SCALE), whole[tile])
+        assert torch.equal(tile_scores(queries, k2[:end], SCALE), whole[tile])
         selected = select_topk(whole[tile], TILE * tile // 2)
-        cold = sparse_attention(queries, k, v, selected, own, SCALE)
-        assert torch.equal(sparse_attention(queries, k2, v2, selected, own, SCALE), cold)
+        cold = tile_attention(queries, k, v, selected, own, SCALE)
+        assert torch.equal(tile_attention(queries, k2, v2, selected, own, SCALE), cold)
 
 
 @pytest.mark.parametrize("magnitude", [30.0, 1e3])
 def test_large_logits_stay_finite(magnitude: float) -> None:
     q, k, v = (tensor.float() for tensor in draw(5, 69, 4, spread=magnitude))
-    scores = anchor_scores(q, k, 1.0)
-    out = sparse_attention(q, k, v, select_topk(scores, 7), torch.arange(64, 69), 1.0)
+    scores = tile_scores(q, k, 1.0)
+    out = tile_attention(q, k, v, select_topk(scores, 7), torch.arange(64, 69), 1.0)
     assert scores.isfinite().all() and out.isfinite().all()

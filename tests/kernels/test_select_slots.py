@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from kascade_kernels import reference
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
-from kascade_kernels.reference import select_topk
 from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
 from kascade_kernels.structs import Lists
 from tests.support.decode_case import DecodeCase, list_of
@@ -47,11 +47,11 @@ def check(case: DecodeCase, codes: torch.Tensor, lists: Lists, counts: list[list
     for row, length in enumerate(case.lengths):
         candidates = TILE * tile_of(length - 1)
         for index, count in enumerate(counts[row]):
-            best = select_topk(codes[row, index : index + 1, :candidates], count)[0]
-            found = list_of(lists, row, index)
-            own = torch.arange(candidates, candidates + len(found) - count)
-            expected = torch.cat([best, own]).to(DEVICE)
-            assert torch.equal(found, case.slots_of(row)[expected])
+            found, slots = list_of(lists, row, index), case.slots_of(row)
+            scores = codes[row, index : index + 1, :candidates].to(DEVICE)
+            best = reference.select_slots(scores, slots, count)[0]
+            own = slots[candidates : candidates + len(found) - count]
+            assert torch.equal(found, torch.cat([best, own]))
 
 
 @pytest.mark.parametrize("kind", ["constant", "few", "extremes", "near", "any"])

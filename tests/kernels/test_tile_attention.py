@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kascade_kernels import reference
 from kascade_kernels.budget import TILE, tile_of
-from kascade_kernels.reference import sparse_attention
 from kascade_kernels.tile_attention import tile_attention
 from tests.support.shapes import DEVICE, needs_kernels, shapes
 from tests.support.tile_case import TileCase, pack_lists
@@ -38,7 +38,7 @@ def exact(case: TileCase, row: int, lists: list[torch.Tensor], head_map: list[in
     slots = case.slots_of(row)
     own = slots[TILE * tile_of(len(slots) - 1) :]
     pools = (case.queries_of(row).double(), case.k.double(), case.v.double())
-    return sparse_attention(*pools, lists[row][head_map], own, case.scale)
+    return reference.tile_attention(*pools, lists[row][head_map], own, case.scale)
 
 
 def eager(case: TileCase, row: int, lists: list[torch.Tensor], head_map: list[int]) -> torch.Tensor:
@@ -154,7 +154,8 @@ def test_lists_of_one_row_differ_in_length() -> None:
                 group = slice(4 * head, 4 * head + 4)
                 q, k, v = case.queries_of(row)[:, group], case.k[:, [head]], case.v[:, [head]]
                 mine = ragged[row][chosen][None]
-                wanted = sparse_attention(q.double(), k.double(), v.double(), mine, own, case.scale)
+                exact = (q.double(), k.double(), v.double())
+                wanted = reference.tile_attention(*exact, mine, own, case.scale)
                 error = (found[first : first + count, group].double() - wanted).abs().max()
                 assert error <= 4e-3
 

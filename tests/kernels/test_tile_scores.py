@@ -1,19 +1,18 @@
-"""Log-sum-exps and score codes of query tiles against the float64 reference."""
+"""Score codes of query tiles against the float64 reference."""
 
 import math
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
-from kascade_kernels import tile_scores as module
-from kascade_kernels._triton._primitives import encode_score
 from kascade_kernels.budget import TILE, Budget, tile_of
-from kascade_kernels.key_copy import allocate_key_copy, copy_keys
+from kascade_kernels.codes import encode
+from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.reference import pool_heads
 from kascade_kernels.structs import KeyCopy, Rows
-from kascade_kernels.tile_scores import EDGE, keys_read, tile_lse, tile_scores
+from kascade_kernels.tile_lse import tile_lse
+from kascade_kernels.tile_scores import tile_scores
+from tests.support.interpreter import tune
 from tests.support.shapes import DEVICE, needs_kernels, shapes
 from tests.support.tile_case import TileCase
 
@@ -25,30 +24,9 @@ EXTENDS = [(270, 301), (0, 70), (128, 129), (90, 127), (31, 32), (0, 1)]
 UNTOUCHED = 12345
 
 
-@triton.jit
-def encode_kernel(score_ptr, code_ptr, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    score = tl.load(score_ptr + at, mask=at < count, other=0.0)
-    tl.store(code_ptr + at, encode_score(score), mask=at < count)
-
-
 def codes_of(scores: torch.Tensor) -> torch.Tensor:
     """Codes of scores, as int64."""
-    scores = scores.float().contiguous()
-    codes = torch.zeros(scores.shape, dtype=torch.uint16, device=scores.device)
-    encode_kernel[(triton.cdiv(scores.numel(), 1024),)](scores, codes, scores.numel(), 1024)
-    return codes.long()
-
-
-def exact_lse(case: TileCase, row: int, group: int) -> torch.Tensor:
-    """Float64 log-sum-exps of a row, [H, TILE * group], +inf where there is no query."""
-    lse = torch.logsumexp(case.logits(row) * math.log(2), dim=-1) / math.log(2)
-    return torch.nn.functional.pad(lse, (0, TILE * group - lse.shape[1]), value=math.inf)
-
-
-def lse_of(case: TileCase, **options: object) -> torch.Tensor:
-    where = (case.req_to_token, case.rows, case.lists(BUDGET, case.k.shape[1]))
-    return tile_lse(case.q, case.k, *where, case.scale, **options)
+    return encode(scores).long()
 
 
 def score(
@@ -68,7 +46,7 @@ def score(
         case.req_to_token,
         case.rows,
         case.lists(BUDGET, per_row),
-        lse_of(case) if lse is None else lse,
+        case.lse(BUDGET) if lse is None else lse,
         case.scale,
         pooled=pooled,
         out=out,
@@ -88,56 +66,6 @@ def check_codes(case: TileCase, codes: torch.Tensor, steps: int, pooled: bool = 
 
 @shapes
 @pytest.mark.memcheck
-def test_lse(group: int, dim: int, dtype: torch.dtype) -> None:
-    case = TileCase.make(EXTENDS, group=group, dim=dim, dtype=dtype)
-    out = torch.full((len(case.places), 2, TILE * group), float("nan"), device=DEVICE)
-    lse = lse_of(case, out=out, max_end=301)
-    assert lse is out
-    for row in range(len(case.places)):
-        if case.is_dense(row, BUDGET):
-            assert lse[row].isnan().all()
-        else:
-            exact = exact_lse(case, row, group)
-            torch.testing.assert_close(lse[row].double(), exact, atol=2e-5, rtol=0)
-
-
-def test_lse_merges_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key that outweighs all others, in each span in turn."""
-    monkeypatch.setattr(module, "LSE_SPAN", 128)
-    case = TileCase.make([(480, 500), (64, 300)])
-    for position in (3, 200, 383, 481):
-        case.k[case.req_to_token[case.places[0][0], position]] *= 9
-    lse = lse_of(case)
-    for row in range(len(case.places)):
-        if not case.is_dense(row, BUDGET):
-            exact = exact_lse(case, row, 4)
-            torch.testing.assert_close(lse[row].double(), exact, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("stride, span", [(2, 2048), (8, 128), (1000, 128)])
-def test_sampled_lse(stride: int, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LSE_SPAN", span)
-    case = TileCase.make([(590, 617), (260, 290), (150, 256)])
-    sampled, full = lse_of(case, stride=stride), lse_of(case)
-    for row, (_, end, _, _) in enumerate(case.places):
-        if case.is_dense(row, BUDGET):
-            continue
-        own = TILE * tile_of(end - 1)
-        assert torch.equal(sampled[row], full[row]) == (own <= 2 * EDGE)
-        weight = torch.zeros(end, dtype=torch.float64, device=DEVICE)
-        middle = weight[EDGE : max(EDGE, own - EDGE)]
-        picked = middle[::stride]
-        picked += math.log2(max(len(middle), 1) / max(len(picked), 1))
-        left_out = torch.arange(len(middle), device=DEVICE) % stride > 0
-        middle.masked_fill_(left_out, float("-inf"))
-        assert weight.isfinite().sum() == end - own + keys_read(own, stride)
-        exact = torch.logsumexp((case.logits(row) + weight) * math.log(2), -1) / math.log(2)
-        found = sampled[row, :, : exact.shape[1]].double()
-        torch.testing.assert_close(found, exact, atol=2e-5, rtol=0)
-
-
-@shapes
-@pytest.mark.memcheck
 def test_scores(group: int, dim: int, dtype: torch.dtype) -> None:
     case = TileCase.make(EXTENDS, group=group, dim=dim, dtype=dtype)
     check_codes(case, score(case), steps=1)
@@ -152,14 +80,14 @@ def test_scores_on_pages(page_size: int, dim: int) -> None:
 @pytest.mark.memcheck
 @pytest.mark.parametrize("kv_heads, group", [(3, 4), (2, 5), (1, 4)])
 def test_pooled(kv_heads: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SCORE_SPAN", 128)
+    tune(monkeypatch, "tile_scores", span=128)
     case = TileCase.make(EXTENDS, kv_heads=kv_heads, group=group)
     check_codes(case, score(case, pooled=True), steps=1, pooled=True)
 
 
 def test_pooled_with_scratch() -> None:
     case = TileCase.make([(96, 160)])
-    lse, room = lse_of(case), case.req_to_token.shape[1]
+    lse, room = case.lse(BUDGET), case.req_to_token.shape[1]
     out = torch.zeros(len(case.places), 1, room, dtype=torch.uint16, device=DEVICE)
     sums = torch.full((len(case.places), room + 5), float("nan"), device=DEVICE)[:, :room]
     found = tile_scores(
@@ -194,7 +122,7 @@ def test_eight_bit(group: int, dim: int, pooled: bool) -> None:
     A GPU divides less exactly, so that a tie may be rounded to the other side.
     """
     case = TileCase.make([(270, 301), (90, 130), (0, 1)], group=group, dim=dim)
-    copy, lse = copy_of(case), lse_of(case)
+    copy, lse = copy_of(case), case.lse(BUDGET)
     codes = score(case, lse, copy, pooled)
     keys = copy.values.double() * copy.scales.double().unsqueeze(-1)
     for row, (_, end, _, count) in enumerate(case.places):
@@ -216,7 +144,7 @@ def test_eight_bit(group: int, dim: int, pooled: bool) -> None:
 
 def test_eight_bit_takes_any_layout_of_the_scales() -> None:
     case = TileCase.make([(96, 160)])
-    copy, lse = copy_of(case), lse_of(case)
+    copy, lse = copy_of(case), case.lse(BUDGET)
     turned = KeyCopy(copy.values, copy.scales.t().contiguous().t())
     assert torch.equal(score(case, lse, copy), score(case, lse, turned))
 
@@ -236,13 +164,13 @@ def test_rows_do_not_depend_on_the_batch(kind: str, group: int) -> None:
     """Same bits alone, reversed, and between rows of other requests."""
     case = TileCase.make([(110, 193), (0, 161)], group=group)
     copy = copy_of(case) if kind == "eight_bit" else None
-    lse = lse_of(case, stride=4)
+    lse = case.lse(BUDGET, stride=4)
     codes = score(case, lse, copy, pooled=kind == "pooled")
     count = len(case.places)
     mixed = [row // 2 + row % 2 * (count // 2) for row in range(count)]
     for chosen in [list(range(count))[::-1], mixed, [2], [count - 1]]:
         part = case.only(chosen)
-        part_lse = lse_of(part, stride=4)
+        part_lse = part.lse(BUDGET, stride=4)
         part_codes = score(part, part_lse, copy, pooled=kind == "pooled")
         for place, row in enumerate(chosen):
             if not case.is_dense(row, BUDGET):
@@ -253,7 +181,7 @@ def test_rows_do_not_depend_on_the_batch(kind: str, group: int) -> None:
 def test_heads_of_one_row_may_ask_for_lists_of_different_lengths() -> None:
     """A head whose list holds all candidates gets no scores; the other's do not change."""
     case = TileCase.make([(96, 160)])
-    lists, whole = case.lists(BUDGET), lse_of(case)
+    lists, whole = case.lists(BUDGET), case.lse(BUDGET)
     lists.counts[:, 0] = torch.tensor([96, 128])
     lse = torch.full_like(whole, UNTOUCHED)
     where = (case.req_to_token, case.rows, lists)
@@ -268,7 +196,7 @@ def test_heads_of_one_row_may_ask_for_lists_of_different_lengths() -> None:
 
 def test_large_logits_stay_finite() -> None:
     case = TileCase.make([(96, 140)], spread=300.0)
-    lse = lse_of(case)
+    lse = case.lse(BUDGET)
     assert not lse[0].isnan().any()
     check_codes(case, score(case, lse), steps=40)
 
@@ -302,4 +230,4 @@ def test_refusals() -> None:
     ):
         run(q=case.q[..., :24], keys=case.k[..., :24])
     with pytest.raises(ValueError, match="stride: expected at least 1, got 0"):
-        lse_of(case, stride=0)
+        case.lse(BUDGET, stride=0)

@@ -8,7 +8,7 @@ import pytest
 from kascade_sglang.plan import library
 from kascade_sglang.plan.library import PLAN_NAME, find_plan
 from kascade_sglang.plan.presets import preset
-from kascade_sglang.plan.schema import Plan, PlanError
+from kascade_sglang.plan.schema import ModelShape, Plan, PlanError
 
 
 @pytest.fixture
@@ -65,3 +65,9 @@ def test_shipped_plans_load() -> None:
     plans = [*library.SHIPPED.glob("*.json"), package / "demo" / "model" / PLAN_NAME]
     for path in plans:
         assert library.load_plan(path).anchors[0] == 0
+
+
+def test_shipped_plans_are_found_by_the_models_name() -> None:
+    shape = ModelShape(layers=24, q_heads=14, kv_heads=2, head_dim=64, hidden=896)
+    plan = find_plan("Qwen/Qwen2.5-Coder-0.5B-Instruct", shape, None)
+    assert plan.anchors == (0, 3, 9, 13, 21) and plan.provenance["source"] == "kascade calibrate"

@@ -129,6 +129,8 @@ REFUSED: list[tuple[str, Damage, str]] = [
     ("ratio-text", put("topk_ratio", "0.1"), r"topk_ratio: expected a number in \(0, 1\]"),
     ("no-ratio", drop("topk_ratio"), "'topk_ratio' is missing"),
     ("min-k-16", put("min_k", 16), "min_k: expected a whole number of at least 64"),
+    ("prefill-16", put("prefill_min_k", 16), "plan.prefill_min_k: expected .* at least 64"),
+    ("prefill-text", put("prefill_min_k", "x"), "prefill_min_k: expected"),
     ("heads", put("heads", "both"), "plan.heads: expected one of"),
     ("no-heads", drop("heads"), "'heads' is missing"),
     ("provenance", put("provenance", 5), "wrong form"),
@@ -206,3 +208,10 @@ def test_importing_loads_neither_torch_nor_sglang() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_prefill_keeps_its_least_number_of_keys(tmp_path: Path, plan_file: Path) -> None:
+    plan = load_plan(plan_file)
+    assert plan.prefill_min_k is None and "prefill_min_k" not in plan.to_json()
+    replace(plan, prefill_min_k=512).save(tmp_path / "other.json")
+    assert load_plan(tmp_path / "other.json") == replace(plan, prefill_min_k=512)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
+from kascade_kernels import reference
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.decode_lists import Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
+from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.merge_parts import Parts
-from kascade_kernels.reference import anchor_scores, pool_heads
-from kascade_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
+from kascade_kernels.reference import pool_heads
 from kascade_kernels.structs import KeyCopy, Lists, Rows
 from tests.support.shapes import DEVICE
 
@@ -73,7 +74,7 @@ class DecodeCase:
     def scores(self, row: int, pooled: bool = False) -> torch.Tensor:
         """Float64 scores of a row's candidates, [H or 1, candidates]."""
         keys = self.k[self.slots_of(row)].double()
-        scores = anchor_scores(self.q[row : row + 1].double(), keys, self.scale)
+        scores = reference.decode_scores(self.q[row].double(), keys, self.scale)
         return pool_heads(scores) if pooled else scores
 
     def spans(self, budget: Budget, batch_invariant: bool = False) -> Spans:

@@ -227,9 +227,9 @@ class Harness:
             self.step([(request, start, min(start + chunk, self.lengths[request]))])
 
 
-def selected_mask(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
-    """Which keys each position attends to by the recorded selections: [H, length, length]."""
-    length = harness.lengths[request]
+def attended(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
+    """Which keys each query attends to by the recorded selections: bool [H, length, length]."""
+    length = len(harness.qkv[layer_id][request][0])
     mask = torch.zeros(harness.kv_heads, length, length, dtype=torch.bool)
     for (tile, first), positions in harness.selections[layer_id][request].items():
         for position in range(first, min(32 * (tile + 1), length)):
@@ -246,8 +246,9 @@ def selected_mask(harness: Harness, layer_id: int, request: int) -> torch.Tensor
 def expected_output(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
     """Masked float64 attention over the recorded selections, written out without the kernels."""
     q, k, v = (tensor.double().cpu() for tensor in harness.qkv[layer_id][request])
-    length, mask = len(q), selected_mask(harness, layer_id, request)
-    logits = torch.einsum("qhgd,khd->hgqk", q.view(length, -1, harness.group, HEAD_DIM), k)
+    length, group = len(q), harness.group
+    mask = attended(harness, layer_id, request)
+    logits = torch.einsum("qhgd,khd->hgqk", q.view(length, -1, group, HEAD_DIM), k)
     logits *= HEAD_DIM**-0.5
     logits = logits.masked_fill(~mask[:, None], float("-inf"))
     out = torch.einsum("hgqk,khd->qhgd", logits.softmax(-1), v)

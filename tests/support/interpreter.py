@@ -8,6 +8,8 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from kascade_kernels import tuning
+
 
 def add_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter multiply bfloat16, and round to it."""
@@ -17,9 +19,16 @@ def add_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def leave_out_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split rows less finely: programs without keys take the interpreter milliseconds, too."""
-    monkeypatch.setattr("kascade_kernels.decode_lists.SCORE_SPLITS", 8)
-    monkeypatch.setattr("kascade_kernels.decode_lists.ATTEND_SPLITS", 8)
-    monkeypatch.setattr("kascade_kernels.shared_prefix.PROGRAMS", 1)
+    tune(monkeypatch, "score", most=8)
+    tune(monkeypatch, "attend", most=8)
+    tune(monkeypatch, "compare_slots", per_row=1)
+
+
+def tune(monkeypatch: pytest.MonkeyPatch, name: str, **values: int) -> None:
+    """Change what the table says about a kernel, or about how lists are cut."""
+    table = tuning.CUTS if name in tuning.CUTS else tuning.TABLE
+    rows = [(where, value._replace(**values)) for where, value in table[name]]
+    monkeypatch.setitem(table, name, rows)
 
 
 _plain_dot, _plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kascade_kernels import reference
 from kascade_kernels.budget import TILE, Budget, tile_of
-from kascade_kernels.reference import anchor_scores
 from kascade_kernels.structs import Lists, Rows
+from kascade_kernels.tile_lse import tile_lse
 from tests.support.shapes import DEVICE
 
 
@@ -94,17 +95,17 @@ class TileCase:
     def scores(self, row: int) -> torch.Tensor:
         """Float64 scores of a row's candidates, [H, candidates]."""
         keys = self.k[self.slots_of(row)].double()
-        return anchor_scores(self.queries_of(row).double(), keys, self.scale)
+        return reference.tile_scores(self.queries_of(row).double(), keys, self.scale)
 
-    def logits(self, row: int) -> torch.Tensor:
-        """Float64 logits in base 2, [H, count * group, keys], rows query-major; -inf if unseen."""
-        keys, q = self.k[self.slots_of(row)].double(), self.queries_of(row).double()
-        count, heads = len(q), keys.shape[1]
-        grouped = q.view(count, heads, -1, q.shape[-1])
-        logits = torch.einsum("nhgd,lhd->hngl", grouped, keys) * self.scale * 1.4426950408889634
-        seen = torch.ones(count, len(keys), dtype=torch.bool, device=q.device)
-        seen = seen.tril(len(keys) - count)
-        return logits.masked_fill(~seen[:, None], float("-inf")).flatten(1, 2)
+    def exact_lse(self, row: int, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Float64 log-sum-exps of a row, [H, count * group], rows query-major."""
+        keys = self.k[self.slots_of(row)].double()
+        return reference.tile_lse(self.queries_of(row).double(), keys, self.scale, weight)
+
+    def lse(self, budget: Budget, **options: object) -> torch.Tensor:
+        """What ``tile_lse`` makes of these rows where a budget says how long lists are."""
+        where = (self.req_to_token, self.rows, self.lists(budget, self.k.shape[1]))
+        return tile_lse(self.q, self.k, *where, self.scale, **options)
 
     def draw_lists(self, counts: list[int], heads: int) -> list[torch.Tensor]:
         """Some candidates of every row, ascending by position, as slots: int64 [heads, count]."""

@@ -20,7 +20,7 @@ def decode_attention_kernel(
     part_out,  # float32 [rows, Hq, SPLITS, D]
     scale_log2,
     stride_q,
-    stride_slot,
+    stride_k,
     HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -54,7 +54,7 @@ def decode_attention_kernel(
         index = start + tl.arange(0, BLOCK)
         visible = index < hi
         slot = tl.load(list_ + index, mask=visible, other=0).to(tl.int64)
-        address = slot[:, None] * stride_slot + head * D + dim[None, :]
+        address = slot[:, None] * stride_k + head * D + dim[None, :]
         keys = tl.load(k + address, mask=visible[:, None], other=0.0)
         s = tl.dot(queries, tl.trans(keys)) * scale_log2
         s = tl.where(visible[None, :], bounded(s), float("-inf"))

@@ -27,8 +27,8 @@ def _quantise_rows(q):
 @triton.jit
 def decode_scores_kernel(
     q,  # [rows, Hq, D]
-    k,  # [slots, H, D], or int8 with KEYS_8BIT
-    k_scales,  # float32 [slots, H], read with KEYS_8BIT
+    k,  # [slots, H, D], or int8 with EIGHT_BIT
+    k_scales,  # float32 [slots, H], read with EIGHT_BIT
     v,  # [slots, H, D], read with ATTEND
     table,  # int32 [requests, max_context]
     requests,  # [rows]
@@ -43,9 +43,9 @@ def decode_scores_kernel(
     part_out,  # float32 [rows, Hq, SPLITS, D], written with ATTEND
     scale_log2,
     stride_q,
-    stride_slot,
+    stride_k,
     stride_table,
-    stride_logits,
+    stride_logits_head,
     HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -54,7 +54,7 @@ def decode_scores_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    KEYS_8BIT: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
     ATTEND: tl.constexpr,
 ):
     # Grid: (HEADS, rows, SPLITS). Splits last: those without keys then wait behind the others.
@@ -90,7 +90,7 @@ def decode_scores_kernel(
         return
     q_rows = lane_row.to(tl.int64) * stride_q + lane_head * D
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
-    if KEYS_8BIT:
+    if EIGHT_BIT:
         queries, q_scales = _quantise_rows(queries.to(tl.float32))
     row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
 
@@ -101,9 +101,9 @@ def decode_scores_kernel(
         position = start + tl.arange(0, BLOCK)
         visible = position < hi
         slot = load_slots(row_slots, position, visible)
-        address = slot[:, None] * stride_slot + head * D + dim[None, :]
+        address = slot[:, None] * stride_k + head * D + dim[None, :]
         keys = tl.load(k + address, mask=visible[:, None], other=0)
-        if KEYS_8BIT:
+        if EIGHT_BIT:
             k_scale = tl.load(k_scales + slot * HEADS + head, mask=visible, other=0.0)
             products = tl.dot(queries, tl.trans(keys), out_dtype=tl.int32).to(tl.float32)
             s = products * (q_scales * scale_log2)[:, None] * k_scale[None, :]
@@ -113,7 +113,7 @@ def decode_scores_kernel(
         m_block = tl.max(s, 1)
         if any_scored:
             # The block's maximum apart: half precision is then finest where scores are largest.
-            where = q_heads * stride_logits + start
+            where = q_heads * stride_logits_head + start
             less = (s - m_block[:, None]).to(tl.float16)
             offsets = where[:, None] + tl.arange(0, BLOCK)[None, :]
             # Rows have room for whole blocks, so that every store is as wide as it can be.
@@ -143,9 +143,9 @@ def pool_scores_kernel(
     counts,  # int32 [rows, LISTS]
     codes,  # uint16 [rows, LISTS, stride]
     high_counts,  # int16 [rows, LISTS, chunks, 256]
-    stride_logits,
+    stride_logits_head,
     LISTS: tl.constexpr,
-    POOLED: tl.constexpr,  # query heads summed into one list
+    PER_LIST: tl.constexpr,  # query heads summed into one list
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -159,26 +159,26 @@ def pool_scores_kernel(
     list_index = row.to(tl.int64) * LISTS + list_
     if program >= chunks or tl.load(counts + list_index) == end:
         return
-    member = tl.arange(0, power_of_2(POOLED))
-    head = list_index * POOLED + member
+    member = tl.arange(0, power_of_2(PER_LIST))
+    head = list_index * PER_LIST + member
     address = head[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-    parts = tl.load(part_lse + address, mask=member[:, None] < POOLED, other=0.0)
+    parts = tl.load(part_lse + address, mask=member[:, None] < PER_LIST, other=0.0)
     top = tl.max(parts, 1)
-    lse = top + tl.log2(tl.sum(tl.exp2(parts - top[:, None]), 1))  # [POOLED padded]
+    lse = top + tl.log2(tl.sum(tl.exp2(parts - top[:, None]), 1))  # [PER_LIST padded]
     for chunk in tl.range(program, chunks, tl.num_programs(0)):
         block = chunk * (CHUNK // BLOCK) + tl.arange(0, CHUNK // BLOCK)
         position = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         visible = position < candidates
         begun = block * BLOCK < candidates
         score = tl.zeros([CHUNK // BLOCK, BLOCK], tl.float32)
-        for index in tl.range(POOLED, loop_unroll_factor=4):
-            where = (list_index * POOLED + index) * stride_logits
+        for index in tl.range(PER_LIST, loop_unroll_factor=4):
+            where = (list_index * PER_LIST + index) * stride_logits_head
             less = tl.load(logits + where + position, mask=visible, other=float("-inf"))
             m_block = tl.load(block_max + where // BLOCK + block, mask=begun, other=0.0)
             m_block -= tl.sum(tl.where(member == index, lse, 0.0), 0)
             score += tl.exp2(less.to(tl.float32) + m_block[:, None])
         code = encode_score(score)
-        tl.store(codes + list_index * stride_logits + position, code, mask=visible)
+        tl.store(codes + list_index * stride_logits_head + position, code, mask=visible)
         # One tensor is flattened, in any order: two might each get an order of their own.
         high = tl.ravel(tl.where(visible, (code >> 8).to(tl.int32), 256), can_reorder=True)
         store_counts(high_counts, list_index * CHUNKS + chunk, high, high < 256)

@@ -11,12 +11,7 @@ CODE_OFFSET = tl.constexpr(79 << 10)
 
 LOGIT_BOUND = tl.constexpr(1e30)
 
-VARY = [
-    *("request_ptr", "end_ptr", "start_ptr", "count_ptr", "offset_ptr", "selected_ptr"),
-    "head_map_ptr",
-    *("requests", "ends", "offsets", "counts"),
-    *("spans", "rows", "room"),
-]
+VARY = ["requests", "ends", "starts", "tokens", "offsets", "counts", "head_map", "rows", "room"]
 """Arguments that differ from step to step in alignment or size: a server must not compile again
 for a prompt of another length."""
 

@@ -30,19 +30,19 @@ def _wanted(ends, counts, row, list_index, APPEND_OWN: tl.constexpr):
 
 
 @triton.jit
-def _load_counts(counts, list_index, first, chunks, room, PART: tl.constexpr):
-    """Counts of a list's chunks from ``first`` on, int32 [PART, 256]; zeros past ``chunks``."""
-    chunk = first + tl.arange(0, PART)[:, None]
+def _load_counts(counts, list_index, first, chunks, room, BLOCK: tl.constexpr):
+    """Counts of a list's chunks from ``first`` on, int32 [BLOCK, 256]; zeros past ``chunks``."""
+    chunk = first + tl.arange(0, BLOCK)[:, None]
     address = (list_index * room + chunk) * 256 + tl.arange(0, 256)[None, :]
     return tl.load(counts + address, mask=chunk < chunks, other=0).to(tl.int32)
 
 
 @triton.jit
-def _totals(counts, list_index, chunks, room, PART: tl.constexpr):
+def _totals(counts, list_index, chunks, room, BLOCK: tl.constexpr):
     """Counts of a whole list, int32 [256]."""
     totals = tl.zeros([256], tl.int32)
-    for first in tl.range(0, chunks, PART):
-        totals += tl.sum(_load_counts(counts, list_index, first, chunks, room, PART), 0)
+    for first in tl.range(0, chunks, BLOCK):
+        totals += tl.sum(_load_counts(counts, list_index, first, chunks, room, BLOCK), 0)
     return totals
 
 
@@ -62,7 +62,7 @@ def count_high_kernel(
     counts,  # int32 [rows, LISTS]
     high_counts,  # int16 [rows, LISTS, room, 256]
     room,
-    stride_codes,
+    stride_codes_list,
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
     APPEND_OWN: tl.constexpr,
@@ -76,7 +76,7 @@ def count_high_kernel(
     for chunk in tl.range(program, tl.cdiv(candidates, CHUNK), tl.num_programs(0)):
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         visible = position < candidates
-        code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
+        code = tl.load(codes + list_index * stride_codes_list + position, mask=visible, other=0)
         store_counts(high_counts, list_index * room + chunk, code >> 8, visible)
 
 
@@ -91,7 +91,7 @@ def find_high_kernel(
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
     APPEND_OWN: tl.constexpr,
-    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     # Grid: (LISTS, rows).
     list_, row = tl.program_id(0), tl.program_id(1)
@@ -100,11 +100,11 @@ def find_high_kernel(
     if wanted == candidates:
         return
     chunks = tl.cdiv(candidates, CHUNK)
-    for first in tl.range(0, chunks, PART):
-        chunk = first + tl.arange(0, PART)[:, None]
+    for first in tl.range(0, chunks, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)[:, None]
         address = (list_index * room + chunk) * 256 + tl.arange(0, 256)[None, :]
         tl.store(low_counts + address, 0, mask=chunk < chunks)
-    totals = _totals(high_counts, list_index, chunks, room, PART)
+    totals = _totals(high_counts, list_index, chunks, room, BLOCK)
     high, _ = _largest_reaching(totals, wanted)
     tl.store(thresholds + list_index * 2, high)
 
@@ -117,7 +117,7 @@ def count_low_kernel(
     thresholds,  # int32 [rows, LISTS, 2]
     low_counts,  # int32 [rows, LISTS, room, 256]: codes whose high byte is the threshold's
     room,
-    stride_codes,
+    stride_codes_list,
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
     APPEND_OWN: tl.constexpr,
@@ -133,7 +133,7 @@ def count_low_kernel(
     for chunk in tl.range(program, tl.cdiv(candidates, CHUNK), tl.num_programs(0)):
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         visible = position < candidates
-        code = tl.load(codes + list_index * stride_codes + position, mask=visible, other=0)
+        code = tl.load(codes + list_index * stride_codes_list + position, mask=visible, other=0)
         code = code.to(tl.int32)
         counted = visible & ((code >> 8) == threshold)
         low = low_counts + (list_index * room + chunk) * 256
@@ -158,7 +158,7 @@ def find_low_kernel(
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
     APPEND_OWN: tl.constexpr,
-    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     # Grid: (LISTS, rows).
     list_, row = tl.program_id(0), tl.program_id(1)
@@ -167,8 +167,8 @@ def find_low_kernel(
     if wanted == candidates:
         return
     chunks = tl.cdiv(candidates, CHUNK)
-    high_totals = _totals(high_counts, list_index, chunks, room, PART)
-    low_totals = _totals(low_counts, list_index, chunks, room, PART)
+    high_totals = _totals(high_counts, list_index, chunks, room, BLOCK)
+    low_totals = _totals(low_counts, list_index, chunks, room, BLOCK)
     high, above_high = _largest_reaching(high_totals, wanted)
     low, above_low = _largest_reaching(low_totals, wanted - above_high)
     tl.store(thresholds + list_index * 2, high * 256 + low)
@@ -177,13 +177,13 @@ def find_low_kernel(
     byte = tl.arange(0, 256)[None, :]
     larger_before = 0
     ties_before = 0
-    for first in tl.range(0, chunks, PART):
-        high_by_chunk = _load_counts(high_counts, list_index, first, chunks, room, PART)
-        low_by_chunk = _load_counts(low_counts, list_index, first, chunks, room, PART)
+    for first in tl.range(0, chunks, BLOCK):
+        high_by_chunk = _load_counts(high_counts, list_index, first, chunks, room, BLOCK)
+        low_by_chunk = _load_counts(low_counts, list_index, first, chunks, room, BLOCK)
         larger = tl.sum(tl.where(byte > high, high_by_chunk, 0), 1)
         larger += tl.sum(tl.where(byte > low, low_by_chunk, 0), 1)
         ties = tl.sum(tl.where(byte == low, low_by_chunk, 0), 1)
-        chunk = first + tl.arange(0, PART)
+        chunk = first + tl.arange(0, BLOCK)
         target = before + (list_index * room + chunk) * 2
         tl.store(target, larger_before + tl.cumsum(larger, 0) - larger, mask=chunk < chunks)
         tl.store(target + 1, ties_before + tl.cumsum(ties, 0) - ties, mask=chunk < chunks)
@@ -203,7 +203,7 @@ def emit_slots_kernel(
     slots,  # int32 [total]
     offsets,  # int64 [rows, LISTS]
     room,
-    stride_codes,
+    stride_codes_list,
     stride_table,
     LISTS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -221,7 +221,7 @@ def emit_slots_kernel(
         slot = load_slots(request_table, own, own < end)
         tl.store(out + wanted + tl.arange(0, TILE), slot.to(tl.int32), mask=own < end)
 
-    list_codes = codes + list_index * stride_codes
+    list_codes = codes + list_index * stride_codes_list
     chunks = tl.cdiv(candidates, CHUNK)
     if wanted == candidates:
         for chunk in tl.range(program, chunks, tl.num_programs(0)):

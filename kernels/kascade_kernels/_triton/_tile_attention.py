@@ -1,10 +1,10 @@
-"""Body of ``tile_attention``. Logits are in base 2; query rows are numbered as in _tile_scores."""
+"""Body of ``tile_attention``. Logits are in base 2; query rows are numbered as in _tiles."""
 
 import triton
 import triton.language as tl
 
 from kascade_kernels._triton._primitives import TILE, VARY, of_mapped_list, own_tile_start
-from kascade_kernels._triton._tile_scores import (
+from kascade_kernels._triton._tiles import (
     block_count,
     block_rows,
     clamped_slots,
@@ -14,106 +14,109 @@ from kascade_kernels._triton._tile_scores import (
 
 
 @triton.jit
-def attend(q, k, v, hidden, acc, largest, total, scale, MASKED: tl.constexpr):
-    """Take keys and values [N, DIM] into the running softmax; hidden keys get no weight.
+def attend(queries, keys, values, hidden, acc, largest, total, scale_log2, MASKED: tl.constexpr):
+    """Take keys and values [N, D] into the running softmax; hidden keys get no weight.
 
-    acc: [ROWS, DIM]; largest, total: [ROWS], the largest logit and the sum of weights so far.
+    acc: [ROWS, D]; largest, total: [ROWS], the largest logit and the sum of weights so far.
     """
-    products = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, N]
+    products = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # [ROWS, N]
     if MASKED:
         products = tl.where(hidden, float("-inf"), products)
     previous = largest
-    largest = tl.maximum(largest, tl.max(products, axis=1) * scale)
+    largest = tl.maximum(largest, tl.max(products, axis=1) * scale_log2)
     shrink = tl.exp2(previous - largest)
-    weights = tl.exp2(products * scale - largest[:, None])
+    weights = tl.exp2(products * scale_log2 - largest[:, None])
     total = total * shrink + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
     return acc, largest, total
 
 
 @triton.jit(do_not_specialize=VARY)
 def tile_attention_kernel(
-    # Pointers
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    request_ptr,
-    end_ptr,
-    start_ptr,
-    count_ptr,
-    slot_ptr,
-    offset_ptr,
-    selected_ptr,
-    head_map_ptr,
-    out_ptr,
-    # Numbers
-    scale,
-    q_token_stride,
-    q_head_stride,
-    k_slot_stride,
-    k_head_stride,
-    v_slot_stride,
-    v_head_stride,
-    table_stride,
-    out_token_stride,
-    out_head_stride,
-    # Meta-parameters
+    q,  # [tokens, Hq, D]
+    k,  # [slots, H, D]
+    v,  # [slots, H, D]
+    table,  # int32 [requests, max_context]
+    requests,  # [rows]
+    ends,  # [rows]
+    starts,  # int32 [rows]
+    tokens,  # int32 [rows]
+    slots,  # int32 [total]
+    offsets,  # int64 [rows, LISTS]
+    counts,  # int32 [rows, LISTS]
+    head_map,  # int32 [H]
+    out,  # [tokens, Hq, D]
+    scale_log2,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    stride_v,
+    stride_v_head,
+    stride_table,
+    stride_out,
+    stride_out_head,
     LISTS: tl.constexpr,
     GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Attention of one block of query rows to its own tile, then to its list, in order.
 
     Whole steps of the list need no mask, which would be an eighth of the loop's instructions.
-    Grid: (heads * blocks, rows). Later rows, which are the longer ones, start first.
     """
+    # Grid: (H * blocks, rows). Later rows, which are the longer ones, start first.
     ROWS: tl.constexpr = block_rows(GROUP, 0)
     BLOCKS: tl.constexpr = block_count(GROUP)
     row = tl.num_programs(1) - 1 - tl.program_id(1)
     head = tl.program_id(0) // BLOCKS
     query_row = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    count = tl.load(count_ptr + row)
+    count = tl.load(tokens + row)
     if tl.program_id(0) % BLOCKS * ROWS >= count * GROUP:
         return
 
     query = query_row // GROUP
     q_head = head * GROUP + query_row % GROUP
-    token = tl.load(start_ptr + row) + query
-    q = load_queries(q_ptr, token, q_head, query < count, q_token_stride, q_head_stride, DIM)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
+    token = tl.load(starts + row) + query
+    queries = load_queries(q, token, q_head, query < count, stride_q, stride_q_head, D)
+    acc = tl.zeros([ROWS, D], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
 
-    end = tl.load(end_ptr + row).to(tl.int32)
-    table = table_ptr + tl.load(request_ptr + row).to(tl.int64) * table_stride
+    end = tl.load(ends + row).to(tl.int32)
+    row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
     own = own_tile_start(end) + tl.arange(0, TILE)
-    own_slots = clamped_slots(table, own, end - 1)
-    own_k = gather_keys(k_ptr, own_slots, head, k_slot_stride, k_head_stride, DIM)
-    own_v = gather_keys(v_ptr, own_slots, head, v_slot_stride, v_head_stride, DIM)
+    own_slot = clamped_slots(row_slots, own, end - 1)
+    own_keys = gather_keys(k, own_slot, head, stride_k, stride_k_head, D)
+    own_values = gather_keys(v, own_slot, head, stride_v, stride_v_head, D)
     unseen = own[None, :] > tl.minimum(end - count + query, end - 1)[:, None]
-    acc, largest, total = attend(q, own_k, own_v, unseen, acc, largest, total, scale, True)
+    acc, largest, total = attend(
+        queries, own_keys, own_values, unseen, acc, largest, total, scale_log2, True
+    )
 
-    selected = of_mapped_list(selected_ptr, row, head_map_ptr, head, LISTS)
-    slots_ptr = slot_ptr + of_mapped_list(offset_ptr, row, head_map_ptr, head, LISTS)
-    whole = selected // BLOCK_K * BLOCK_K
-    for first in range(0, whole, BLOCK_K):
-        slots = tl.load(slots_ptr + first + tl.arange(0, BLOCK_K)).to(tl.int64)
-        k = gather_keys(k_ptr, slots, head, k_slot_stride, k_head_stride, DIM)
-        v = gather_keys(v_ptr, slots, head, v_slot_stride, v_head_stride, DIM)
-        acc, largest, total = attend(q, k, v, None, acc, largest, total, scale, False)
+    selected = of_mapped_list(counts, row, head_map, head, LISTS)
+    list_slots = slots + of_mapped_list(offsets, row, head_map, head, LISTS)
+    whole = selected // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
+        slot = tl.load(list_slots + first + tl.arange(0, BLOCK)).to(tl.int64)
+        keys = gather_keys(k, slot, head, stride_k, stride_k_head, D)
+        values = gather_keys(v, slot, head, stride_v, stride_v_head, D)
+        acc, largest, total = attend(
+            queries, keys, values, None, acc, largest, total, scale_log2, False
+        )
     if whole < selected:
-        index = whole + tl.arange(0, BLOCK_K)
-        last_slots = clamped_slots(slots_ptr, index, selected - 1)
-        last_k = gather_keys(k_ptr, last_slots, head, k_slot_stride, k_head_stride, DIM)
-        last_v = gather_keys(v_ptr, last_slots, head, v_slot_stride, v_head_stride, DIM)
+        index = whole + tl.arange(0, BLOCK)
+        last_slot = clamped_slots(list_slots, index, selected - 1)
+        last_keys = gather_keys(k, last_slot, head, stride_k, stride_k_head, D)
+        last_values = gather_keys(v, last_slot, head, stride_v, stride_v_head, D)
         past = index[None, :] >= selected
-        acc, largest, total = attend(q, last_k, last_v, past, acc, largest, total, scale, True)
+        acc, largest, total = attend(
+            queries, last_keys, last_values, past, acc, largest, total, scale_log2, True
+        )
 
     # Read again: row offsets kept through the loop would spill registers.
-    token = tl.load(start_ptr + row) + query_row // GROUP
-    live = query_row // GROUP < tl.load(count_ptr + row)
-    at = token.to(tl.int64) * out_token_stride + q_head * out_head_stride
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at[:, None] + tl.arange(0, DIM)[None, :], out, mask=live[:, None])
+    token = tl.load(starts + row) + query_row // GROUP
+    live = query_row // GROUP < tl.load(tokens + row)
+    at = token.to(tl.int64) * stride_out + q_head * stride_out_head
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + at[:, None] + tl.arange(0, D)[None, :], result, mask=live[:, None])

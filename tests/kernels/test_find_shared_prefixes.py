@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from kascade_kernels import shared_prefix as module
+from kascade_kernels import reference
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
+from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.decode_scores import ScoreScratch
-from kascade_kernels.key_copy import allocate_key_copy, copy_keys
+from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.launch import padded_group
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
-from kascade_kernels.shared_prefix import SharedPrefix
 from kascade_kernels.structs import KeyCopy, Lists
 from tests.support.decode_case import DecodeCase, lists_of
+from tests.support.interpreter import tune
 from tests.support.shapes import DEVICE, needs_kernels, shapes
 
 pytestmark = needs_kernels
@@ -27,8 +28,7 @@ SHARING = {(0, 2, 3, 5, 8): 140, (1, 7): 99, (4, 6): 1}
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that several programs compare a row, each more than once."""
-    monkeypatch.setattr(module, "CHUNK", 64)
-    monkeypatch.setattr(module, "PROGRAMS", 2)
+    tune(monkeypatch, "compare_slots", block=64, per_row=2)
 
 
 def sharing_case(**others: object) -> DecodeCase:
@@ -65,6 +65,12 @@ def test_finds_what_rows_share(group: int) -> None:
     assert shared.keys.tolist() == keys
     if most > 1:
         assert shared.members.tolist() == members
+    slots = [case.slots_of(row) for row in range(len(LENGTHS))]
+    found, groups = reference.find_shared_prefixes(slots, most)
+    assert found == keys
+    assert sorted(groups) == sorted(
+        tuple(m for m in own if m >= 0) for own in members if max(own) >= 0
+    )
 
 
 def test_a_later_step_forgets_the_groups_of_an_earlier_one() -> None:
@@ -72,7 +78,7 @@ def test_a_later_step_forgets_the_groups_of_an_earlier_one() -> None:
     spans = case.spans(BUDGET)
     shared = case.shared(spans)
     case.req_to_token = DecodeCase.make(LENGTHS).req_to_token
-    module.find_shared_prefixes(case.req_to_token, case.rows, spans, shared)
+    find_shared_prefixes(case.req_to_token, case.rows, spans, shared)
     assert not shared.keys.any() and (shared.members[:, 1:] == -1).all()
 
 

@@ -12,14 +12,14 @@ def copy_row_slots_kernel(
     copy,  # int32 [rows, stride]
     stride_table,
     stride_copy,
-    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     # Grid: (rows, programs of one row).
     row, program = tl.program_id(0), tl.program_id(1)
     source = table + tl.load(requests + row).to(tl.int64) * stride_table
     target = copy + row.to(tl.int64) * stride_copy
     end = tl.load(ends + row).to(tl.int32)
-    for start in tl.range(program * CHUNK, end, tl.num_programs(1) * CHUNK):
-        position = start + tl.arange(0, CHUNK)
+    for start in tl.range(program * BLOCK, end, tl.num_programs(1) * BLOCK):
+        position = start + tl.arange(0, BLOCK)
         slot = tl.load(source + position, mask=position < end)
         tl.store(target + position, slot, mask=position < end)

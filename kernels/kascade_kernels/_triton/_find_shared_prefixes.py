@@ -15,8 +15,8 @@ def group_rows_kernel(
     requests,  # [rows]
     ends,  # [rows]
     spans,  # int32 [rows]
-    members,  # int32 [rows, MEMBERS]
-    keys,  # int32 [rows]
+    shared_rows,  # int32 [rows, MEMBERS]
+    shared_keys,  # int32 [rows]
     stride_table,
     rows,
     ROWS: tl.constexpr,
@@ -39,9 +39,9 @@ def group_rows_kernel(
     count = tl.sum(grouped.to(tl.int32), 0)
     # The shortest row's keys: what follows can only shorten that.
     common = tl.min(tl.where(grouped, end, NO_KEY), 0)
-    tl.store(keys + row, tl.where(count > 1, common, 0))
+    tl.store(shared_keys + row, tl.where(count > 1, common, 0))
     leads = own == first
-    where = members + row * MEMBERS
+    where = shared_rows + row * MEMBERS
     tl.store(where + place - first, other, mask=grouped & leads)
     index = tl.arange(0, power_of_2(MEMBERS))
     unused = (index >= tl.where(leads, count, 0)) & (index < MEMBERS)
@@ -52,25 +52,25 @@ def group_rows_kernel(
 def compare_slots_kernel(
     table,  # int32 [requests, max_context]
     requests,  # [rows]
-    members,  # int32 [rows, MEMBERS]
-    keys,  # int32 [rows], from the group's shortest row down to what it shares
+    shared_rows,  # int32 [rows, MEMBERS]
+    shared_keys,  # int32 [rows], from the group's shortest row down to what it shares
     stride_table,
     MEMBERS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     # Grid: (rows, programs of one row).
     row, program = tl.program_id(0), tl.program_id(1)
-    group = members + row * MEMBERS
+    group = shared_rows + row * MEMBERS
     if tl.load(group + 1) < 0:
         return
     # Others may have shortened it already.
-    common = tl.load(keys + row)
+    common = tl.load(shared_keys + row)
     own = table + tl.load(requests + row).to(tl.int64) * stride_table
-    for start in tl.range(program * CHUNK, common, tl.num_programs(1) * CHUNK):
-        position = start + tl.arange(0, CHUNK)
+    for start in tl.range(program * BLOCK, common, tl.num_programs(1) * BLOCK):
+        position = start + tl.arange(0, BLOCK)
         visible = position < common
         slot = tl.load(own + position, mask=visible, other=0)
-        differs = tl.full([CHUNK], False, tl.int1)
+        differs = tl.full([BLOCK], False, tl.int1)
         for index in tl.range(1, MEMBERS):
             member = tl.load(group + index)
             if member >= 0:
@@ -81,4 +81,4 @@ def compare_slots_kernel(
             for index in tl.range(0, MEMBERS):
                 member = tl.load(group + index)
                 if member >= 0:
-                    tl.atomic_min(keys + member, shared)
+                    tl.atomic_min(shared_keys + member, shared)

@@ -11,14 +11,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-from kascade_kernels._triton._shared_prefix import compare_slots_kernel, group_rows_kernel
+from kascade_kernels import tuning
+from kascade_kernels._triton._find_shared_prefixes import compare_slots_kernel, group_rows_kernel
 from kascade_kernels.decode_lists import Spans
 from kascade_kernels.launch import padded_group
 from kascade_kernels.structs import Rows
-
-CHUNK = 1024
-PROGRAMS = 32
-"""Of one row; each compares chunks of slots."""
 
 
 class SharedPrefix(NamedTuple):
@@ -62,21 +59,22 @@ def find_shared_prefixes(
         requests=rows.requests,
         ends=rows.ends,
         spans=spans.score,
-        members=shared.members,
-        keys=shared.keys,
+        shared_rows=shared.members,
+        shared_keys=shared.keys,
         stride_table=req_to_token.stride(0),
         rows=count,
         ROWS=triton.next_power_of_2(count),
         MEMBERS=members,
-        num_warps=1,
+        **tuning.launch("group_rows", req_to_token.device).options(),
     )
-    compare_slots_kernel[(count, PROGRAMS)](
+    launch = tuning.launch("compare_slots", req_to_token.device)
+    compare_slots_kernel[(count, launch.per_row)](
         table=req_to_token,
         requests=rows.requests,
-        members=shared.members,
-        keys=shared.keys,
+        shared_rows=shared.members,
+        shared_keys=shared.keys,
         stride_table=req_to_token.stride(0),
         MEMBERS=members,
-        CHUNK=CHUNK,
-        num_warps=4,
+        BLOCK=launch.block,
+        **launch.options(),
     )

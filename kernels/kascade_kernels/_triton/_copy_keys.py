@@ -9,8 +9,8 @@ def copy_keys_kernel(
     k,  # [slots, H, D]
     written,  # [tokens], slots
     values,  # int8 [slots, H, D]
-    scales,  # float32 [slots, H]
-    stride_slot,
+    k_scales,  # float32 [slots, H]
+    stride_k,
     HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
     D: tl.constexpr,
@@ -21,8 +21,8 @@ def copy_keys_kernel(
     dim = tl.arange(0, D)
     inside = (head < HEADS)[:, None]
     address = head[:, None] * D + dim[None, :]
-    key = tl.load(k + slot * stride_slot + address, mask=inside, other=0.0).to(tl.float32)
+    key = tl.load(k + slot * stride_k + address, mask=inside, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(key), 1), 1e-30) / 127.0
-    tl.store(scales + slot * HEADS + head, scale, mask=head < HEADS)
+    tl.store(k_scales + slot * HEADS + head, scale, mask=head < HEADS)
     rounded = tl.floor(key / scale[:, None] + 0.5).to(tl.int8)
     tl.store(values + slot * (HEADS * D) + address, rounded, mask=inside)

@@ -3,7 +3,8 @@
 import torch
 import triton
 
-from kascade_kernels._triton._key_copy import copy_keys_kernel
+from kascade_kernels import tuning
+from kascade_kernels._triton._copy_keys import copy_keys_kernel
 from kascade_kernels.checks import require_heads_together, require_shape
 from kascade_kernels.structs import KeyCopy
 
@@ -28,10 +29,10 @@ def copy_keys(k_cache: torch.Tensor, written: torch.Tensor, copy: KeyCopy) -> No
         k=k_cache,
         written=written,
         values=copy.values,
-        scales=copy.scales,
-        stride_slot=k_cache.stride(0),
+        k_scales=copy.scales,
+        stride_k=k_cache.stride(0),
         HEADS=heads,
         HEADS_PAD=triton.next_power_of_2(heads),
         D=dim,
-        num_warps=4,
+        **tuning.launch("copy_keys", k_cache.device).options(),
     )

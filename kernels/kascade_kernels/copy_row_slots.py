@@ -2,13 +2,11 @@
 
 import torch
 
-from kascade_kernels._triton._row_slots import copy_row_slots_kernel
+from kascade_kernels import tuning
+from kascade_kernels._triton._copy_row_slots import copy_row_slots_kernel
 from kascade_kernels.checks import require_dtype
 from kascade_kernels.structs import Rows
 
-CHUNK = 1024
-PROGRAMS = 32
-"""Of one row; the grid must not depend on lengths, which the host does not know."""
 ALIGNMENT = 64
 
 
@@ -27,13 +25,14 @@ def copy_row_slots(req_to_token: torch.Tensor, rows: Rows, copy: torch.Tensor) -
     require_dtype("req_to_token", req_to_token, torch.int32)
     if count > copy.shape[0]:
         raise ValueError(f"copy: expected at least {count} rows, got {copy.shape[0]}")
-    copy_row_slots_kernel[(count, PROGRAMS)](
+    launch = tuning.launch("copy_row_slots", copy.device)
+    copy_row_slots_kernel[(count, launch.per_row)](
         table=req_to_token,
         requests=rows.requests,
         ends=rows.ends,
         copy=copy,
         stride_table=req_to_token.stride(0),
         stride_copy=copy.stride(0),
-        CHUNK=CHUNK,
-        num_warps=4,
+        BLOCK=launch.block,
+        **launch.options(),
     )
