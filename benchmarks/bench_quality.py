@@ -37,7 +37,7 @@ from benchmarks.chats import write_chats
 from kascade_sglang.evaluation.results import Results, SavedReply
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
-from kascade_sglang.servers.process import Server, free_port, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
 
 RESULTS = Path(__file__).parent / "results/quality_models.csv"
 MODELS = ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct")
@@ -48,6 +48,9 @@ CONFIGS = {"default": "", "decode": "--kascade-phases decode"}
 TASKS = "ruler,perplexity"
 LENGTHS = (4096, 8192, 16384, 31744)
 TTFT_PROMPTS = 5
+
+Replies = dict[tuple[str, ...], dict[str, SavedReply]]
+"""{(task, length, prompts' fingerprint): {number of the prompt: reply}}."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,9 @@ def paired(ours: list[float], dense: list[float], perplexity: bool) -> dict[str,
     return shown | {name: f"{value + 0.0:.2f}" for name, value in digits.items()}
 
 
-def by_prompt(replies: dict[str, SavedReply]) -> dict[tuple[str, ...], dict[str, SavedReply]]:
-    """Sort replies: {(task, length, prompts' fingerprint): {number of the prompt: reply}}."""
-    found: dict[tuple[str, ...], dict[str, SavedReply]] = {}
+def by_prompt(replies: dict[str, SavedReply]) -> Replies:
+    """Sort replies by what was asked."""
+    found: Replies = {}
     for key, reply in replies.items():
         _label, _model, task, length, _prompt, _temperature, samples, index = key.split("|")
         found.setdefault((task, length, samples), {})[index] = reply
@@ -164,12 +167,14 @@ def by_prompt(replies: dict[str, SavedReply]) -> dict[tuple[str, ...], dict[str,
 
 
 def rows_of(
-    model: Model, config: str, flags: str, work: Path, ttft: dict[int, float]
+    model: Model, config: str, flags: str, work: Path, dense: Replies, ttft: dict[int, float]
 ) -> Iterator[dict[str, str]]:
-    """One row a task and length that both this configuration and ``dense`` have answered."""
+    """One row a task and length that both this configuration and ``dense`` have answered.
+
+    dense: its replies, of ``by_prompt``.
+    """
     results = Results(replies_of(model, config, work))
     ours = by_prompt(results.saved())
-    dense = by_prompt(Results(replies_of(model, "dense", work)).saved())
     for row in results.rows():
         key = (row["task"], row["length"], row["samples"])
         common = sorted(ours[key].keys() & dense.get(key, {}).keys())
@@ -204,30 +209,25 @@ def measure(model: Model, configs: dict[str, str], options: argparse.Namespace) 
     with contextlib.ExitStack() as stack:
         # Servers take a minute to load each, and load together.
         with ThreadPoolExecutor(len(configs)) as pool:
-            waiting = {
-                name: pool.submit(
-                    Server(
-                        model.arguments(name, flags),
-                        options.work / f"{model.name}-{name}.server.log",
-                        free_port(),
-                    ).__enter__
+            servers = {
+                name: Server(
+                    model.arguments(name, flags), options.work / f"{model.name}-{name}.server.log"
                 )
                 for name, flags in configs.items()
             }
-            servers = {}
-            for name, one in waiting.items():
-                servers[name] = one.result()
-                stack.callback(servers[name].stop)
-            asked = [pool.submit(evaluate, servers[n], model, n, options) for n in configs]
-            for one in asked:
-                one.result()
+            # Where one does not start, the stack still ends those that have.
+            list(pool.map(stack.enter_context, servers.values()))
+            list(pool.map(lambda name: evaluate(servers[name], model, name, options), configs))
         stamp, vocabulary = gpu_provenance(options.commit), vocabulary_size(model.path)
+        dense = by_prompt(Results(replies_of(model, "dense", options.work)).saved())
         for name, flags in configs.items():
             ttft = {
                 length: time_to_first_token(servers[name].url, length, vocabulary)
                 for length in options.lengths
             }
-            rows = [{**row, **stamp} for row in rows_of(model, name, flags, options.work, ttft)]
+            rows = [
+                {**row, **stamp} for row in rows_of(model, name, flags, options.work, dense, ttft)
+            ]
             append_csv(options.out, COLUMNS, rows)
             show(rows)
 

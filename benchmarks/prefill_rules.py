@@ -10,7 +10,7 @@ A rule is written as parts joined by ``+``, in any order:
     rowsP            budget: the fewest keys whose loss is at most 1 - P of every row's mass
     aboveX           budget: the keys with a pooled score over X
     floorX, ceilX    bounds of massP, rowsP and aboveX, shares of the keys
-    windowN, sinkN   the N keys before the tile, or the first N, are kept besides
+    windowN, sinkN   the N keys before the tile, or the first N, come first in a list
     tileN            positions in a query tile; 32 where nothing is said
     denseN           the first N layers attend to everything
     tailN            so do the prompt's last N positions
@@ -119,8 +119,7 @@ def _counts(
     most = (total * rule.ceil).long() - rule.tile
     order = ranked.indices
     if rule.ratio is not None:
-        count = (total * rule.ratio).long().clamp(min=rule.keys) - rule.tile
-        count = count.expand(order.shape[:2])
+        count = ((total * rule.ratio).long() - rule.tile).expand(order.shape[:2])
     elif rule.above is not None:
         count = (ranked.values > rule.above).sum(-1)
     elif rule.mass is not None:

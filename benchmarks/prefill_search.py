@@ -15,7 +15,6 @@ A layer's keys and queries stay on the device; nothing is approximated (``--kasc
 """
 
 import argparse
-import csv
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from benchmarks.prefill_rules import Rule, kept_keys, parse_rule
 from kascade_sglang.evaluation.registry import groups, pick
 from kascade_sglang.evaluation.samples import Order, Sample
 from kascade_sglang.evaluation.tokens import Tokens
+from kascade_sglang.files import append_csv
 from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.provenance import provenance
 
@@ -134,7 +134,7 @@ def make_case(task: str, sample: Sample, tokenizer) -> Case:
 
 
 class Search:
-    """A model and its cases; ``row`` measures one rule over a task's cases."""
+    """A model and its cases; ``rows`` measures one rule over the cases of each task."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         path, length = options.model_path, options.length
@@ -145,7 +145,8 @@ class Search:
         )
         self.model = model.to(self.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
-        self.commit = options.commit
+        stamp = provenance(options.commit)
+        self.stamp = {name: value for name, value in stamp.items() if name in COLUMNS}
         self.plan = load_plan(options.plan) if options.plan else None
         order = Order(length, options.samples, options.seed, Tokens(tokenizer))
         self.cases = [
@@ -185,7 +186,6 @@ class Search:
                     "seconds": time.monotonic() - begin,
                 }
             )
-        stamp = {name: value for name, value in provenance(self.commit).items() if name in COLUMNS}
         for task, results in found.items():
             mean = {key: sum(r[key] for r in results) / len(results) for key in results[0]}
             both = sum(r["dense"] * r["answered"] for r in results)
@@ -193,7 +193,7 @@ class Search:
             mean = {key: f"{value:.4f}" for key, value in mean.items() if key in COLUMNS}
             kept = f"{both / dense:.4f}" if dense else ""
             about = {"model": self.name, "rule": rule.name, "task": task, "length": self.length}
-            yield {**about, "n": len(results), "kept": kept, **mean, **stamp}
+            yield {**about, "n": len(results), "kept": kept, **mean, **self.stamp}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -217,26 +217,12 @@ def main() -> None:
     options = parse_arguments()
     rules = [parse_rule(line) for line in options.rules.read_text().split()]
     search = Search(options)
-    new = not options.out.exists()
-    with open(options.out, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for rule in rules:
-            rows = list(search.rows(rule))
-            writer.writerows(rows)
-            file.flush()
-            shown = (
-                "kept",
-                "answered",
-                "log_prob",
-                "divergence",
-                "read",
-                "recovered_p01",
-                "seconds",
-            )
-            means = {key: sum(float(row[key] or 0) for row in rows) / len(rows) for key in shown}
-            print(rule.name, *(f"{key} {value:.3f}" for key, value in means.items()), flush=True)
+    for rule in rules:
+        rows = list(search.rows(rule))
+        append_csv(options.out, COLUMNS, rows)
+        shown = "kept answered log_prob divergence read recovered_p01 seconds".split()
+        means = {key: sum(float(row[key] or 0) for row in rows) / len(rows) for key in shown}
+        print(rule.name, *(f"{key} {value:.3f}" for key, value in means.items()), flush=True)
 
 
 if __name__ == "__main__":
