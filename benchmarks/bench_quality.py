@@ -1,15 +1,16 @@
 """Answers of real models, dense and sparse, through real servers: ``make bench-quality``.
 
 For every model: a plan is calibrated from long chats (``benchmarks.chats``) unless one is given,
-one server a configuration starts, all on this machine's GPU, ``kascade eval`` asks all of them the
-same prompts, and every (configuration, task, length) becomes a row of ``results``:
+one server a configuration starts, on this machine's GPUs in turn, ``kascade eval`` asks all of them
+the same prompts, and every (configuration, task, length) becomes a row of ``results``:
 
     score, dense_score  percent; for perplexity the perplexity itself
     diff                points above dense attention, paired by prompt, so negative is worse; for
                         perplexity the percent by which it is below dense's
     diff_low, diff_high its 95 % interval (bootstrap over prompts)
     prefill_read, decode_read  keys attended to, share of those that dense attention reads
-    ttft_ms             median time to the first token of a prompt of this length, server idle
+    ttft_ms             median time to the first token of a prompt of this length, server idle;
+                        empty with ``--ttft-prompts 0``, for a GPU that does other work, too
 
 A run that was cut off goes on where it ended, given the same ``--work`` folder.
 """
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import torch
 from scipy.stats import bootstrap
 
 from benchmarks.chats import LENGTHS as CHAT_LENGTHS
@@ -44,10 +46,9 @@ MODELS = ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 COLUMNS = """model config phases task length n score dense_score diff diff_low diff_high
     prefill_read decode_read ttft_ms plan gpu versions commit date""".split()
 CONFIGS = {"default": "", "decode": "--kascade-phases decode"}
-"""What is always measured beside ``dense``: name and flags of ``sglang serve``."""
+"""What is always measured beside ``dense``: name, and variables and flags of ``sglang serve``."""
 TASKS = "ruler,perplexity"
 LENGTHS = (4096, 8192, 16384, 31744)
-TTFT_PROMPTS = 5
 
 Replies = dict[tuple[str, ...], dict[str, SavedReply]]
 """{(task, length, prompts' fingerprint): {number of the prompt: reply}}."""
@@ -72,7 +73,7 @@ class Model:
         """The plan in results: its name and the first digits of its SHA-256."""
         return f"{self.plan.stem}-{hashlib.sha256(self.plan.read_bytes()).hexdigest()[:8]}"
 
-    def arguments(self, config: str, flags: str) -> list[str]:
+    def arguments(self, config: str, flags: list[str]) -> list[str]:
         """Arguments of its server; the number of tokens bounds its memory."""
         found = ["--model-path", self.path, "--page-size", "32", "--enable-metrics"]
         found += ["--context-length", str(self.context), "--mem-fraction-static", "0.85"]
@@ -84,7 +85,25 @@ class Model:
         if self.dense_backend:
             found += ["--kascade-dense-backend", self.dense_backend]
         found += ["--attention-backend", "kascade", "--kascade-plan", str(self.plan)]
-        return found + shlex.split(flags)
+        return found + flags
+
+
+def split(words: str) -> tuple[dict[str, str], list[str]]:
+    """Return the variables that a configuration begins with, ``NAME=VALUE``, and its flags."""
+    flags = shlex.split(words)
+    end = next((n for n, word in enumerate(flags) if word.startswith("-")), len(flags))
+    wrong = [word for word in flags[:end] if "=" not in word]
+    if wrong:
+        raise SystemExit(f"--config: expected NAME=VALUE words, then flags, got {wrong[0]!r}")
+    return dict(word.split("=", 1) for word in flags[:end]), flags[end:]
+
+
+def server_of(model: Model, name: str, words: str, gpu: int, work: Path) -> Server:
+    """Return the server of a configuration, not started yet."""
+    environment, flags = split(words)
+    arguments = [*model.arguments(name, flags), "--base-gpu-id", str(gpu)]
+    log = work / f"{model.name}-{name}.server.log"
+    return Server(arguments, log, environment=environment)
 
 
 def calibrated(path: str, work: Path, lengths: tuple[int, ...]) -> Path:
@@ -116,16 +135,18 @@ def replies_of(model: Model, config: str, work: Path) -> Path:
     return work / f"{model.name}-{config}.csv"
 
 
-def time_to_first_token(url: str, length: int, vocabulary: int) -> float:
+def time_to_first_token(url: str, length: int, vocabulary: int, prompts: int) -> str:
     """Median over prompts of random tokens that the server has not seen, in milliseconds."""
+    if not prompts:
+        return ""
     rng, found = np.random.default_rng(time.time_ns()), []
-    for _ in range(TTFT_PROMPTS + 1):
+    for _ in range(prompts + 1):
         ids = rng.integers(vocabulary // 2, size=length - 8).tolist()
         begin = time.perf_counter()
         body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
         httpx.post(f"{url}/generate", json=body, timeout=600).raise_for_status()
         found.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(found[1:])
+    return f"{statistics.median(found[1:]):.1f}"
 
 
 def vocabulary_size(model: str) -> int:
@@ -167,7 +188,7 @@ def by_prompt(replies: dict[str, SavedReply]) -> Replies:
 
 
 def rows_of(
-    model: Model, config: str, flags: str, work: Path, dense: Replies, ttft: dict[int, float]
+    model: Model, config: str, flags: str, work: Path, dense: Replies, ttft: dict[int, str]
 ) -> Iterator[dict[str, str]]:
     """One row a task and length that both this configuration and ``dense`` have answered.
 
@@ -191,7 +212,7 @@ def rows_of(
             **paired(*pair, row["task"] == "perplexity"),
             "prefill_read": row["prefill_attended"],
             "decode_read": row["decode_attended"],
-            "ttft_ms": f"{ttft[int(row['length'])]:.1f}" if row["length"] else "",
+            "ttft_ms": ttft[int(row["length"])] if row["length"] else "",
             "plan": sparse,
         }
 
@@ -209,11 +230,10 @@ def measure(model: Model, configs: dict[str, str], options: argparse.Namespace) 
     with contextlib.ExitStack() as stack:
         # Servers take a minute to load each, and load together.
         with ThreadPoolExecutor(len(configs)) as pool:
+            gpus = max(1, torch.cuda.device_count())
             servers = {
-                name: Server(
-                    model.arguments(name, flags), options.work / f"{model.name}-{name}.server.log"
-                )
-                for name, flags in configs.items()
+                name: server_of(model, name, words, number % gpus, options.work)
+                for number, (name, words) in enumerate(configs.items())
             }
             # Where one does not start, the stack still ends those that have.
             list(pool.map(stack.enter_context, servers.values()))
@@ -222,7 +242,9 @@ def measure(model: Model, configs: dict[str, str], options: argparse.Namespace) 
         dense = by_prompt(Results(replies_of(model, "dense", options.work)).saved())
         for name, flags in configs.items():
             ttft = {
-                length: time_to_first_token(servers[name].url, length, vocabulary)
+                length: time_to_first_token(
+                    servers[name].url, length, vocabulary, options.ttft_prompts
+                )
                 for length in options.lengths
             }
             rows = [
@@ -244,12 +266,13 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model-path", nargs="+", default=MODELS, help="folders or Hugging Face ids")
     add("--plan", type=Path, help="of the one model; without it, one is calibrated")
-    add("--config", action="append", default=[], metavar="NAME=FLAGS", help="one more to measure")
+    add("--config", action="append", default=[], metavar="NAME=WORDS", help="one more to measure")
     add("--only", nargs="+", help="configurations to measure beside dense (all)")
     add("--tasks", default=TASKS, help="of kascade eval")
     add("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens, reply included")
     add("--samples", type=int, default=50, help="of each task and length")
     add("--chat-lengths", type=int, nargs="+", default=CHAT_LENGTHS, help="to calibrate from")
+    add("--ttft-prompts", type=int, default=5, help="to measure the time to the first token with")
     add("--dense-backend", help="SGLang's backend of dense attention and of layer 0")
     add("--context", type=int, default=32768)
     add("--seed", type=int, default=0)
@@ -261,7 +284,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--plan: expected one --model-path beside it, got several; name the model")
     wrong = [text for text in options.config if "=" not in text]
     if wrong:
-        parser.error(f"--config {wrong[0]}: expected NAME=FLAGS, such as fast='--kascade-min-k 64'")
+        parser.error(f"--config {wrong[0]}: expected NAME=WORDS, such as fast='--kascade-min-k 64'")
     return options
 
 

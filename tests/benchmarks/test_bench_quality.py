@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_quality import CONFIGS, Model, by_prompt, paired, phases
+from benchmarks.bench_quality import CONFIGS, Model, by_prompt, paired, phases, split
 from benchmarks.chats import make_chat
 from benchmarks.plot_quality import newest, summary
 from kascade_sglang.evaluation.endpoint import Reply
@@ -35,9 +35,12 @@ def test_replies_meet_by_task_length_prompts_and_number() -> None:
 
 def test_configurations_serve_what_they_say(tmp_path: Path) -> None:
     model = Model("Qwen/Qwen2.5-Coder-0.5B-Instruct", tmp_path / "p.json", "triton", 4096)
-    assert "kascade" not in model.arguments("dense", "")
-    served = model.arguments("decode", CONFIGS["decode"])
-    assert served[-2:] == ["--kascade-phases", "decode"]
+    assert "kascade" not in model.arguments("dense", [])
+    environment, flags = split("KASCADE_SELECTION=quest " + CONFIGS["decode"])
+    assert environment == {"KASCADE_SELECTION": "quest"}
+    assert model.arguments("quest", flags)[-2:] == ["--kascade-phases", "decode"]
+    with pytest.raises(SystemExit, match="got 'quest'"):
+        split("quest --kascade-phases decode")
     assert phases("dense", "") == "none" and phases("default", "") == "both"
     assert phases("decode", CONFIGS["decode"]) == "decode"
 
