@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,37 +22,24 @@ from transformers import (
 
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.plan.schema import ModelShape
+from kascade_sglang.text import tokenizer
+from kascade_sglang.text.tokenizer import cause, one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    ZeroDivisionError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
-def _one_line(error: BaseException) -> str:
-    """Return a library's message, which may run over many lines, as a part of a sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+def read_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the configuration of a local folder or hub id; raises CalibrationError.
 
-
-def read_config(model: str) -> PreTrainedConfig:
-    """Return the configuration of a local folder or hub id; raises CalibrationError."""
+    trust_remote_code: whether code that comes with a model may run; never asked for on a terminal.
+    """
+    # Files of others, and their code where it is trusted, raise errors of any type.
     try:
-        return AutoConfig.from_pretrained(model)
-    except _UNREADABLE as error:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:
         raise CalibrationError(
-            f"model {model}: cannot read its configuration ({_one_line(error)})"
+            f"model {model}: cannot read its configuration ({cause(error)})"
         ) from error
 
 
@@ -81,7 +65,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise CalibrationError(
             f"model: a {config.model_type} configuration describes no decoder of attention "
-            f"layers ({_one_line(error)})"
+            f"layers ({one_line(error)})"
         ) from error
     for name, value in asdict(shape).items():
         if not isinstance(value, int) or value < 1:
@@ -136,7 +120,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" has room, but for no numbers
     except (RuntimeError, AssertionError) as error:
-        raise CalibrationError(f"--device {name}: not usable ({_one_line(error)})") from error
+        raise CalibrationError(f"--device {name}: not usable ({one_line(error)})") from error
     return device
 
 
@@ -162,7 +146,11 @@ def check_device_map(device_map: str | None) -> None:
 
 
 def load_model(
-    model: str, dtype: str, device: torch.device, device_map: str | None = None
+    model: str,
+    dtype: str,
+    device: torch.device,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load the weights for inference.
 
@@ -182,14 +170,15 @@ def load_model(
             model,
             dtype=wanted,
             device_map=device_map,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         if device_map is None:
             loaded = loaded.to(device)
-    except _UNREADABLE as error:
+    except Exception as error:  # as above
         raise CalibrationError(
-            f"model {model}: cannot load its weights ({_one_line(error)})"
+            f"model {model}: cannot load its weights ({cause(error)})"
         ) from error
     _check_complete(model, found)
     return loaded.eval()
@@ -205,14 +194,12 @@ def _check_complete(model: str, found: Mapping[str, Any]) -> None:
         )
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; raises CalibrationError."""
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except _UNREADABLE as error:
-        raise CalibrationError(
-            f"model {model}: cannot load its tokenizer ({_one_line(error)})"
-        ) from error
+        return tokenizer.load_tokenizer(model, trust_remote_code)
+    except tokenizer.UnreadableError as error:
+        raise CalibrationError(f"model {model}: cannot load its tokenizer ({error})") from error
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
