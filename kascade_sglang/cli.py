@@ -107,8 +107,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     add(
         "--prompts",
         type=Path,
-        help=".jsonl with one object a line (text, prompt or messages), or a text file, which is "
-        "cut into prompts of --max-tokens; without it and --dataset, books in the package",
+        help=".jsonl with one object a line (text, prompt, messages or conversations), a .json "
+        "array of them, or a text file, which is cut into prompts of --max-tokens; each may be "
+        ".gz; without it and --dataset, books in the package",
     )
     add("--dataset", help="Hugging Face data set to draw prompts from")
     add("--dataset-config", metavar="NAME", help="one of the data set's configurations")

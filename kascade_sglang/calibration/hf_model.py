@@ -23,7 +23,7 @@ from transformers import (
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.plan.schema import ModelShape
 from kascade_sglang.text import tokenizer
-from kascade_sglang.text.tokenizer import cause, one_line
+from kascade_sglang.text.reading import UnreadableError, cause, one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
@@ -198,7 +198,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     """Load the model's tokenizer; raises CalibrationError."""
     try:
         return tokenizer.load_tokenizer(model, trust_remote_code)
-    except tokenizer.UnreadableError as error:
+    except UnreadableError as error:
         raise CalibrationError(f"model {model}: cannot load its tokenizer ({error})") from error
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from kascade_sglang.errors import EvaluationError
-from kascade_sglang.text.tokenizer import UnreadableError, load_tokenizer, one_line
+from kascade_sglang.text.reading import UnreadableError, one_line
+from kascade_sglang.text.tokenizer import load_tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
