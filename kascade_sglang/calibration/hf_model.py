@@ -5,9 +5,9 @@ becomes one sentence.
 """
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from kascade_sglang.errors import CalibrationError
+from kascade_sglang.files import expand
 from kascade_sglang.plan.schema import ModelShape
 from kascade_sglang.text import tokenizer
 from kascade_sglang.text.reading import UnreadableError, cause, one_line
@@ -126,8 +127,8 @@ def pick_device(name: str) -> torch.device:
 
 def weights_version(model: str, config: PreTrainedConfig) -> Any:
     """Return what tells these weights from others: a hub commit, or the files' sizes and times."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
+    folder = expand(model)
+    if not os.path.isdir(folder):
         return getattr(config, "_commit_hash", None)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

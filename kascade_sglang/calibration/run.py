@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.replay import MOST_ROWS, reply_rows
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
 from kascade_sglang.errors import CalibrationError
-from kascade_sglang.files import why_unwritable
+from kascade_sglang.files import expand, why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
 from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan
 
@@ -290,8 +291,8 @@ def _measure(
 
 def _model_name(model: str) -> str:
     """Return a hub id as it is and a local folder's name, so that no path enters the plan."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
+    folder = expand(model)
+    return folder.resolve().name if os.path.isdir(folder) else model
 
 
 def _settings(

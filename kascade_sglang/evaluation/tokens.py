@@ -1,7 +1,7 @@
 """Counting tokens as the server does, with its tokenizer."""
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from kascade_sglang.errors import EvaluationError
@@ -35,7 +35,7 @@ class Tokens:
 
         trust_remote_code: whether code that comes with it may run.
         """
-        if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in FILES):
+        if os.path.isdir(path) and not any(os.path.isfile(f"{path}/{name}") for name in FILES):
             raise EvaluationError(
                 f"--tokenizer {path}: a folder without a tokenizer; give that of the served model"
             )
