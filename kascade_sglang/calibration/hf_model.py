@@ -20,6 +20,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kascade_sglang.calibration.quantised import (
+    WAY_OUT,
+    quantisation,
+    refuse_unread_scales,
+    refuse_unused,
+)
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import expand
 from kascade_sglang.plan.schema import ModelShape
@@ -158,13 +164,16 @@ def load_model(
     dtype: one of DTYPES; ``auto`` is the checkpoint's own on a GPU and float32 on a CPU.
     device_map: one of DEVICE_MAPS, by which accelerate spreads the layers over all GPUs, then
         the CPU; None puts everything on ``device``.
-    Raises CalibrationError where the model cannot be read, lacks weights or does not fit.
+    Raises CalibrationError where the model cannot be read, lacks weights or does not fit, or has
+    weights that are nothing without scales which would not be read.
     """
     if dtype not in DTYPES:
         raise CalibrationError(f"--dtype: expected one of {DTYPES}, got {dtype!r}")
     check_device_map(device_map)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
+    config = read_config(model, trust_remote_code)
+    refuse_unread_scales(model, config)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
@@ -178,9 +187,12 @@ def load_model(
         if device_map is None:
             loaded = loaded.to(device)
     except Exception as error:  # as above
+        way_out = f"; {WAY_OUT}" if quantisation(config) else ""
         raise CalibrationError(
-            f"model {model}: cannot load its weights ({cause(error)})"
+            f"model {model}: cannot load its weights ({cause(error)}){way_out}"
         ) from error
+    refuse_unread_scales(model, config)
+    refuse_unused(model, loaded, found["unexpected_keys"])
     _check_complete(model, found)
     return loaded.eval()
 
