@@ -5,6 +5,7 @@ becomes one sentence.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -115,8 +116,25 @@ def windowed_layers(config: PreTrainedConfig, longest: int) -> tuple[int, ...]:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions the model was made for, where the configuration says so."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Return the number of positions the model is for, where the configuration says so.
+
+    Where rotary embeddings are scaled, the context that they are scaled to, if it is larger.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    by_layer = isinstance(rope, Mapping) and "full_attention" in rope
+    rope = rope["full_attention"] if by_layer else rope
+    if not isinstance(rope, Mapping):
+        return positions
+    factor = rope.get("factor")
+    # Models with embeddings for each kind of layer (Gemma 3) count in ``positions`` what they
+    # scale, unless they say from where.
+    original = rope.get("original_max_position_embeddings") or (None if by_layer else positions)
+    numbers = (positions, factor, original)
+    if any(not isinstance(number, int | float) or not number < math.inf for number in numbers):
+        return positions
+    return max(positions, int(factor * original))
 
 
 def pick_device(name: str) -> torch.device:

@@ -75,7 +75,9 @@ def check_limits(context: int | None, max_tokens: int | None, limit: int | None)
         raise CalibrationError(f"--max-tokens: expected 1 or more, got {max_tokens}")
     if max_tokens is not None and context is not None and max_tokens > context:
         raise CalibrationError(
-            f"--max-tokens {max_tokens}: more than the model's context of {context} tokens"
+            f"--max-tokens {max_tokens}: more than the model's context of {context} tokens; lower "
+            "it, or say in the model's config.json how its rotary embeddings are scaled "
+            "(rope_scaling, max_position_embeddings)"
         )
     if limit is not None and limit < 1:
         raise CalibrationError(f"--limit: expected 1 or more, got {limit}")
