@@ -55,7 +55,9 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
             if flags := list(refused_flags(server_args)):
                 raise KascadeError("\n".join(flag_reasons(flags))) from error
             raise
-        announce(check(server_facts(server_args)).changed)
+        config = check(server_facts(server_args))
+        announce(config.changed)
+        logger.info("kascade: %s", config)
     except KascadeError as error:
         if getattr(server_args, FROM_COMMAND_LINE, False):
             raise SystemExit(f"kascade: {error}") from None
