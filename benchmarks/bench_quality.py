@@ -68,10 +68,11 @@ class Model:
         """Name in results."""
         return Path(self.path).name.lower()
 
-    @property
-    def plan_name(self) -> str:
+    def plan_name(self, flags: list[str]) -> str:
         """The plan in results: its name and the first digits of its SHA-256."""
-        return f"{self.plan.stem}-{hashlib.sha256(self.plan.read_bytes()).hexdigest()[:8]}"
+        own = "--kascade-plan" in flags
+        plan = Path(flags[flags.index("--kascade-plan") + 1]) if own else self.plan
+        return f"{plan.stem}-{hashlib.sha256(plan.read_bytes()).hexdigest()[:8]}"
 
     def arguments(self, config: str, flags: list[str]) -> list[str]:
         """Arguments of its server; the number of tokens bounds its memory."""
@@ -188,7 +189,7 @@ def by_prompt(replies: dict[str, SavedReply]) -> Replies:
 
 
 def rows_of(
-    model: Model, config: str, flags: str, work: Path, dense: Replies, ttft: dict[int, str]
+    model: Model, config: str, words: str, work: Path, dense: Replies, ttft: dict[int, str]
 ) -> Iterator[dict[str, str]]:
     """One row a task and length that both this configuration and ``dense`` have answered.
 
@@ -202,11 +203,11 @@ def rows_of(
         if not common:
             continue
         pair = ([side[key][index].score for index in common] for side in (ours, dense))
-        sparse = "" if config == "dense" else model.plan_name
+        sparse = "" if config == "dense" else model.plan_name(split(words)[1])
         yield {
             "model": model.name,
             "config": config,
-            "phases": phases(config, flags),
+            "phases": phases(config, words),
             "task": row["task"],
             "length": row["length"],
             **paired(*pair, row["task"] == "perplexity"),
@@ -217,12 +218,12 @@ def rows_of(
         }
 
 
-def phases(config: str, flags: str) -> str:
+def phases(config: str, words: str) -> str:
     """Which phases of a configuration are sparse."""
-    words = shlex.split(flags)
+    flags = split(words)[1]
     if config == "dense":
         return "none"
-    return words[words.index("--kascade-phases") + 1] if "--kascade-phases" in words else "both"
+    return flags[flags.index("--kascade-phases") + 1] if "--kascade-phases" in flags else "both"
 
 
 def measure(model: Model, configs: dict[str, str], options: argparse.Namespace) -> None:
@@ -240,7 +241,7 @@ def measure(model: Model, configs: dict[str, str], options: argparse.Namespace) 
             list(pool.map(lambda name: evaluate(servers[name], model, name, options), configs))
         stamp, vocabulary = gpu_provenance(options.commit), vocabulary_size(model.path)
         dense = by_prompt(Results(replies_of(model, "dense", options.work)).saved())
-        for name, flags in configs.items():
+        for name, words in configs.items():
             ttft = {
                 length: time_to_first_token(
                     servers[name].url, length, vocabulary, options.ttft_prompts
@@ -248,7 +249,7 @@ def measure(model: Model, configs: dict[str, str], options: argparse.Namespace) 
                 for length in options.lengths
             }
             rows = [
-                {**row, **stamp} for row in rows_of(model, name, flags, options.work, dense, ttft)
+                {**row, **stamp} for row in rows_of(model, name, words, options.work, dense, ttft)
             ]
             append_csv(options.out, COLUMNS, rows)
             show(rows)
