@@ -49,6 +49,8 @@ CONFIGS = {"default": "", "decode": "--kascade-phases decode"}
 """What is always measured beside ``dense``: name, and variables and flags of ``sglang serve``."""
 TASKS = "ruler,perplexity"
 LENGTHS = (4096, 8192, 16384, 31744)
+IN_FLIGHT = 4
+"""Requests that ``kascade eval`` has under way; a server holds as many contexts."""
 
 Replies = dict[tuple[str, ...], dict[str, SavedReply]]
 """{(task, length, prompts' fingerprint): {number of the prompt: reply}}."""
@@ -78,7 +80,7 @@ class Model:
         """Arguments of its server; the number of tokens bounds its memory."""
         found = ["--model-path", self.path, "--page-size", "32", "--enable-metrics"]
         found += ["--context-length", str(self.context), "--mem-fraction-static", "0.85"]
-        found += ["--max-total-tokens", str(6 * self.context), "--cuda-graph-max-bs", "8"]
+        found += ["--max-total-tokens", str(IN_FLIGHT * self.context), "--cuda-graph-max-bs", "8"]
         found += ["--log-level", "warning"]
         if config == "dense":
             chosen = ["--attention-backend", self.dense_backend] if self.dense_backend else []
@@ -124,7 +126,14 @@ def evaluate(server: Server, model: Model, config: str, options: argparse.Namesp
     command = [sys.executable, "-m", "kascade_sglang.cli", "eval", "--url", server.url]
     command += ["--tasks", options.tasks, "--samples", str(options.samples), "--label", config]
     command += ["--lengths", *map(str, options.lengths), "--tokenizer", model.path]
-    command += ["--seed", str(options.seed), "--out", str(replies_of(model, config, options.work))]
+    command += [
+        "--concurrency",
+        str(IN_FLIGHT),
+        "--seed",
+        str(options.seed),
+        "--out",
+        str(replies_of(model, config, options.work)),
+    ]
     log = options.work / f"{model.name}-{config}.eval.log"
     with open(log, "w") as file:
         if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode:
