@@ -13,6 +13,8 @@ OTHER_TESTS := tests/compile tests/e2e/test_kernel_server.py tests/calibration t
 UNIT_TESTS := tests/plan tests/plugin tests/kernels tests/backend tests/calibration/test_anchors.py \
 	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_scorers.py \
 	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py
+# Importing SGLang takes 8 s, and 20 s where no bytecode is kept: many containers forbid it.
+unexport PYTHONDONTWRITEBYTECODE
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
 .PHONY: demo serve test test-fast test-host test-serving test-kernels test-gpu check eval bench \
