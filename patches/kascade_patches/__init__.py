@@ -13,6 +13,9 @@ import torch
 
 from kascade_patches import (
     get_last_loc,
+    grammar_apply,
+    grammar_apply_reasoning,
+    grammar_bitmask,
     pool_cell_size,
     pool_sizes,
     server_args_add_cli_args,
@@ -29,7 +32,13 @@ EVERYWHERE = (
     pool_cell_size,
     pool_sizes,
 )
-WITHOUT_GPU = (support_triton, get_last_loc)
+WITHOUT_GPU = (
+    support_triton,
+    get_last_loc,
+    grammar_bitmask,
+    grammar_apply,
+    grammar_apply_reasoning,
+)
 
 _ran: set[str] = set()
 
