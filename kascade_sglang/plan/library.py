@@ -3,8 +3,16 @@
 import logging
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from kascade_sglang.plan.presets import PREFIX, preset, preset_for, same_name, warning_of
+from kascade_sglang.plan.presets import (
+    PREFIX,
+    PRESETS,
+    preset,
+    preset_for,
+    same_name,
+    warning_of,
+)
 from kascade_sglang.plan.schema import ModelShape, Plan, PlanError, load_plan
 
 logger = logging.getLogger(__name__)
@@ -13,6 +21,13 @@ PLAN_NAME = "kascade_plan.json"
 SHIPPED = Path(__file__).parent / "data"
 _warned: set[str] = set()
 """Sentences this process has logged: it looks its plan up more than once."""
+
+
+class Found(NamedTuple):
+    """A plan and where it was found: a file, or ``preset:NAME``."""
+
+    plan: Plan
+    place: str
 
 
 def find_plan(model: str, shape: ModelShape, explicit: str | None) -> Plan:
@@ -24,7 +39,7 @@ def find_plan(model: str, shape: ModelShape, explicit: str | None) -> Plan:
     Logs a warning where nobody has measured the plan's head map. Raises PlanError, saying how to
     calibrate, if none fits.
     """
-    plan = _find(model, shape, explicit)
+    plan = locate_plan(model, shape, explicit).plan
     plan.check_fits(shape)
     warning = warning_of(plan)
     if warning is not None and warning not in _warned:
@@ -51,20 +66,41 @@ def _load_version(path: Path, version: tuple[int, ...] | None) -> Plan:
     return load_plan(path)
 
 
-def _find(model: str, shape: ModelShape, explicit: str | None) -> Plan:
+def locate_plan(model: str, shape: ModelShape, explicit: str | None) -> Found:
+    """Return the plan that ``find_plan`` takes and where it is; its shape is not checked.
+
+    Raises PlanError, saying where it was looked for, if there is none.
+    """
     if explicit:
-        return read_plan(explicit)
+        return Found(read_plan(explicit), explicit)
     beside = Path(model).expanduser() / PLAN_NAME
     if beside.is_file():
-        return _load(beside)
-    for path in sorted(SHIPPED.glob("*.json")):
-        plan = _load(path)
+        return Found(_load(beside), str(beside))
+    for path, plan in shipped_plans().items():
         if same_name(plan.model, model) and plan.shape == shape:
-            return plan
+            return Found(plan, str(path))
     plan = preset_for(model, shape)
     if plan is not None:
-        return plan
+        return Found(plan, PREFIX + plan.model)
     raise PlanError(
-        f"no Kascade plan for {model}: make one with `kascade calibrate --model {model} "
-        "--prompts prompts.txt --anchors 5 --out plan.json` and pass --kascade-plan plan.json"
+        f"no Kascade plan for {model}: {_why_none(model, shape)}; make one with `kascade "
+        f"calibrate --model {model} --prompts prompts.txt --anchors 5 --out plan.json` and pass "
+        "--kascade-plan plan.json"
     )
+
+
+def shipped_plans() -> dict[Path, Plan]:
+    """Return the calibrated plans that the package holds, by their files."""
+    return {path: _load(path) for path in sorted(SHIPPED.glob("*.json"))}
+
+
+def _why_none(model: str, shape: ModelShape) -> str:
+    """Say why no plan was found without a flag."""
+    beside = f"no {PLAN_NAME} beside its weights"
+    known = [*shipped_plans().values(), *map(preset, PRESETS)]
+    for plan in known:
+        if same_name(plan.model, model):
+            differences = ", ".join(plan.shape.differences(shape))
+            return f"{beside}, and that of {plan.model} is for another shape ({differences})"
+    names = ", ".join(sorted({plan.model.rpartition("/")[2] for plan in known}))
+    return f"{beside}, and its name is none of those that have a plan here ({names})"

@@ -24,7 +24,7 @@ class _Preset(NamedTuple):
     anchors: tuple[int, ...]
 
 
-_PRESETS = {
+PRESETS = {
     "Llama-3.1-8B-Instruct": _Preset(_LLAMA_8B, (0, 2, 8, 13, 14)),
     "DeepSeek-R1-Distill-Llama-8B": _Preset(_LLAMA_8B, (0, 2, 8, 13, 14)),
     "Qwen3-8B": _Preset(_QWEN3_8B, (0, 2, 7, 14, 23)),
@@ -37,10 +37,10 @@ _ALIASES = {
 
 def preset(name: str) -> Plan:
     """Return the preset of this name; raises PlanError, listing those there are."""
-    for known, (shape, anchors) in _PRESETS.items():
+    for known, (shape, anchors) in PRESETS.items():
         if same_name(known, name):
             return identity_plan(known, shape, anchors, _SOURCE)
-    raise PlanError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
+    raise PlanError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
 
 
 def identity_plan(model: str, shape: ModelShape, anchors: tuple[int, ...], source: str) -> Plan:
