@@ -10,13 +10,14 @@ PYTEST := $(BIN)/python -m pytest -q
 # The half of make test that starts few servers: kernels in the interpreter, and what runs outside it.
 INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py
 OTHER_TESTS := tests/compile tests/e2e/test_kernel_server.py tests/calibration tests/evaluation
-UNIT_TESTS := tests/plan tests/plugin tests/kernels tests/backend tests/calibration/test_anchors.py \
+UNIT_TESTS := tests/project tests/plan tests/plugin tests/kernels tests/backend tests/calibration/test_anchors.py \
 	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_scorers.py \
-	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py
+	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py \
+	--ignore=tests/project/test_wheel.py
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
 .PHONY: demo serve test test-fast test-host test-serving test-kernels test-gpu check eval bench \
-	bench-decode bench-prefill bench-quality bench-serving soak readme-tables clean
+	bench-decode bench-prefill bench-quality bench-serving soak readme-tables wheel clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
@@ -86,8 +87,11 @@ bench-serving: $(STAMP)  ## real servers beside SGLang's own backends, on a GPU
 soak: $(STAMP)  ## twenty minutes of mixed load on one server, on a GPU, every reply checked
 	$(BIN)/python -m benchmarks.soak
 
+wheel: $(STAMP)  ## an sdist and a wheel, in dist/
+	$(BIN)/python -m build --no-isolation
+
 readme-tables: $(STAMP)  ## fill the README's tables in from benchmarks/results
 	$(BIN)/python -m benchmarks.readme_tables
 
 clean:
-	rm -rf .venv .venv-* *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* *.egg-info build dist .pytest_cache .ruff_cache
