@@ -62,14 +62,15 @@ test-gpu: $(STAMP)  ## kernels, backend and servers on a GPU, then tests of ever
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 1 \
 		--report-api-errors no $(PYTEST) -m memcheck tests/kernels
 
-check: $(STAMP)  ## lint
+check: $(STAMP)  ## lint, and links between the documents
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(PYTEST) tests/project/test_links.py
 
 eval: $(STAMP)  ## retrieval accuracy of every method at equal budgets, through the server
 	$(BIN)/python -m kascade_sglang.evaluation
 
-bench: bench-decode bench-prefill readme-tables  ## measure the kernels on a GPU, and fill the README in
+bench: bench-decode bench-prefill readme-tables  ## measure the kernels on a GPU, and fill the tables in
 
 bench-decode: $(STAMP)  ## decode attention beside FlashAttention-3
 	$(BIN)/python -m benchmarks.bench_decode
@@ -90,7 +91,7 @@ soak: $(STAMP)  ## twenty minutes of mixed load on one server, on a GPU, every r
 wheel: $(STAMP)  ## an sdist and a wheel, in dist/
 	$(BIN)/python -m build --no-isolation
 
-readme-tables: $(STAMP)  ## fill the README's tables in from benchmarks/results
+readme-tables: $(STAMP)  ## fill the documents' tables in from benchmarks/results
 	$(BIN)/python -m benchmarks.readme_tables
 
 clean:

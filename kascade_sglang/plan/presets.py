@@ -36,7 +36,11 @@ _ALIASES = {
 
 
 def preset(name: str) -> Plan:
-    """Return the preset of this name; raises PlanError, listing those there are."""
+    """Return the preset of this name; raises PlanError, listing those there are.
+
+    >>> preset("Qwen/Qwen3-8B").anchors
+    (0, 2, 7, 14, 23)
+    """
     for known, (shape, anchors) in PRESETS.items():
         if same_name(known, name):
             return identity_plan(known, shape, anchors, _SOURCE)
@@ -82,7 +86,11 @@ def warning_of(plan: Plan) -> str | None:
 
 
 def same_name(one: str, other: str) -> bool:
-    """Say whether two ids or folders end in the same model's name."""
+    """Say whether two ids or folders end in the same model's name.
+
+    >>> same_name("Qwen/Qwen3-8B", "/models/qwen3-8b/"), same_name("Qwen3-8B", "Qwen3-4B")
+    (True, False)
+    """
     return _key(one) == _key(other)
 
 

@@ -70,7 +70,8 @@ def test_refusal_is_one_sentence_and_status_one(tmp_path: Path) -> None:
     result = run([*SGLANG, "--model-path", str(tmp_path), *KASCADE])
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"kascade: no Kascade plan for {tmp_path}: make one with `kascade")
+    assert last.startswith(f"kascade: no Kascade plan for {tmp_path}: no kascade_plan.json beside")
+    assert "make one with `kascade calibrate" in last
 
 
 def bench(tool: str, *flags: str) -> subprocess.CompletedProcess[str]:
