@@ -16,7 +16,7 @@ UNIT_TESTS := tests/project tests/plan tests/plugin tests/kernels tests/backend 
 	--ignore=tests/project/test_wheel.py
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test test-fast test-host test-serving test-kernels test-gpu check eval bench \
+.PHONY: demo serve test test-fast test-host try-host test-serving test-kernels test-gpu check eval bench \
 	bench-decode bench-prefill bench-quality bench-serving soak readme-tables wheel clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml
@@ -49,6 +49,13 @@ test-kernels: $(STAMP)  ## kernels, the backend and a server in Triton's interpr
 
 test-host: $(STAMP)  ## what depends on SGLang, on another release: make test-host SGLANG=0.5.23
 	$(PYTEST) tests/plugin tests/plan tests/backend tests/e2e/test_server.py
+
+# What it changes is what to commit where the tests pass.
+try-host:  ## the same on a release that is not verified yet: make try-host SGLANG=0.5.24
+	grep -q '"$(SGLANG)"' kascade_sglang/host/release.py || \
+		sed -i 's/^VERIFIED = (\(.*\))$$/VERIFIED = (\1, "$(SGLANG)")/' kascade_sglang/host/release.py
+	sed -i 's/\(sglang>=.*,<=\).*/\1$(SGLANG)/' setup.cfg
+	$(MAKE) test-host SGLANG=$(SGLANG)
 
 test-fast: $(STAMP)  ## unit tests: no server, no interpreter, no compilation
 	$(PYTEST) $(UNIT_TESTS)

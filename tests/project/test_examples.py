@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kascade_sglang import cli
+from kascade_sglang.host.release import VERIFIED
 from kascade_sglang.settings import SETTINGS
 from tests.support.documents import NOT_RUN, ROOT, Block, blocks, documents
 
@@ -117,3 +118,18 @@ def test_every_make_target_named_exists() -> None:
         assert named_targets <= targets, path
     readme = (ROOT / "README.md").read_text()
     assert {"demo", "test", "test-fast", "test-gpu"} <= set(re.findall(r"make ([a-z-]+)", readme))
+
+
+def test_a_new_release_is_tried_by_one_command(tmp_path: Path) -> None:
+    """All but the venv and the tests: what `make try-host` writes, twice."""
+    host = Path("kascade_sglang/host")
+    (tmp_path / host).mkdir(parents=True)
+    for name in ("Makefile", "setup.cfg", str(host / "release.py")):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    command = ["make", "try-host", "SGLANG=9.8.7", "MAKE=true"]
+    for _ in range(2):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    values: dict[str, object] = {}
+    exec((tmp_path / host / "release.py").read_text(), values)
+    assert values["VERIFIED"] == (*VERIFIED, "9.8.7")
+    assert f"sglang>={VERIFIED[0]},<=9.8.7\n" in (tmp_path / "setup.cfg").read_text()
