@@ -1,4 +1,4 @@
-"""Every setting, declared once: variable, flag, help, parsing, the README's table and the log.
+"""Every setting, declared once: variable, flag, help, parsing, the documents' table and the log.
 
 Precedence: command-line flag, environment variable, ``"kascade"`` key of the model's config,
 then what the plan says. This module alone reads the environment.
@@ -211,7 +211,7 @@ def carry_flags(arguments: Mapping[str, Any]) -> None:
 
 
 def table() -> list[list[str]]:
-    """Return the README's table of settings, its header first."""
+    """Return the documents' table of settings, its header first."""
     rows = [["setting", "flag", "environment", "default"]]
     for each in SETTINGS.values():
         flag = f"`{each.flag}`" if each.about.flag else ""
