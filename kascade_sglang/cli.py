@@ -55,7 +55,8 @@ def _anchor_count_or_list(text: str) -> int | tuple[int, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kascade", description=__doc__.splitlines()[0])
-    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and the GPU")
+    about = {"action": _Version, "nargs": 0, "default": argparse.SUPPRESS}
+    parser.add_argument("--version", help="print versions and the GPU", **about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_calibrate(commands)
