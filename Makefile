@@ -11,15 +11,16 @@ PYTEST := $(BIN)/python -m pytest -q
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py
-UNIT_TESTS := tests/plan tests/plugin tests/kernels tests/backend tests/calibration/test_anchors.py \
+UNIT_TESTS := tests/project tests/plan tests/plugin tests/kernels tests/backend tests/calibration/test_anchors.py \
 	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_scorers.py \
-	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py
+	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py \
+	--ignore=tests/project/test_wheel.py
 # Importing SGLang takes 8 s, and 20 s where no bytecode is kept: many containers forbid it.
 unexport PYTHONDONTWRITEBYTECODE
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test test-fast test-host test-serving test-kernels test-gpu check eval bench \
-	bench-decode bench-prefill bench-quality bench-serving soak readme-tables clean
+.PHONY: demo serve test test-fast test-host try-host test-serving test-kernels test-gpu check eval bench \
+	bench-decode bench-prefill bench-quality bench-serving soak readme-tables wheel clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
@@ -51,6 +52,13 @@ test-kernels: $(STAMP)  ## kernels and the backend in Triton's interpreter
 test-host: $(STAMP)  ## what depends on SGLang, on another release: make test-host SGLANG=0.5.23
 	$(PYTEST) $(SIDE_BY_SIDE) tests/plugin tests/plan tests/backend tests/compile tests/e2e
 
+# What it changes is what to commit where the tests pass.
+try-host:  ## the same on a release that is not verified yet: make try-host SGLANG=0.5.24
+	grep -q '"$(SGLANG)"' kascade_sglang/host/release.py || \
+		sed -i 's/^VERIFIED = (\(.*\))$$/VERIFIED = (\1, "$(SGLANG)")/' kascade_sglang/host/release.py
+	sed -i 's/\(sglang>=.*,<=\).*/\1$(SGLANG)/' setup.cfg
+	$(MAKE) test-host SGLANG=$(SGLANG)
+
 test-fast: $(STAMP)  ## unit tests: no server, no interpreter, no compilation
 	$(PYTEST) $(UNIT_TESTS)
 
@@ -63,14 +71,15 @@ test-gpu: $(STAMP)  ## kernels, backend and servers on a GPU, then tests of ever
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 1 \
 		--report-api-errors no $(PYTEST) -m memcheck tests/kernels
 
-check: $(STAMP)  ## lint
+check: $(STAMP)  ## lint, and links between the documents
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(PYTEST) tests/project/test_links.py
 
 eval: $(STAMP)  ## retrieval accuracy of every method at equal budgets, through the server
 	$(BIN)/python -m kascade_sglang.evaluation
 
-bench: bench-decode bench-prefill readme-tables  ## measure the kernels on a GPU, and fill the README in
+bench: bench-decode bench-prefill readme-tables  ## measure the kernels on a GPU, and fill the tables in
 
 bench-decode: $(STAMP)  ## decode attention beside FlashAttention-3
 	$(BIN)/python -m benchmarks.bench_decode
@@ -88,8 +97,11 @@ bench-serving: $(STAMP)  ## real servers beside SGLang's own backends, on a GPU
 soak: $(STAMP)  ## twenty minutes of mixed load on one server, on a GPU, every reply checked
 	$(BIN)/python -m benchmarks.soak
 
-readme-tables: $(STAMP)  ## fill the README's tables in from benchmarks/results
+wheel: $(STAMP)  ## an sdist and a wheel, in dist/
+	$(BIN)/python -m build --no-isolation
+
+readme-tables: $(STAMP)  ## fill the documents' tables in from benchmarks/results
 	$(BIN)/python -m benchmarks.readme_tables
 
 clean:
-	rm -rf .venv .venv-* *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* *.egg-info build dist .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The ``kascade`` command: calibrate a model; evaluate a server; show, draw, check, import plans.
+"""The ``kascade`` command: check a machine; calibrate; evaluate a server; show and check plans.
 
 Whatever the user can mend ends as one line on stderr and exit status 1. Only the commands that
 run or read a model import torch.
@@ -11,9 +11,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import kascade_sglang
 from kascade_kernels.budget import Budget
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.evaluation.command import add_eval
@@ -56,15 +55,43 @@ def _anchor_count_or_list(text: str) -> int | tuple[int, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kascade", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--version", action="version", version=f"kascade {kascade_sglang.__version__}"
-    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and the GPU")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_doctor(commands)
     _add_calibrate(commands)
     add_eval(commands)
     plan = commands.add_parser("plan", help="show, compare, draw, check or import plans")
     _add_plan_commands(plan.add_subparsers(required=True, metavar="COMMAND"))
     return parser
+
+
+class _Version(argparse.Action):
+    """Print versions and exit: torch, which is asked for the GPU, is imported for this alone."""
+
+    def __call__(self, *_: Any) -> None:
+        from kascade_sglang.doctor import version_line
+
+        print(version_line())
+        raise SystemExit(0)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "doctor", help="say whether this machine can serve, and how to mend what cannot"
+    )
+    parser.add_argument("--model", help="folder or Hugging Face id that it should serve")
+    parser.add_argument(
+        "flags", nargs="*", metavar="-- FLAGS", help="flags that the server will get, after --"
+    )
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from kascade_sglang.doctor import diagnose, show
+
+    return show(diagnose(args.model, args.flags), Console())
 
 
 def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
@@ -73,15 +100,15 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
     add("--model", required=True, help="folder or Hugging Face id")
     add(
         "--anchors",
-        default=5,
         type=_anchor_count_or_list,
         metavar="K | 0,2,8",
-        help="how many anchor layers to pick (5), layer 0 included, or the layers themselves",
+        help="how many anchor layers to pick (8), layer 0 included, or the layers themselves",
     )
     add("--out", required=True, type=Path, help="the plan file to write")
     add("--report", type=Path, help="also draw a page about it: .png, .svg or .html")
     add("--device", default="auto", help="auto (the default), cpu, cuda, ...")
     add("--device-map", metavar="auto", help="spread the model over all GPUs, with accelerate")
+    _add_trust(parser)
     add("--dtype", default="auto", help="auto (the default), float32, bfloat16 or float16")
     add("--tiles", type=int, default=64, help="query tiles to measure in each prompt (64)")
     add(
@@ -95,13 +122,20 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_calibrate)
 
 
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+
+
 def _add_source(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--prompts",
         type=Path,
-        help=".jsonl with one object a line (text, prompt or messages), or a text file, which is "
-        "cut into prompts of --max-tokens; without it and --dataset, books in the package",
+        help=".jsonl with one object a line (text, prompt, messages or conversations), a .json "
+        "array of them, or a text file, which is cut into prompts of --max-tokens; each may be "
+        ".gz; without it and --dataset, books in the package",
     )
     add("--dataset", help="Hugging Face data set to draw prompts from")
     add("--dataset-config", metavar="NAME", help="one of the data set's configurations")
@@ -138,11 +172,13 @@ def _add_plan_commands(commands: "argparse._SubParsersAction") -> None:
     report.add_argument("--out", required=True, type=Path, help="the page: .png, .svg or .html")
     check = commands.add_parser("check", help="say whether a plan can be used")
     check.add_argument("--model", help="folder or Hugging Face id that it must fit")
+    _add_trust(check)
     convert = commands.add_parser(
         "import", help="convert a head map of microsoft/kascade (.npy) to a plan"
     )
     convert.add_argument("--model", required=True, help="folder or Hugging Face id it is for")
     convert.add_argument("--out", required=True, type=Path, help="the plan file to write")
+    _add_trust(convert)
     _add_budget(convert)
     for parser, run in ((show, _show), (check, _check), (report, _report), (convert, _import)):
         kinds = (
@@ -188,10 +224,10 @@ def _load_path(
     return plan_from_npy(path, anchors, shape=shape)
 
 
-def _model_shape(model: str) -> "ModelShape":
+def _model_shape(model: str, trust_remote_code: bool) -> "ModelShape":
     from kascade_sglang.calibration.hf_model import read_config, shape_of
 
-    return shape_of(read_config(model))
+    return shape_of(read_config(model, trust_remote_code))
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -201,7 +237,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    shape = _model_shape(args.model) if args.model else None
+    shape = _model_shape(args.model, args.trust_remote_code) if args.model else None
     plan = _load(args, shape)
     if shape is not None:
         plan.check_fits(shape)
@@ -235,7 +271,7 @@ def _import(args: argparse.Namespace) -> None:
         budget = Budget(args.topk_ratio, args.min_k)
     except ValueError as error:
         raise PlanError(str(error)) from error
-    shape = _model_shape(args.model)
+    shape = _model_shape(args.model, args.trust_remote_code)
     plan = plan_from_npy(args.path, args.anchors, args.model, shape, budget, args.heads)
     try:
         plan.save(args.out)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,29 +32,37 @@ from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.replay import MOST_ROWS, reply_rows
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
 from kascade_sglang.errors import CalibrationError
-from kascade_sglang.files import why_unwritable
+from kascade_sglang.files import expand, why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
 from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan
 
 logger = logging.getLogger(__name__)
 
 
+ANCHORS = 8
+"""How many to pick where nobody says. Five, as in the paper, answer worse on a pretrained model of
+1.5B parameters (``benchmarks/results/quality_models.csv``)."""
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """What the user asks ``kascade calibrate`` for; fields are the options' names.
 
-    anchors: how many to pick, or the layers themselves, whose head maps are then measured.
+    anchors: how many to pick, or the layers themselves, whose head maps are then measured; None
+        means ANCHORS, or all layers with full attention where there are fewer.
+    trust_remote_code: whether code that comes with the model may run.
     report: a page about the plan, .png, .svg or .html. tiles: query tiles of each prompt.
     criterion: what anchors are chosen by, one of CRITERIA.
     """
 
     model: str
     out: Path
-    anchors: int | tuple[int, ...] = 5
+    anchors: int | tuple[int, ...] | None = None
     source: PromptSource = field(default_factory=PromptSource)
     report: Path | None = None
     device: str = "auto"
     device_map: str | None = None
+    trust_remote_code: bool = False
     dtype: str = "auto"
     topk_ratio: float = 0.1
     min_k: int = 128
@@ -75,6 +84,7 @@ class Measured(NamedTuple):
     shape: ModelShape
     budget: Budget
     provenance: dict[str, Any]
+    anchors: int | tuple[int, ...]
 
     def plan(self, anchors: int | tuple[int, ...], heads: str, criterion: str = "error") -> Plan:
         """Build a plan; see ``CalibrationConfig``."""
@@ -90,7 +100,7 @@ def calibrate(config: CalibrationConfig) -> Plan:
     Raises CalibrationError, before the weights are loaded where that is possible.
     """
     measured, checkpoint = measure(config)
-    plan = measured.plan(config.anchors, config.heads, config.criterion)
+    plan = measured.plan(measured.anchors, config.heads, config.criterion)
     try:
         plan.save(config.out)
     except OSError as error:
@@ -107,22 +117,27 @@ def calibrate(config: CalibrationConfig) -> Plan:
 def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     """Measure a model, or what a stopped run has not; raises as ``calibrate`` does."""
     budget = _check(config)
-    hf_config = hf_model.read_config(config.model)
+    hf_config = hf_model.read_config(config.model, config.trust_remote_code)
     shape = hf_model.shape_of(hf_config)
-    tokenizer = hf_model.load_tokenizer(config.model)
+    tokenizer = hf_model.load_tokenizer(config.model, config.trust_remote_code)
     found = config.source.read(tokenizer, hf_model.context_length(hf_config))
     found = found._replace(prompts=_long_enough(found.prompts, budget, config.source.name))
     windowed = hf_model.windowed_layers(hf_config, _longest(found.prompts))
-    _check_anchors(config.anchors, [n for n in range(shape.layers) if n not in windowed])
+    full = [layer for layer in range(shape.layers) if layer not in windowed]
+    anchors = min(ANCHORS, len(full)) if config.anchors is None else config.anchors
+    _check_anchors(anchors, full)
     if config.criterion == "error":
         _say_what_errors_are_of(found.prompts, budget, config)
     _check_vocabulary(found.prompts, hf_config.get_text_config().vocab_size, config.model)
     device = hf_model.pick_device(config.device)
     checkpoint = Checkpoint(config.out, _settings(config, hf_config, found, device))
-    model = hf_model.load_model(config.model, config.dtype, device, config.device_map)
+    model = hf_model.load_model(
+        config.model, config.dtype, device, config.device_map, config.trust_remote_code
+    )
     stats = _measure(model, found.prompts, budget, config, checkpoint)
     provenance = _provenance(config, found, model)
-    return Measured(stats, _model_name(config.model), shape, budget, provenance), checkpoint
+    name = _model_name(config.model)
+    return Measured(stats, name, shape, budget, provenance, anchors), checkpoint
 
 
 def _check(config: CalibrationConfig) -> Budget:
@@ -286,8 +301,8 @@ def _measure(
 
 def _model_name(model: str) -> str:
     """Return a hub id as it is and a local folder's name, so that no path enters the plan."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
+    folder = expand(model)
+    return folder.resolve().name if os.path.isdir(folder) else model
 
 
 def _settings(

@@ -4,7 +4,7 @@ A module holds ``TARGET`` (the symbol), ``KIND`` (when it runs) and ``hook``; it
 why, how, and when it can be removed. ``README.md`` beside this package is the register.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -13,6 +13,9 @@ import torch
 
 from kascade_patches import (
     get_last_loc,
+    grammar_apply,
+    grammar_apply_reasoning,
+    grammar_bitmask,
     pool_cell_size,
     pool_sizes,
     server_args_add_cli_args,
@@ -22,14 +25,19 @@ from kascade_patches import (
 )
 from kascade_sglang.errors import KascadeError
 
+ARGUMENTS = (server_args_add_cli_args, server_args_from_cli_args, server_args_resolve)
 EVERYWHERE = (
-    server_args_add_cli_args,
-    server_args_from_cli_args,
-    server_args_resolve,
+    *ARGUMENTS,
     pool_cell_size,
     pool_sizes,
 )
-WITHOUT_GPU = (support_triton, get_last_loc)
+WITHOUT_GPU = (
+    support_triton,
+    get_last_loc,
+    grammar_bitmask,
+    grammar_apply,
+    grammar_apply_reasoning,
+)
 
 _ran: set[str] = set()
 
@@ -51,9 +59,18 @@ def register_hooks() -> None:
         HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
 
 
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+def not_run(modules: Iterable[ModuleType]) -> list[str]:
+    """Return the names of those hooks that have not run in this process."""
+    return [name for name in map(_name, modules) if name not in _ran]
+
+
 def _noted(module: ModuleType) -> Callable[..., Any]:
     """Return a module's hook, which notes that it ran."""
-    name = module.__name__.rpartition(".")[2]
+    name = _name(module)
 
     @wraps(module.hook)
     def hook(*args: Any, **kwargs: Any) -> Any:

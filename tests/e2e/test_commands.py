@@ -66,7 +66,8 @@ def test_refusal_is_one_sentence_and_status_one(tmp_path: Path) -> None:
     result = run([*SGLANG, "--model-path", str(tmp_path), *KASCADE])
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"kascade: no Kascade plan for {tmp_path}: make one with `kascade")
+    assert last.startswith(f"kascade: no Kascade plan for {tmp_path}: no kascade_plan.json beside")
+    assert "make one with `kascade calibrate" in last
 
 
 def bench(tool: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -113,3 +114,13 @@ def test_bench_offline_throughput(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(out.read_text().splitlines()[-1])["successful_requests"] == 4
+
+
+def test_doctor_proves_in_a_fresh_process_that_hooks_run() -> None:
+    doctor = [sys.executable, "-m", "kascade_sglang.cli", "doctor"]
+    well = run([*doctor, "--model", str(MODEL), "--", "--page-size", "32"])
+    assert well.returncode == 0, well.stdout + well.stderr
+    assert "ready to serve" in well.stdout and "live on SGLang's symbols" in well.stdout
+    kept_out = run(doctor, SGLANG_PLUGINS="another")
+    assert kept_out.returncode == 1
+    assert "unset SGLANG_PLUGINS" in kept_out.stdout and "Traceback" not in kept_out.stderr
