@@ -3,6 +3,7 @@
 import asyncio
 import random
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
