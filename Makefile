@@ -14,6 +14,8 @@ UNIT_TESTS := tests/project tests/plan tests/plugin tests/kernels tests/backend 
 	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_scorers.py \
 	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py \
 	--ignore=tests/project/test_wheel.py
+# Importing SGLang takes 8 s, and 20 s where no bytecode is kept: many containers forbid it.
+unexport PYTHONDONTWRITEBYTECODE
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
 .PHONY: demo serve test test-fast test-host try-host test-serving test-kernels test-gpu check eval bench \

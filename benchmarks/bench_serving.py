@@ -37,7 +37,7 @@ from kascade_sglang.errors import KascadeError
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
 from kascade_sglang.servers.counters import read_samples
-from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, run_command
 
 RESULTS = Path(__file__).parent / "results/serving_h100.csv"
 PROFILE = "serving_profile_h100.csv"
@@ -287,7 +287,6 @@ def main() -> int:
     options = parse_arguments()
     if not torch.cuda.is_available():
         sys.exit("bench-serving: expected a CUDA GPU, got none; run it on a machine that has one")
-    stop_servers_on_sigterm()
     folder = Path(tempfile.mkdtemp(prefix="kascade-serving-"))
     model = options.model_path or make_shape(options.model, folder)
     stamp = gpu_provenance(options.commit)
@@ -303,4 +302,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -28,7 +28,7 @@ from benchmarks.serving_model import ANCHORS, make_shape
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
 from kascade_sglang.servers.counters import read_samples
-from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, run_command
 
 RESULTS = Path(__file__).parent / "results/soak_h100.csv"
 COLUMNS = """model minutes clients longest requests compared aborted flushed retracted wrong_length
@@ -59,9 +59,12 @@ class Prompt:
 class Load:
     """Clients that ask until a deadline; ``counts`` holds what happened."""
 
-    def __init__(self, url: str, prompts: list[Prompt], compare: bool) -> None:
+    def __init__(self, server: Server, prompts: list[Prompt], compare: bool) -> None:
         self.counts: Counter[str] = Counter()
-        self._client = httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits())
+        self._server = server
+        self._client = httpx.AsyncClient(
+            base_url=server.url, timeout=600, limits=httpx.Limits(), trust_env=False
+        )
         self._prompts, self._compare = prompts, compare
         self._may_ask = asyncio.Event()
         self._running = 0
@@ -80,6 +83,7 @@ class Load:
         with tqdm(total=round(seconds), desc="load", unit="s") as bar:
             while time.monotonic() < end:
                 await asyncio.sleep(1)
+                self._server.require_running()
                 bar.update()
         flusher.cancel()
         self._may_ask.set()
@@ -145,7 +149,7 @@ def retracted(server: Server) -> int:
 
 async def soak(server: Server, prompts: list[Prompt], options: argparse.Namespace) -> dict:
     """Run the load; returns the row's figures. Memory while prompts are alone is the baseline."""
-    load = Load(server.url, prompts, options.deterministic)
+    load = Load(server, prompts, options.deterministic)
     with PeakMemory() as first:
         await load.ask_alone()
     with PeakMemory() as last:
@@ -194,7 +198,6 @@ def main() -> int:
     options = parse_arguments()
     if not torch.cuda.is_available():
         sys.exit("soak: expected a CUDA GPU, got none; run it on a machine that has one")
-    stop_servers_on_sigterm()
     folder = Path(tempfile.mkdtemp(prefix="kascade-soak-"))
     flags = ["--page-size", "32", *options.server_flags]
     flags += ["--enable-deterministic-inference"] if options.deterministic else []
@@ -214,4 +217,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

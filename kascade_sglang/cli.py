@@ -109,6 +109,7 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
     add("--report", type=Path, help="also draw a page about it: .png, .svg or .html")
     add("--device", default="auto", help="auto (the default), cpu, cuda, ...")
     add("--device-map", metavar="auto", help="spread the model over all GPUs, with accelerate")
+    _add_trust(parser)
     add("--dtype", default="auto", help="auto (the default), float32, bfloat16 or float16")
     add("--tiles", type=int, default=64, help="query tiles to measure in each prompt (64)")
     add(
@@ -122,13 +123,20 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_calibrate)
 
 
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+
+
 def _add_source(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--prompts",
         type=Path,
-        help=".jsonl with one object a line (text, prompt or messages), or a text file, which is "
-        "cut into prompts of --max-tokens; without it and --dataset, books in the package",
+        help=".jsonl with one object a line (text, prompt, messages or conversations), a .json "
+        "array of them, or a text file, which is cut into prompts of --max-tokens; each may be "
+        ".gz; without it and --dataset, books in the package",
     )
     add("--dataset", help="Hugging Face data set to draw prompts from")
     add("--dataset-config", metavar="NAME", help="one of the data set's configurations")
@@ -165,11 +173,13 @@ def _add_plan_commands(commands: "argparse._SubParsersAction") -> None:
     report.add_argument("--out", required=True, type=Path, help="the page: .png, .svg or .html")
     check = commands.add_parser("check", help="say whether a plan can be used")
     check.add_argument("--model", help="folder or Hugging Face id that it must fit")
+    _add_trust(check)
     convert = commands.add_parser(
         "import", help="convert a head map of microsoft/kascade (.npy) to a plan"
     )
     convert.add_argument("--model", required=True, help="folder or Hugging Face id it is for")
     convert.add_argument("--out", required=True, type=Path, help="the plan file to write")
+    _add_trust(convert)
     _add_budget(convert)
     for parser, run in ((show, _show), (check, _check), (report, _report), (convert, _import)):
         kinds = (
@@ -215,10 +225,10 @@ def _load_path(
     return plan_from_npy(path, anchors, shape=shape)
 
 
-def _model_shape(model: str) -> "ModelShape":
+def _model_shape(model: str, trust_remote_code: bool) -> "ModelShape":
     from kascade_sglang.calibration.hf_model import read_config, shape_of
 
-    return shape_of(read_config(model))
+    return shape_of(read_config(model, trust_remote_code))
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -228,7 +238,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    shape = _model_shape(args.model) if args.model else None
+    shape = _model_shape(args.model, args.trust_remote_code) if args.model else None
     plan = _load(args, shape)
     if shape is not None:
         plan.check_fits(shape)
@@ -262,7 +272,7 @@ def _import(args: argparse.Namespace) -> None:
         budget = Budget(args.topk_ratio, args.min_k)
     except ValueError as error:
         raise PlanError(str(error)) from error
-    shape = _model_shape(args.model)
+    shape = _model_shape(args.model, args.trust_remote_code)
     plan = plan_from_npy(args.path, args.anchors, args.model, shape, budget, args.heads)
     try:
         plan.save(args.out)

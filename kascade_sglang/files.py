@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 
+def expand(name: str) -> Path:
+    """Return the path that a user has named, ``~`` read as a shell reads it.
+
+    What is asked of a path is asked of ``os.path``, which answers no for names that no system
+    takes, too long or in circles, where ``Path`` raises.
+    """
+    return Path(os.path.expanduser(name))
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file's content in one step, through a neighbouring ``.part`` file.
 
@@ -34,9 +43,9 @@ def why_unwritable(path: Path, others: Mapping[str, Path | None] | None = None) 
     for name, other in (others or {}).items():
         if other is not None and os.path.realpath(other) == os.path.realpath(path):
             return f"expected a file of its own, got that of {name}; name another"
-    if path.is_dir():
+    if os.path.isdir(path):
         return "expected a file's name, got a folder; add a name"
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"expected a folder that exists, got {path.parent}; make it first"
     if not os.access(path.parent, os.W_OK):
         return f"expected a folder that can be written, got {path.parent}; name another"

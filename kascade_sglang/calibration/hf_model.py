@@ -5,57 +5,49 @@ becomes one sentence.
 """
 
 import importlib.util
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from kascade_sglang.calibration.quantised import (
+    WAY_OUT,
+    quantisation,
+    refuse_unread_scales,
+    refuse_unused,
+)
 from kascade_sglang.errors import CalibrationError
+from kascade_sglang.files import expand
 from kascade_sglang.plan.schema import ModelShape
+from kascade_sglang.text import tokenizer
+from kascade_sglang.text.reading import UnreadableError, cause, one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    ZeroDivisionError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
-def _one_line(error: BaseException) -> str:
-    """Return a library's message, which may run over many lines, as a part of a sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+def read_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the configuration of a local folder or hub id; raises CalibrationError.
 
-
-def read_config(model: str) -> PreTrainedConfig:
-    """Return the configuration of a local folder or hub id; raises CalibrationError."""
+    trust_remote_code: whether code that comes with a model may run; never asked for on a terminal.
+    """
+    # Files of others, and their code where it is trusted, raise errors of any type.
     try:
-        return AutoConfig.from_pretrained(model)
-    except _UNREADABLE as error:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:
         raise CalibrationError(
-            f"model {model}: cannot read its configuration ({_one_line(error)})"
+            f"model {model}: cannot read its configuration ({cause(error)})"
         ) from error
 
 
@@ -81,7 +73,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise CalibrationError(
             f"model: a {config.model_type} configuration describes no decoder of attention "
-            f"layers ({_one_line(error)})"
+            f"layers ({one_line(error)})"
         ) from error
     for name, value in asdict(shape).items():
         if not isinstance(value, int) or value < 1:
@@ -124,8 +116,25 @@ def windowed_layers(config: PreTrainedConfig, longest: int) -> tuple[int, ...]:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions the model was made for, where the configuration says so."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Return the number of positions the model is for, where the configuration says so.
+
+    Where rotary embeddings are scaled, the context that they are scaled to, if it is larger.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    by_layer = isinstance(rope, Mapping) and "full_attention" in rope
+    rope = rope["full_attention"] if by_layer else rope
+    if not isinstance(rope, Mapping):
+        return positions
+    factor = rope.get("factor")
+    # Models with embeddings for each kind of layer (Gemma 3) count in ``positions`` what they
+    # scale, unless they say from where.
+    original = rope.get("original_max_position_embeddings") or (None if by_layer else positions)
+    numbers = (positions, factor, original)
+    if any(not isinstance(number, int | float) or not number < math.inf for number in numbers):
+        return positions
+    return max(positions, int(factor * original))
 
 
 def pick_device(name: str) -> torch.device:
@@ -136,14 +145,14 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" has room, but for no numbers
     except (RuntimeError, AssertionError) as error:
-        raise CalibrationError(f"--device {name}: not usable ({_one_line(error)})") from error
+        raise CalibrationError(f"--device {name}: not usable ({one_line(error)})") from error
     return device
 
 
 def weights_version(model: str, config: PreTrainedConfig) -> Any:
     """Return what tells these weights from others: a hub commit, or the files' sizes and times."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
+    folder = expand(model)
+    if not os.path.isdir(folder):
         return getattr(config, "_commit_hash", None)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -162,35 +171,46 @@ def check_device_map(device_map: str | None) -> None:
 
 
 def load_model(
-    model: str, dtype: str, device: torch.device, device_map: str | None = None
+    model: str,
+    dtype: str,
+    device: torch.device,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load the weights for inference.
 
     dtype: one of DTYPES; ``auto`` is the checkpoint's own on a GPU and float32 on a CPU.
     device_map: one of DEVICE_MAPS, by which accelerate spreads the layers over all GPUs, then
         the CPU; None puts everything on ``device``.
-    Raises CalibrationError where the model cannot be read, lacks weights or does not fit.
+    Raises CalibrationError where the model cannot be read, lacks weights or does not fit, or has
+    weights that are nothing without scales which would not be read.
     """
     if dtype not in DTYPES:
         raise CalibrationError(f"--dtype: expected one of {DTYPES}, got {dtype!r}")
     check_device_map(device_map)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
+    config = read_config(model, trust_remote_code)
+    refuse_unread_scales(model, config)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=wanted,
             device_map=device_map,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         if device_map is None:
             loaded = loaded.to(device)
-    except _UNREADABLE as error:
+    except Exception as error:  # as above
+        way_out = f"; {WAY_OUT}" if quantisation(config) else ""
         raise CalibrationError(
-            f"model {model}: cannot load its weights ({_one_line(error)})"
+            f"model {model}: cannot load its weights ({cause(error)}){way_out}"
         ) from error
+    refuse_unread_scales(model, config)
+    refuse_unused(model, loaded, found["unexpected_keys"])
     _check_complete(model, found)
     return loaded.eval()
 
@@ -205,14 +225,12 @@ def _check_complete(model: str, found: Mapping[str, Any]) -> None:
         )
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; raises CalibrationError."""
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except _UNREADABLE as error:
-        raise CalibrationError(
-            f"model {model}: cannot load its tokenizer ({_one_line(error)})"
-        ) from error
+        return tokenizer.load_tokenizer(model, trust_remote_code)
+    except UnreadableError as error:
+        raise CalibrationError(f"model {model}: cannot load its tokenizer ({error})") from error
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -1,18 +1,20 @@
 """Prompts to calibrate on, from a file of texts to lists of token ids.
 
-``.jsonl``: one prompt a line, an object with ``text``, ``prompt`` or ``messages`` (a chat, rendered
-with the tokenizer's template). Any other file: plain text, cut into prompts of equal length.
+``.jsonl`` and ``.ndjson``: one prompt a line, an object with ``text``, ``prompt``, ``messages`` or
+ShareGPT's ``conversations`` (chats, rendered with the tokenizer's template). ``.json``: an array of
+them. Any other file: plain text, cut into prompts of equal length. Each may be packed by gzip.
 """
 
 import hashlib
-import json
 import os
 import random
 from bisect import bisect_left, bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from kascade_sglang.calibration.records import records, text_or_chat
 from kascade_sglang.errors import CalibrationError
+from kascade_sglang.text.reading import UnreadableError, one_line, read_text
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -55,10 +57,13 @@ def read_prompts(
     """
     check_limits(context, max_tokens, limit)
     text = _read_text(path)
-    if path.suffix == ".jsonl":
-        prompts = _from_lines(path, text, tokenizer, context, max_tokens)
-    else:
+    found = records(path, text)
+    if found is None:
         prompts = cut_text(text, tokenizer, context, max_tokens)
+    else:
+        prompts = [
+            to_prompt(record, where, tokenizer, context, max_tokens) for where, record in found
+        ]
     if not prompts:
         raise CalibrationError(f"{path}: no prompts in it")
     return draw(prompts, limit, seed)
@@ -70,7 +75,9 @@ def check_limits(context: int | None, max_tokens: int | None, limit: int | None)
         raise CalibrationError(f"--max-tokens: expected 1 or more, got {max_tokens}")
     if max_tokens is not None and context is not None and max_tokens > context:
         raise CalibrationError(
-            f"--max-tokens {max_tokens}: more than the model's context of {context} tokens"
+            f"--max-tokens {max_tokens}: more than the model's context of {context} tokens; lower "
+            "it, or say in the model's config.json how its rotary embeddings are scaled "
+            "(rope_scaling, max_position_embeddings)"
         )
     if limit is not None and limit < 1:
         raise CalibrationError(f"--limit: expected 1 or more, got {limit}")
@@ -91,34 +98,12 @@ def file_digest(path: Path) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot read the prompts ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: not UTF-8 text ({error.reason})") from error
+        text = read_text(path)
+    except UnreadableError as error:
+        raise CalibrationError(f"{path}: cannot read the prompts ({error})") from error
     if not text.strip():
         raise CalibrationError(f"{path}: the file is empty")
     return text
-
-
-def _from_lines(
-    path: Path,
-    text: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    context: int | None,
-    max_tokens: int | None,
-) -> list[Prompt]:
-    prompts = []
-    # Not splitlines: JSON strings may hold U+2028 and its kin unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{path}:{number}: not JSON ({error})") from error
-        prompts.append(to_prompt(record, f"{path}:{number}", tokenizer, context, max_tokens))
-    return prompts
 
 
 def to_prompt(
@@ -128,7 +113,7 @@ def to_prompt(
     context: int | None,
     max_tokens: int | None,
 ) -> Prompt:
-    """Return the prompt of an object with ``text``, ``prompt`` or ``messages``.
+    """Return the prompt of a record; ``records.text_or_chat`` says of which.
 
     where: what to call it in a refusal. Raises CalibrationError for another object, and for a
     prompt longer than the context unless ``max_tokens`` cuts it.
@@ -154,25 +139,21 @@ def _encode(text: str, tokenizer: "PreTrainedTokenizerBase", **options: bool) ->
 
 
 def _prompt_of(record: Any, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
-    if isinstance(record, dict):
-        for key in ("text", "prompt"):
-            if isinstance(record.get(key), str):
-                return Prompt(list(_encode(record[key], tokenizer).input_ids))
-        if isinstance(record.get("messages"), list):
-            return _prompt_of_chat(record["messages"], tokenizer)
-    raise CalibrationError('expected an object with "text", "prompt" or "messages"')
+    found = text_or_chat(record)
+    if isinstance(found, str):
+        return Prompt(list(_encode(found, tokenizer).input_ids))
+    return _prompt_of_chat(found, tokenizer)
 
 
-def _prompt_of_chat(messages: list[Any], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+def _prompt_of_chat(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
     if not getattr(tokenizer, "chat_template", None):
-        raise CalibrationError('"messages" need a chat template, and the tokenizer has none')
-    if not messages or not all(isinstance(turn, dict) and "role" in turn for turn in messages):
-        raise CalibrationError('"messages": expected objects with "role" and "content"')
+        raise CalibrationError("a chat needs a chat template, and the tokenizer has none")
     # Templates are programs of their own: their errors are of any type.
     try:
         text = _render(messages, messages[-1]["role"] == "user", tokenizer)
     except Exception as error:
-        raise CalibrationError(f"the chat template refuses the messages ({error})") from error
+        why = one_line(error)
+        raise CalibrationError(f"the chat template refuses the messages ({why})") from error
     # The template has written the special tokens already.
     options = {"add_special_tokens": False, "return_offsets_mapping": tokenizer.is_fast}
     encoded = _encode(text, tokenizer, **options)
@@ -185,7 +166,9 @@ def _prompt_of_chat(messages: list[Any], tokenizer: "PreTrainedTokenizerBase") -
     return Prompt(ids, tuple((bisect_right(ends, a), bisect_left(starts, b)) for a, b in spans))
 
 
-def _render(messages: list[Any], prompting: bool, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _render(
+    messages: list[dict[str, Any]], prompting: bool, tokenizer: "PreTrainedTokenizerBase"
+) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
 
 

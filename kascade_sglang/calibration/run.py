@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.replay import MOST_ROWS, reply_rows
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
 from kascade_sglang.errors import CalibrationError
-from kascade_sglang.files import why_unwritable
+from kascade_sglang.files import expand, why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
 from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan
 
@@ -43,6 +44,7 @@ class CalibrationConfig:
     """What the user asks ``kascade calibrate`` for; fields are the options' names.
 
     anchors: how many to pick, or the layers themselves, whose head maps are then measured.
+    trust_remote_code: whether code that comes with the model may run.
     report: a page about the plan, .png, .svg or .html. tiles: query tiles of each prompt.
     criterion: what anchors are chosen by, one of CRITERIA.
     """
@@ -54,6 +56,7 @@ class CalibrationConfig:
     report: Path | None = None
     device: str = "auto"
     device_map: str | None = None
+    trust_remote_code: bool = False
     dtype: str = "auto"
     topk_ratio: float = 0.1
     min_k: int = 128
@@ -107,9 +110,9 @@ def calibrate(config: CalibrationConfig) -> Plan:
 def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     """Measure a model, or what a stopped run has not; raises as ``calibrate`` does."""
     budget = _check(config)
-    hf_config = hf_model.read_config(config.model)
+    hf_config = hf_model.read_config(config.model, config.trust_remote_code)
     shape = hf_model.shape_of(hf_config)
-    tokenizer = hf_model.load_tokenizer(config.model)
+    tokenizer = hf_model.load_tokenizer(config.model, config.trust_remote_code)
     found = config.source.read(tokenizer, hf_model.context_length(hf_config))
     found = found._replace(prompts=_long_enough(found.prompts, budget, config.source.name))
     windowed = hf_model.windowed_layers(hf_config, _longest(found.prompts))
@@ -119,7 +122,9 @@ def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     _check_vocabulary(found.prompts, hf_config.get_text_config().vocab_size, config.model)
     device = hf_model.pick_device(config.device)
     checkpoint = Checkpoint(config.out, _settings(config, hf_config, found, device))
-    model = hf_model.load_model(config.model, config.dtype, device, config.device_map)
+    model = hf_model.load_model(
+        config.model, config.dtype, device, config.device_map, config.trust_remote_code
+    )
     stats = _measure(model, found.prompts, budget, config, checkpoint)
     provenance = _provenance(config, found, model)
     return Measured(stats, _model_name(config.model), shape, budget, provenance), checkpoint
@@ -286,8 +291,8 @@ def _measure(
 
 def _model_name(model: str) -> str:
     """Return a hub id as it is and a local folder's name, so that no path enters the plan."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
+    folder = expand(model)
+    return folder.resolve().name if os.path.isdir(folder) else model
 
 
 def _settings(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ from kascade_sglang.calibration.prompts import (
     to_prompt,
 )
 from kascade_sglang.errors import CalibrationError
+from kascade_sglang.files import expand
 from kascade_sglang.text.books import load_books
 
 if TYPE_CHECKING:
@@ -80,8 +82,8 @@ class PromptSource:
         if self.dataset is not None:
             prompts = self._from_dataset(tokenizer, context)
             # Of a local folder only the name, so that no path enters the plan.
-            folder = Path(self.dataset).expanduser()
-            short = folder.resolve().name if folder.is_dir() else self.dataset
+            folder = expand(self.dataset)
+            short = folder.resolve().name if os.path.isdir(folder) else self.dataset
             name = ":".join(filter(None, (short, self.dataset_config, self.split)))
         else:
             text = "\n".join(" ".join((title, *rest)) for title, rest in load_books())

@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from openai import AsyncOpenAI
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -25,9 +24,9 @@ from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import load_plan
 from kascade_sglang.provenance import provenance
-from kascade_sglang.servers.client import Answer, ask, ask_all
+from kascade_sglang.servers.client import Answer, ask, ask_all, client_of
 from kascade_sglang.servers.demo_model import MODEL, demo_arguments
-from kascade_sglang.servers.process import Server, ServerError, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, run_command
 from kascade_sglang.sparsity import key_reads
 from kascade_sglang.text.documents import Document, make_document
 
@@ -95,7 +94,7 @@ async def question_server(
 ) -> tuple[list[Answer], list[Answer]]:
     """Ask everything: the first question of a document alone, the others concurrently."""
     answers, cold = [], []
-    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
+    async with client_of(server.url) as client:
         for document in documents():
             console.print(f"[cyan]{escape(document.title)}[/], with facts hidden in it")
             first, *rest = document.questions
@@ -195,19 +194,14 @@ def main() -> int:
     parser.add_argument("--record", type=Path, metavar="FOLDER", help="write demo.csv and demo.svg")
     parser.add_argument("--dense", default=default_dense_backend(), help="backend to compare with")
     options = parser.parse_args()
-    stop_servers_on_sigterm()
     plan = load_plan(MODEL / PLAN_NAME)
     config = load_config(str(MODEL), plan.shape)
     logs = Path(tempfile.mkdtemp(prefix="kascade-demo-"))
     console.print(f"server logs: {logs}")
-    try:
-        runs = [
-            run_backend("kascade", options.dense, config, logs / "kascade.log"),
-            run_backend(options.dense, options.dense, None, logs / "dense.log"),
-        ]
-    except (ServerError, RuntimeError) as error:
-        console.print(f"[red]{escape(str(error))}[/]")
-        return 1
+    runs = [
+        run_backend("kascade", options.dense, config, logs / "kascade.log"),
+        run_backend(options.dense, options.dense, None, logs / "dense.log"),
+    ]
     console.print(comparison(runs))
     if options.record:
         record(runs, options.record)
@@ -218,4 +212,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

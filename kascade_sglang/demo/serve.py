@@ -2,24 +2,23 @@
 
 import argparse
 import json
-import signal
+import sys
 import tempfile
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from kascade_sglang.servers.demo_model import MODEL, MODEL_NAME, demo_arguments
-from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, run_command
 from kascade_sglang.text.documents import MAX_TOKENS, make_document, messages
 
 
 def main() -> None:
-    """Serve until interrupted."""
+    """Serve until interrupted; raises ServerError where the server ends before."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--backend", default="kascade")
     options, extra = parser.parse_known_args()
-    stop_servers_on_sigterm()
     folder = Path(tempfile.mkdtemp(prefix="kascade-serve-"))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     document = make_document(1, 4000, lambda text: len(tokenizer.encode(text)), 1)
@@ -38,10 +37,10 @@ def main() -> None:
             flush=True,
         )
         try:
-            signal.pause()
+            server.require_running(None)
         except KeyboardInterrupt:
             print("ending the server")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from openai import AsyncOpenAI
 from rich.console import Console
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -23,10 +22,10 @@ from kascade_sglang.evaluation.methods import Method, all_methods, server_argume
 from kascade_sglang.files import append_csv
 from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.provenance import provenance
-from kascade_sglang.servers.client import Answer, ask_all
+from kascade_sglang.servers.client import Answer, ask_all, client_of
 from kascade_sglang.servers.counters import share_attended
 from kascade_sglang.servers.demo_model import MODEL
-from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, run_command
 from kascade_sglang.text.documents import TASKS, Document, make_document
 
 RESULTS = Path("benchmarks/results")
@@ -51,7 +50,7 @@ def make_documents(length: int, count: int, questions: int) -> list[Document]:
 async def answer_documents(url: str, documents: list[Document], bar: Any) -> list[Answer]:
     """Ask every question; one document at a time, so that its questions share its prefix."""
     answers: list[Answer] = []
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
+    async with client_of(url) as client:
         for document in documents:
             first, *rest = document.questions
             for part in ([first], rest):
@@ -121,7 +120,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the grid; returns the exit status."""
     options = parse_arguments()
-    stop_servers_on_sigterm()
     methods = [
         method
         for method in all_methods(options.ratios)
@@ -151,4 +149,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,10 +1,11 @@
 """``kascade eval``: options, and the run that they ask for. Heavy imports wait for the run."""
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kascade_sglang.errors import EvaluationError
 from kascade_sglang.files import why_unwritable
@@ -42,6 +43,17 @@ def add_eval(commands: "argparse._SubParsersAction") -> None:
     add("--longbench", type=Path, help="folder with LongBench's files, qasper.jsonl and so on")
     add("--aime", type=Path, help=".jsonl with problem and answer")
     add("--text", type=Path, help="text file for perplexity (the bundled books)")
+    add(
+        "--served-model", metavar="NAME", help="which of the server's models (its first base model)"
+    )
+    add(
+        "--chat-template-kwargs",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help="for the chat template, as in '{\"enable_thinking\": false}' (SGLang, vLLM)",
+    )
+    add("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
     add("--label", help="names the run in results (the server's attention backend)")
     add("--concurrency", type=int, default=4, help="requests in flight (4)")
     add("--temperature", type=float, default=0.0, help="of sampling (0)")
@@ -51,13 +63,24 @@ def add_eval(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=evaluate)
 
 
+def _object(text: str) -> dict[str, Any]:
+    """Parse a JSON object; argparse reports what is raised as a usage error."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return found
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Run the tasks; the table goes to stdout, progress to stderr. Raises EvaluationError."""
     _check(args)
     from rich.console import Console
 
     from kascade_sglang.evaluation.endpoint import Endpoint
-    from kascade_sglang.evaluation.harness import Harness
+    from kascade_sglang.evaluation.harness import LOUD, Harness
     from kascade_sglang.evaluation.registry import groups, pick
     from kascade_sglang.evaluation.results import Results
     from kascade_sglang.evaluation.show import check_drawable, plot, table
@@ -65,8 +88,16 @@ def evaluate(args: argparse.Namespace) -> None:
 
     known = groups(args.squad, args.aime, args.longbench, args.text)
     tasks = pick([name.strip() for name in args.tasks.split(",") if name.strip()], known)
-    endpoint = Endpoint.probe(args.url)
-    tokens = Tokens.load(_tokenizer(args, endpoint))
+    endpoint = Endpoint.probe(args.url, args.served_model, args.chat_template_kwargs)
+    if endpoint.others:
+        print(
+            f"kascade: asking {endpoint.model}; --served-model names another of "
+            f"{', '.join(endpoint.others)}",
+            file=sys.stderr,
+        )
+    tokens = Tokens.load(
+        _tokenizer(args, endpoint), args.chat_template_kwargs, args.trust_remote_code
+    )
     results = Results(args.out)
     if args.plot is not None:
         planned = [{"length": task.by_length, "metric": task.metric} for task in tasks]
@@ -84,7 +115,7 @@ def evaluate(args: argparse.Namespace) -> None:
     # Rows of other runs in the same file are what these are to be compared with.
     Console(width=None if sys.stdout.isatty() else 180).print(table(results.rows()))
     for row in rows:
-        if row["note"].startswith("not sparse"):
+        if any(note in row["note"] for note in LOUD):
             where = f"{row['task']} {row['length']}".strip()
             print(f"kascade: warning: {where}: {row['note']}", file=sys.stderr)
     if args.plot is not None:
@@ -103,6 +134,11 @@ def _check(args: argparse.Namespace) -> None:
     for length in args.lengths:
         if length < 256:
             raise EvaluationError(f"--lengths: expected at least 256 tokens, got {length}")
+    if args.chat_template_kwargs and args.prompt == "completion":
+        raise EvaluationError(
+            "--chat-template-kwargs: expected --prompt chat_prefix or chat, got completion, which "
+            "uses no template; drop one"
+        )
     if why := why_unwritable(args.out):
         raise EvaluationError(f"--out {args.out}: {why}")
     if args.plot is not None:

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from kascade_sglang.errors import EvaluationError
+from kascade_sglang.text import reading
 
 
 def read_text(path: Path, where: str) -> str:
     """Read a UTF-8 file; raises EvaluationError, calling it ``where``, if that cannot be."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EvaluationError(f"{where}: cannot read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{where}: not UTF-8 text (byte {error.start})") from error
+        return reading.read_text(path)
+    except reading.UnreadableError as error:
+        raise EvaluationError(f"{where}: cannot read ({error})") from error
 
 
 def read_jsonl(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:

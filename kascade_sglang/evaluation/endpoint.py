@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Awaitable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import httpx
@@ -12,6 +12,7 @@ import openai
 from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.samples import Sample
 from kascade_sglang.servers.counters import KeyCounters, read_key_counters
+from kascade_sglang.servers.loopback import uses_proxies
 
 PROMPTS = ("chat_prefix", "chat", "completion")
 """How prompts are sent: as a chat whose reply starts with the benchmark's prefix (SGLang), as a
@@ -23,23 +24,31 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back. loss: mean of the scored tokens in nats, for perplexity alone."""
+    """What came back.
+
+    loss: mean of the scored tokens in nats, for perplexity alone. finish: why the reply ended, in
+    OpenAI's words. thought: whether the server called all of it a thought, so that ``text`` is one.
+    """
 
     text: str
     prompt_tokens: int
     output_tokens: int
     seconds: float
     loss: float | None = None
+    finish: str = ""
+    thought: bool = False
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """Where requests go.
 
-    url: without ``/v1``. model: the served name.
+    url: without ``/v1``. model: the served name. others: what else the server serves.
     context: most tokens of prompt and reply together; None where the server does not say.
     tokenizer: its folder or id; None where the server does not say.
     backend: SGLang's attention backend, ``server`` for other servers.
+    adapter: the LoRA adapter that is asked, where SGLang must be told apart from its base model.
+    template: what the chat template is given, besides messages.
     """
 
     url: str
@@ -47,28 +56,56 @@ class Endpoint:
     context: int | None
     tokenizer: str | None
     backend: str
+    others: tuple[str, ...] = ()
+    adapter: str | None = None
+    base: str | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def probe(cls, url: str) -> "Endpoint":
-        """Ask the server what it is; raises EvaluationError where none answers."""
+    def probe(
+        cls, url: str, model: str | None = None, template: Mapping[str, Any] | None = None
+    ) -> "Endpoint":
+        """Ask the server what it is; raises EvaluationError where none answers.
+
+        model: of those that it serves; None takes the first that is no adapter of another.
+        """
         url = url.rstrip("/").removesuffix("/v1")
         listed = _get(f"{url}/v1/models", required=True)
         try:
-            card = listed["data"][0]
-            model, context = card["id"], card.get("max_model_len")
+            cards = [_card(card) for card in listed["data"]]
+            first = next((card for card in cards if not card["parent"]), cards[0])
         except MALFORMED as error:
             raise EvaluationError(
                 f"--url {url}: expected an OpenAI-compatible server, but /v1/models names no model"
             ) from error
+        card = first if model is None else _pick(cards, model)
         info, settings = _get(f"{url}/model_info"), _get(f"{url}/server_info")
-        tokenizer = info.get("tokenizer_path") or info.get("model_path")
-        return cls(url, model, context, tokenizer, settings.get("attention_backend") or "server")
+        parents = [each for each in cards if each["id"] == card["parent"]]
+        context = next((each["context"] for each in (card, *parents) if each["context"]), None)
+        backend = settings.get("attention_backend")
+        return cls(
+            url=url,
+            model=card["id"],
+            context=context,
+            tokenizer=info.get("tokenizer_path") or info.get("model_path"),
+            backend=backend or "server",
+            others=tuple(each["id"] for each in cards if each is not card),
+            # By its name alone, SGLang would answer with the base model.
+            adapter=card["id"] if backend and card["parent"] else None,
+            base=card["parent"],
+            template=template or {},
+        )
+
+    @property
+    def asked(self) -> str:
+        """The model's name as requests give it."""
+        return self.model if self.adapter is None else f"{self.base}:{self.adapter}"
 
     def key_counters(self) -> KeyCounters:
         """Kascade's counters; empty where there are none. Raises EvaluationError."""
         try:
             return read_key_counters(self.url)
-        except OSError:
+        except (httpx.HTTPError, ImportError):
             return {}
         except MALFORMED as error:
             raise EvaluationError(
@@ -78,8 +115,12 @@ class Endpoint:
 
     def client(self, timeout: float) -> openai.AsyncOpenAI:
         """A client of the server; ``timeout`` in seconds, for one reply."""
-        key = _api_key()
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=timeout)
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1",
+            api_key=_api_key(),
+            timeout=timeout,
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=uses_proxies(self.url)),
+        )
 
     def max_tokens(self, sample: Sample, overhead: int) -> int | None:
         """Longest reply to ask for; raises EvaluationError where the prompt leaves no room."""
@@ -109,11 +150,11 @@ class Endpoint:
         if sample.ids:
             loss = await _awaited(self.url, self._loss(sample, client.timeout))
             return Reply("", sample.tokens, 1, time.monotonic() - started, loss)
-        common = {"model": self.model, "temperature": temperature}
+        common = {"model": self.asked, "temperature": temperature}
         if max_tokens is not None:
             common["max_tokens"] = max_tokens
-        text, *counts = await _awaited(self.url, _reply(client, sample, prompt, common))
-        return Reply(text, *counts, time.monotonic() - started)
+        reply = await _awaited(self.url, _reply(client, sample, prompt, common, self.template))
+        return replace(reply, seconds=time.monotonic() - started)
 
     async def _loss(self, sample: Sample, timeout: Any) -> float:
         """Mean loss of the sample's last tokens, from SGLang's /generate."""
@@ -123,7 +164,11 @@ class Endpoint:
             "return_logprob": True,
             "logprob_start_len": len(sample.ids) - sample.scored_tokens - 1,
         }
-        async with httpx.AsyncClient(timeout=timeout, headers=_headers()) as client:
+        if self.adapter is not None:
+            body["lora_path"] = self.adapter
+        async with httpx.AsyncClient(
+            timeout=timeout, headers=_headers(), trust_env=uses_proxies(self.url)
+        ) as client:
             reply = await client.post(f"{self.url}/generate", json=body)
         if reply.status_code in (404, 405):
             raise EvaluationError(
@@ -148,16 +193,35 @@ def _headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {_api_key()}"}
 
 
+def _card(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``/v1/models`` says of a model that decides how it is asked."""
+    name, context = card["id"], card.get("max_model_len")
+    if not isinstance(name, str):
+        raise TypeError(f"expected a name, got {name!r}")
+    return {"id": name, "parent": card.get("parent"), "context": context}
+
+
+def _pick(cards: Sequence[dict[str, Any]], model: str) -> dict[str, Any]:
+    """The model of this name; raises EvaluationError where there is none."""
+    names = [card["id"] for card in cards]
+    if model not in names:
+        raise EvaluationError(
+            f"--served-model: expected one that the server lists, {', '.join(names)}, got {model}"
+        )
+    return cards[names.index(model)]
+
+
 def _get(url: str, required: bool = False) -> dict[str, Any]:
     """The JSON object at an address; empty where there is none, unless it is required."""
     try:
-        reply = httpx.get(url, timeout=30, headers=_headers())
+        reply = httpx.get(url, timeout=30, headers=_headers(), trust_env=uses_proxies(url))
         reply.raise_for_status()
         found = reply.json()
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, got {str(found)[:40]!r}")
         return found
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    # ImportError: a SOCKS proxy in the environment, without the package that httpx needs for it.
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as error:
         if not required:
             return {}
         raise EvaluationError(
@@ -174,24 +238,44 @@ def _chat(sample: Sample, prompt: str) -> tuple[list[dict[str, str]], dict[str, 
         return [{"role": "user", "content": f"{sample.prompt} {sample.prefix}"}], {}
     user = {"role": "user", "content": sample.prompt}
     assistant = {"role": "assistant", "content": sample.prefix}
-    return [user, assistant], {"continue_final_message": True}
+    # What goes on with an answer is no thought, whatever a --reasoning-parser makes of it.
+    return [user, assistant], {"continue_final_message": True, "separate_reasoning": False}
 
 
 async def _reply(
-    client: openai.AsyncOpenAI, sample: Sample, prompt: str, common: dict[str, Any]
-) -> tuple[str, int, int]:
+    client: openai.AsyncOpenAI,
+    sample: Sample,
+    prompt: str,
+    common: dict[str, Any],
+    template: Mapping[str, Any],
+) -> Reply:
     """The reply's text after the prescribed start, and the tokens of prompt and reply."""
+    thought = False
     if sample.raw or prompt == "completion":
         text = f"{sample.prompt} {sample.prefix}".rstrip(" ")
         made = await client.completions.create(prompt=text, **common)
         reply = made.choices[0].text
     else:
         messages, extra = _chat(sample, prompt)
+        if template:
+            extra["chat_template_kwargs"] = dict(template)
         made = await client.chat.completions.create(messages=messages, extra_body=extra, **common)
-        reply = made.choices[0].message.content or ""
+        message = made.choices[0].message
+        reply = message.content or ""
+        # Under a reasoning parser, a reply without the end of a thought is one, whatever it says.
+        if not reply.strip():
+            names = ("reasoning_content", "reasoning")
+            reply = next(filter(None, (getattr(message, name, None) for name in names)), "")
+            thought = bool(reply)
     usage = made.usage
     counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-    return reply.removeprefix(sample.prefix), *(int(count or 0) for count in counts)
+    return Reply(
+        reply.removeprefix(sample.prefix),
+        *(int(count or 0) for count in counts),
+        seconds=0,
+        finish=str(made.choices[0].finish_reason or ""),
+        thought=thought,
+    )
 
 
 async def _awaited(url: str, call: Awaitable[Result]) -> Result:

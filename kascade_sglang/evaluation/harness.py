@@ -3,8 +3,9 @@
 import asyncio
 import datetime
 import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,11 @@ DENSE = 0.999
 NOT_SPARSE = "not sparse: every key was read, so this says nothing about Kascade"
 NO_COUNTERS = "no Kascade counters: another backend, or no --enable-metrics"
 RESUMED = "resumed: keys read were not counted"
+EMPTY = "replies empty"
+THOUGHTS = "replies called thoughts by the server's reasoning parser, and scored as what they say"
+CUT = "replies cut off at the most tokens that were asked for"
+LOUD = (NOT_SPARSE, EMPTY, THOUGHTS)
+"""Notes that are warned of: a score beside them may say nothing of the model."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,8 @@ class Harness:
         settings = self._settings
         digests = [sample.digest() for sample in samples]
         text = "".join([*digests, str(settings.max_tokens)])
+        if self._endpoint.template:
+            text += json.dumps(self._endpoint.template, sort_keys=True)
         return {
             "label": settings.label,
             "model": self._endpoint.model,
@@ -196,6 +204,7 @@ class Harness:
         after = self._endpoint.key_counters()
         prefill, decode = (share_attended(before, after, phase) for phase in ("prefill", "decode"))
         replies = [saved.reply for saved in scored]
+        template = dict(self._endpoint.template)
         return {
             "n": len(scores),
             "score": score,
@@ -209,7 +218,13 @@ class Harness:
             "seconds": f"{_mean([reply.seconds for reply in replies]):.2f}",
             "seed": self._settings.seed,
             "data": task.data,
-            "note": _note(samples, after, prefill, decode),
+            "note": "; ".join(
+                [
+                    *_notes_on_keys(after, prefill, decode),
+                    *_notes_on_replies(samples, replies),
+                    *([f"template: {json.dumps(template)}"] if template else []),
+                ]
+            ),
             "version": kascade_sglang.__version__,
             "date": datetime.date.today().isoformat(),
         }
@@ -227,19 +242,28 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _note(
-    samples: list[Sample], after: KeyCounters, prefill: float | None, decode: float | None
-) -> str:
-    """What a reader of the row must know."""
-    notes = []
+def _notes_on_keys(
+    after: KeyCounters, prefill: float | None, decode: float | None
+) -> Iterator[str]:
+    """What a reader of the shares must know."""
     shares = [share for share in (prefill, decode) if share is not None]
     if not after:
-        notes.append(NO_COUNTERS)
+        yield NO_COUNTERS
     elif not shares:
-        notes.append(RESUMED)
+        yield RESUMED
     elif min(shares) >= DENSE:
-        notes.append(NOT_SPARSE)
+        yield NOT_SPARSE
+
+
+def _notes_on_replies(samples: Sequence[Sample], replies: Sequence[Reply]) -> Iterator[str]:
+    """What a reader of the score must know."""
     cut = sum(sample.cut for sample in samples)
     if cut:
-        notes.append(f"the middle of {cut} prompts was cut out to fit the context")
-    return "; ".join(notes)
+        yield f"the middle of {cut} prompts was cut out to fit the context"
+    texts = [reply for sample, reply in zip(samples, replies, strict=True) if not sample.ids]
+    found = {
+        EMPTY: sum(not reply.text.strip() for reply in texts),
+        THOUGHTS: sum(reply.thought for reply in texts),
+        CUT: sum(reply.finish == "length" for reply in texts),
+    }
+    yield from (f"{count} of {len(texts)} {what}" for what, count in found.items() if count)

@@ -5,6 +5,7 @@ prompt that does not fit has its middle cut out, and few-shot and code tasks get
 """
 
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -91,7 +92,7 @@ def _sample(dataset: str, row: dict[str, Any], order: Order) -> Sample:
 
 def longbench_tasks(folder: Path) -> list[Task]:
     """A task for each of LongBench's files in a folder; raises EvaluationError if none is there."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise EvaluationError(f"--longbench {folder}: no such folder")
     found = [name for name in datasets() if (folder / f"{name}.jsonl").is_file()]
     if not found:

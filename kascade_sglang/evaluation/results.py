@@ -33,7 +33,7 @@ class LineFile:
     def __init__(self, path: Path, header: str = "") -> None:
         self.path, self._header = path, header
         try:
-            if path.exists() and not path.is_file():
+            if os.path.exists(path) and not os.path.isfile(path):
                 raise EvaluationError(f"--out {path}: not a file")
             # Appending proves before anything is asked that the file can be written.
             with open(path, "ab"):

@@ -1,9 +1,12 @@
 """Counting tokens as the server does, with its tokenizer."""
 
-from pathlib import Path
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from kascade_sglang.errors import EvaluationError
+from kascade_sglang.text.reading import UnreadableError, one_line
+from kascade_sglang.text.tokenizer import load_tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -12,34 +15,40 @@ class Tokens:
     """A tokenizer, and what its chat template adds to a message.
 
     tokenizer: of transformers, or anything with its ``encode`` and ``decode``.
+    template: what the chat template is given, besides messages.
     overhead: tokens that the chat template adds to one message, 0 where there is none.
     start: the token that texts without a template start with, if the model uses one.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, template: Mapping[str, Any] | None = None) -> None:
+        self._tokenizer, self._template = tokenizer, dict(template or {})
         self.overhead = self._template_tokens()
         first = tokenizer.encode("")[:1]
         bos = getattr(tokenizer, "bos_token_id", None)
         self.start = first if bos is not None and first == [bos] else []
 
     @classmethod
-    def load(cls, path: str) -> "Tokens":
-        """Load a tokenizer from a folder or a Hugging Face id; raises EvaluationError."""
-        if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in FILES):
+    def load(
+        cls, path: str, template: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+    ) -> "Tokens":
+        """Load a tokenizer from a folder or a Hugging Face id; raises EvaluationError.
+
+        trust_remote_code: whether code that comes with it may run.
+        """
+        if os.path.isdir(path) and not any(os.path.isfile(f"{path}/{name}") for name in FILES):
             raise EvaluationError(
                 f"--tokenizer {path}: a folder without a tokenizer; give that of the served model"
             )
-        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # it warns of texts longer than the model's context
         try:
-            return cls(AutoTokenizer.from_pretrained(path))
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer = load_tokenizer(path, trust_remote_code)
+        except UnreadableError as error:
             raise EvaluationError(
-                f"--tokenizer {path}: cannot be loaded; give the folder of the served model"
+                f"--tokenizer {path}: cannot be loaded ({error}); give that of the served model"
             ) from error
+        return cls(tokenizer, template)
 
     def count(self, text: str) -> int:
         """Tokens of a text without special ones."""
@@ -56,9 +65,19 @@ class Tokens:
     def _template_tokens(self) -> int:
         if not getattr(self._tokenizer, "chat_template", None):
             return 0
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False
-        )
+        # Templates are programs of their own: their errors are of any type.
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": "x"}],
+                add_generation_prompt=True,
+                tokenize=False,
+                **self._template,
+            )
+        except Exception as error:
+            raise EvaluationError(
+                f"--tokenizer: its chat template refuses one message of a user "
+                f"({one_line(error)}); --prompt completion needs no template"
+            ) from error
         return self.count(text) - self.count("x")
 
     def cut_middle(self, text: str, limit: int) -> tuple[str, bool]:

@@ -1,15 +1,18 @@
 """Find the plan for a model: beside its weights, among those the package ships, or a preset."""
 
 import logging
+import os
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from kascade_sglang.files import expand
 from kascade_sglang.plan.presets import (
     PREFIX,
     PRESETS,
     preset,
     preset_for,
+    presets_of,
     same_name,
     warning_of,
 )
@@ -34,8 +37,8 @@ def find_plan(model: str, shape: ModelShape, explicit: str | None) -> Plan:
     """Return the plan to serve ``model`` with, checked against its shape.
 
     explicit: a path or ``preset:NAME`` the user gave; otherwise ``kascade_plan.json`` in the
-    model's folder, then a shipped plan and then a preset, of the last part of the model's name and
-    of its shape.
+    model's folder or, for a hub id, in the Hub's cache; then a shipped plan and then a preset, of
+    the last part of the model's name and of its shape.
     Logs a warning where nobody has measured the plan's head map. Raises PlanError, saying how to
     calibrate, if none fits.
     """
@@ -52,12 +55,12 @@ def read_plan(name: str) -> Plan:
     """Read the plan file, or return the preset, that a user has named; raises PlanError."""
     if name.startswith(PREFIX):
         return preset(name.removeprefix(PREFIX))
-    return _load(Path(name).expanduser())
+    return _load(expand(name))
 
 
 def _load(path: Path) -> Plan:
     """Read a file once a process, as long as it does not change."""
-    found = path.stat() if path.is_file() else None
+    found = path.stat() if os.path.isfile(path) else None
     return _load_version(path, found and (found.st_mtime_ns, found.st_size, found.st_ino))
 
 
@@ -73,8 +76,8 @@ def locate_plan(model: str, shape: ModelShape, explicit: str | None) -> Found:
     """
     if explicit:
         return Found(read_plan(explicit), explicit)
-    beside = Path(model).expanduser() / PLAN_NAME
-    if beside.is_file():
+    beside = _beside(model)
+    if beside is not None:
         return Found(_load(beside), str(beside))
     for path, plan in shipped_plans().items():
         if same_name(plan.model, model) and plan.shape == shape:
@@ -82,11 +85,33 @@ def locate_plan(model: str, shape: ModelShape, explicit: str | None) -> Found:
     plan = preset_for(model, shape)
     if plan is not None:
         return Found(plan, PREFIX + plan.model)
+    fitting = [*_shipped_for(shape), *(PREFIX + name for name in presets_of(shape))]
+    others = f", or, if it is one of these, --kascade-plan {' or '.join(fitting)}"
     raise PlanError(
         f"no Kascade plan for {model}: {_why_none(model, shape)}; make one with `kascade "
         f"calibrate --model {model} --prompts prompts.txt --anchors 5 --out plan.json` and pass "
-        "--kascade-plan plan.json"
+        f"--kascade-plan plan.json{others if fitting else ''}"
     )
+
+
+def _shipped_for(shape: ModelShape) -> list[str]:
+    return [str(path) for path, plan in shipped_plans().items() if plan.shape == shape]
+
+
+def _beside(model: str) -> Path | None:
+    """Return the plan that stands beside a model's weights, on disk or in the Hub's cache."""
+    path = expand(model)
+    if os.path.exists(path):
+        found = (path if os.path.isdir(path) else path.parent) / PLAN_NAME
+        return found if os.path.isfile(found) else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, PLAN_NAME)
+    except HFValidationError:  # no hub id either
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def shipped_plans() -> dict[Path, Plan]:

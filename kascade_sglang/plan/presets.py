@@ -4,11 +4,14 @@ The paper publishes which layers are anchors, not which heads borrow from which,
 map is the identity. It is said loudly wherever one is used: a calibrated plan answers better.
 """
 
+import os
+import re
 from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
 
+from kascade_sglang.files import expand
 from kascade_sglang.plan.schema import IDENTITY, ModelShape, Plan, PlanError
 
 PREFIX = "preset:"
@@ -29,6 +32,11 @@ PRESETS = {
     "DeepSeek-R1-Distill-Llama-8B": _Preset(_LLAMA_8B, (0, 2, 8, 13, 14)),
     "Qwen3-8B": _Preset(_QWEN3_8B, (0, 2, 7, 14, 23)),
 }
+_QUANTISED = re.compile(
+    r"([-_.](fp8|fp4|nvfp4|mxfp4|bf16|fp16|f16|awq|gptq|autoround|int[48]|[48]bit|w\d+a\d+|bnb|hf"
+    r"|unsloth|quantized|dynamic|static|block|kv|marlin|g\d+|q\d(_[a-z0-9]+)*|gguf))+$"
+)
+"""Ends of names of the same model with other weights; its shape is compared as well."""
 _ALIASES = {
     "meta-llama-3.1-8b-instruct": "llama-3.1-8b-instruct",
     "qwen2.5-coder-0.5b-instruct": "qwen2.5-coder-0.5b",
@@ -85,15 +93,32 @@ def warning_of(plan: Plan) -> str | None:
     )
 
 
+def presets_of(shape: ModelShape) -> list[str]:
+    """Return the names of the presets for models of a shape."""
+    return [name for name, known in PRESETS.items() if known.shape == shape]
+
+
 def same_name(one: str, other: str) -> bool:
-    """Say whether two ids or folders end in the same model's name.
+    """Say whether two ids or folders end in the same model's name, quantised or not.
 
     >>> same_name("Qwen/Qwen3-8B", "/models/qwen3-8b/"), same_name("Qwen3-8B", "Qwen3-4B")
     (True, False)
     """
-    return _key(one) == _key(other)
+    return not _keys(one).isdisjoint(_keys(other))
 
 
-def _key(model: str) -> str:
-    name = PurePath(model).name.lower()
-    return _ALIASES.get(name, name)
+def _keys(model: str) -> set[str]:
+    """Return a model's name as the last part of its id or folder says it, and as links do."""
+    folder = expand(model)
+    paths = {PurePath(model)} | ({folder.resolve()} if os.path.exists(folder) else set())
+    return {_key(path) for path in paths} - {""}
+
+
+def _key(path: PurePath) -> str:
+    name = path.name
+    # The Hub's cache: models--Qwen--Qwen3-8B/snapshots/COMMIT.
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        name = path.parents[1].name
+    # ModelScope's cache writes dots so.
+    name = name.rpartition("--")[2].replace("___", ".").lower()
+    return _ALIASES.get(_QUANTISED.sub("", name), _QUANTISED.sub("", name))

@@ -5,9 +5,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from openai import AsyncOpenAI
+from openai import APIError, AsyncOpenAI, DefaultAsyncHttpxClient
 
 from kascade_sglang.servers.demo_model import MODEL_NAME
+from kascade_sglang.servers.loopback import uses_proxies
+from kascade_sglang.servers.process import ServerError
 from kascade_sglang.text.documents import MAX_TOKENS, Document, Question, is_correct, messages
 
 
@@ -29,13 +31,31 @@ class Answer:
         return is_correct(self.question, self.text)
 
 
+def client_of(url: str, timeout: float = 600) -> AsyncOpenAI:
+    """Return a client of the server at ``url``; timeout: seconds for one reply."""
+    http = DefaultAsyncHttpxClient(trust_env=uses_proxies(url))
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=timeout, http_client=http)
+
+
 async def ask(
     client: AsyncOpenAI,
     document: Document,
     question: Question,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Answer:
-    """Stream one reply; ``on_text`` gets its pieces as they arrive."""
+    """Stream one reply; ``on_text`` gets its pieces as they arrive.
+
+    Raises ServerError where none comes.
+    """
+    try:
+        return await _ask(client, document, question, on_text)
+    except APIError as error:
+        raise ServerError(f"the server did not answer {question.text!r}: {error}") from error
+
+
+async def _ask(
+    client: AsyncOpenAI, document: Document, question: Question, on_text: Callable[[str], None]
+) -> Answer:
     started = time.monotonic()
     first, pieces, usage = None, [], None
     stream = await client.chat.completions.create(
@@ -53,7 +73,7 @@ async def ask(
             pieces.append(chunk.choices[0].delta.content)
             on_text(pieces[-1])
     if usage is None or first is None:
-        raise RuntimeError(f"the server sent no reply to {question.text!r}")
+        raise ServerError(f"the server sent no reply to {question.text!r}")
     details = usage.prompt_tokens_details
     return Answer(
         question=question,

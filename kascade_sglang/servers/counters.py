@@ -1,11 +1,13 @@
 """What a server's ``/metrics`` shows, and Kascade's counters of key reads in it."""
 
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 
+import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+
+from kascade_sglang.servers.loopback import uses_proxies
 
 KeyCounters = dict[tuple[str, str], int]
 """{(phase, kind): keys}; see ``backend/key_counter.py``."""
@@ -14,18 +16,19 @@ KeyCounters = dict[tuple[str, str], int]
 def read_samples(url: str, timeout: float = 30) -> Iterator[Sample]:
     """Yield every sample of the ``/metrics`` of the server at ``url``.
 
-    timeout: seconds. Raises OSError (urllib's) where there is none.
+    timeout: seconds. Raises httpx.HTTPError where there is none.
     """
-    with urllib.request.urlopen(f"{url}/metrics/", timeout=timeout) as reply:
-        text = reply.read().decode()
-    for family in text_string_to_metric_families(text):
+    options = {"timeout": timeout, "follow_redirects": True, "trust_env": uses_proxies(url)}
+    reply = httpx.get(f"{url}/metrics/", **options)
+    reply.raise_for_status()
+    for family in text_string_to_metric_families(reply.text):
         yield from family.samples
 
 
 def read_key_counters(url: str, timeout: float = 30) -> KeyCounters:
     """Return the counters of the server at ``url``; empty under another backend.
 
-    timeout: seconds. Raises OSError (urllib's) where there is no ``/metrics``.
+    timeout: seconds. Raises httpx.HTTPError where there is no ``/metrics``.
     """
     reads: KeyCounters = Counter()
     for sample in read_samples(url, timeout):

@@ -21,6 +21,8 @@ def demo_arguments(backend: str, dense: str | None = None) -> list[str]:
     # The number of tokens bounds memory. A small fraction would count what other processes take
     # while the model loads, and refuse to start.
     arguments += ["--max-total-tokens", "65536", "--mem-fraction-static", "0.5"]
+    # A model that was never taught JSON would fill it with spaces for ever.
+    arguments += ["--constrained-json-disable-any-whitespace"]
     arguments += ["--enable-metrics", "--enable-cache-report", "--log-level", "warning"]
     if backend == "kascade" and dense:
         arguments += ["--kascade-dense-backend", dense]

@@ -8,17 +8,19 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import httpx
 import psutil
 
 from kascade_sglang.servers.counters import KeyCounters, read_key_counters
+from kascade_sglang.servers.loopback import without_proxy
 
 START_TIMEOUT = 600
+DYING = 20
+"""Seconds that a server which answers no more may take to end, once one of its processes has."""
 PORTS = range(20_000, 32_000)
 
 _running: set["Server"] = set()
@@ -52,6 +54,22 @@ def stop_servers_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command that starts servers and return its exit status.
+
+    Its servers end with it, by SIGTERM, too. A server that ends by itself is one message and
+    status 1.
+    """
+    stop_servers_on_sigterm()
+    try:
+        return main() or 0
+    except ServerError as error:
+        print(f"kascade: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
 class Server:
     """``with Server(arguments, log) as server``: a running server at ``server.url``.
 
@@ -59,6 +77,10 @@ class Server:
     log: file that takes the server's output.
     environment: variables set for the server only.
     command: what starts the server.
+
+    Raises ServerError where the server does not start, and at the block's end where it has ended
+    by itself, whatever that made of the block. Loopback is kept off proxies, in this process and
+    in the server's.
     """
 
     def __init__(
@@ -82,6 +104,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Server":
+        os.environ.update(without_proxy(os.environ))
         # Worker threads spin at barriers: one core must stay free for the server's own processes.
         threads = str(max(1, (os.cpu_count() or 1) - 1))
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **self._environment}
@@ -107,16 +130,18 @@ class Server:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        try:
+            if error is None or isinstance(error, Exception):
+                # What fails first is a request; the server says why when it has ended.
+                self.require_running(DYING if error and not self.is_healthy() else 0)
+        finally:
+            self.stop()
 
     def _wait_until_ready(self) -> None:
         started = time.monotonic()
         while not self.is_healthy():
             waited = time.monotonic() - started
-            if self._process.poll() is not None:
-                raise ServerError(
-                    f"the server ended (status {self._process.returncode}): {self.tail()}"
-                )
+            self.require_running()
             if waited > START_TIMEOUT:
                 raise ServerError(f"the server did not start in {START_TIMEOUT} s: {self.tail()}")
             self._on_wait(waited)
@@ -125,9 +150,18 @@ class Server:
     def is_healthy(self) -> bool:
         """Whether the server accepts requests."""
         try:
-            return urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200
-        except (urllib.error.URLError, OSError):
+            return httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200
+        except (httpx.HTTPError, OSError):
             return False
+
+    def require_running(self, seconds: float | None = 0) -> None:
+        """Raise ServerError, with the end of the log, if the server has ended by itself.
+
+        seconds: how long to wait for that; None waits until it does.
+        """
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(seconds)
+            raise ServerError(f"the server ended (status {status}): {self.tail()}")
 
     def tail(self, lines: int = 5) -> str:
         """Return the last lines of the server's log."""

@@ -14,6 +14,9 @@ import torch
 
 from kascade_patches import (
     get_last_loc,
+    grammar_apply,
+    grammar_apply_reasoning,
+    grammar_bitmask,
     pool_cell_size,
     pool_sizes,
     scheduler_internal_state,
@@ -32,7 +35,13 @@ EVERYWHERE = (
 )
 INFORMING = (scheduler_internal_state,)
 """Nothing depends on these, so no start is refused where SGLang has lost what they hook."""
-WITHOUT_GPU = (support_triton, get_last_loc)
+WITHOUT_GPU = (
+    support_triton,
+    get_last_loc,
+    grammar_bitmask,
+    grammar_apply,
+    grammar_apply_reasoning,
+)
 
 SCHEDULER = scheduler_internal_state.TARGET.rpartition(".Scheduler")[0]
 

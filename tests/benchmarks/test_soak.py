@@ -28,11 +28,11 @@ def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["wrong_length"] == row["failed"] == row["different"] == 0
 
 
-def test_replies_that_differ_are_counted() -> None:
+def test_replies_that_differ_are_counted(tmp_path: Path) -> None:
     prompt = soak.Prompt(random.Random(0), 64, 16)
     prompt.alone = [[-1.0, 7, None]]
     meta = {"completion_tokens": prompt.outputs, "output_token_logprobs": [[-1.0, 7, None]]}
-    load = soak.Load("http://127.0.0.1:1", [prompt], compare=True)
+    load = soak.Load(Server([], tmp_path / "log"), [prompt], compare=True)
     load._check(prompt, meta)
     assert load.counts["different"] == load.counts["wrong_length"] == 0
     load._check(prompt, {**meta, "output_token_logprobs": [[-1.1, 7, None]]})

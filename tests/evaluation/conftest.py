@@ -53,7 +53,7 @@ def kascade_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Stub | str, str, str], int]:
     """Run ``kascade eval`` against a stub, counting words as tokens; returns the exit status."""
-    monkeypatch.setattr(Tokens, "load", classmethod(lambda cls, path: cls(WordTokenizer())))
+    monkeypatch.setattr(Tokens, "load", classmethod(lambda cls, *_: cls(WordTokenizer())))
 
     def run(server: Stub | str, tasks: str, *options: str) -> int:
         url = server if isinstance(server, str) else server.url

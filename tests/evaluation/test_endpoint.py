@@ -50,3 +50,30 @@ def test_server_info_of_another_shape_is_no_sglang(kascade_eval: Eval, tmp_path:
     with serving(lambda prompt: "", instead={"/server_info": [1]}) as stub:
         assert kascade_eval(stub, "vt", "--lengths", "1024") == 0
     assert "\nserver,stub,vt," in (tmp_path / "results.csv").read_text()
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_a_server_of_this_machine_is_asked_without_a_proxy(
+    proxy: str, kascade_eval: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    growth = {("prefill", kind): 100 for kind in ("attended", "dense")}
+    with serving(lambda prompt: "", growth=growth) as stub:
+        assert kascade_eval(stub, "vt,perplexity", "--lengths", "1024") == 0
+    assert ",1.0000," in (tmp_path / "results.csv").read_text(), "counters are read, too"
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "nonsense"])
+def test_a_proxy_that_does_not_work_is_one_sentence(
+    proxy: str,
+    kascade_eval: Eval,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("all_proxy", proxy)
+    assert kascade_eval("http://192.0.2.1", "vt", "--lengths", "1024") == 1
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("kascade: --url: no OpenAI-compatible server answers")

@@ -111,7 +111,7 @@ def test_a_task_that_is_not_sparse_is_warned_of(
     kascade_eval: Eval, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense = {("prefill", kind): 100 for kind in ("attended", "dense")}
-    with serving(lambda prompt: "", growth=dense) as stub:
+    with serving(lambda prompt: "no", growth=dense) as stub:
         assert kascade_eval(stub, "vt", "--lengths", "1024") == 0
     assert rows(tmp_path)[0]["note"] == NOT_SPARSE
     assert "warning: vt 1024: not sparse" in capsys.readouterr().err
@@ -144,7 +144,7 @@ def test_replies_before_a_failure_are_not_asked_again(
 
 def test_a_row_made_of_saved_replies_says_so(kascade_eval: Eval, tmp_path: Path) -> None:
     out = tmp_path / "results.csv"
-    with serving(lambda prompt: "", growth=SPARSE) as stub:
+    with serving(lambda prompt: "no", growth=SPARSE) as stub:
         assert kascade_eval(stub, "vt", "--lengths", "1024") == 0
         (whole,) = rows(tmp_path)
         out.write_text(out.read_text().splitlines()[0] + "\n")

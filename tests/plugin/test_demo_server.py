@@ -1,11 +1,22 @@
-"""The demo's server process, without SGLang: it must never outlive the command that started it."""
+"""The demo's server process, without SGLang: neither it nor its command outlives the other."""
 
+import contextlib
+import importlib
+import os
 import signal
 import subprocess
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 
+import httpx
 import psutil
+import pytest
+
+from kascade_sglang.servers.client import client_of
+from kascade_sglang.servers.loopback import uses_proxies, without_proxy
+from kascade_sglang.servers.process import Server, ServerError, run_command
 
 SCRIPT = """
 import sys
@@ -29,3 +40,126 @@ def test_sigterm_ends_the_server_too(tmp_path: Path) -> None:
         assert parent.wait(30) == 128 + signal.SIGTERM
     assert len(children) == 1
     assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+FAKE = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+print("this is the log's end", flush=True)
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+"""A server that is healthy, and nothing else."""
+
+
+def fake(log: Path, script: str = FAKE) -> Server:
+    return Server([], log, command=(sys.executable, "-c", script))
+
+
+def kill(server: Server) -> None:
+    """End the server as the system does where memory is short."""
+    os.kill(server._process.pid, signal.SIGKILL)
+
+
+def test_a_server_that_ends_ends_the_block_with_its_log(tmp_path: Path) -> None:
+    """Whether what failed was a request, nothing yet, or the wait for the end itself."""
+
+    def ask(server: Server) -> None:
+        httpx.get(server.url, trust_env=False)
+
+    for use in (ask, lambda server: server._process.wait(), lambda s: s.require_running(None)):
+        with (
+            pytest.raises(ServerError, match=r"\(status -9\): this is the log's end"),
+            fake(tmp_path / "log") as server,
+        ):
+            kill(server)
+            use(server)
+
+
+def test_errors_of_the_block_are_not_the_server_s(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), fake(tmp_path / "log"):
+        _ = 1 / 0
+    with fake(tmp_path / "log") as server:
+        server.require_running()
+        with contextlib.suppress(KeyboardInterrupt):
+            raise KeyboardInterrupt
+    assert server._process.poll() is not None
+
+
+@pytest.mark.parametrize("name", ["kascade_sglang.demo.serve", "kascade_sglang.demo"])
+def test_commands_end_with_their_server(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No command waits for, or fails over, a server that is gone."""
+    module = importlib.import_module(name if name.endswith("serve") else f"{name}.__main__")
+
+    class Dying(Server):
+        def __init__(self, arguments: list[str], log: Path, *rest: object, **named: object) -> None:
+            super().__init__([], tmp_path / "log", command=(sys.executable, "-c", FAKE))
+
+        def __enter__(self) -> Server:
+            server = super().__enter__()
+            threading.Timer(0.5, kill, [self]).start()
+            return server
+
+        def key_counters(self) -> dict:
+            return {}
+
+    monkeypatch.setattr(module, "Server", Dying)
+    monkeypatch.setattr(sys, "argv", ["command"])
+    assert run_command(module.main) == 1
+    said = capsys.readouterr().err
+    assert "kascade: the server ended (status -9): this is the log's end" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"])
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_loopback_uses_no_proxy(
+    variable: str, proxy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what waits for the server, nor clients, nor libraries in this process and others."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")  # restored, whatever the server makes of it
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, proxy)
+    script = FAKE.replace(
+        "print(", "import os; print(os.environ['no_proxy'], os.environ['NO_PROXY'], "
+    )
+    with fake(tmp_path / "log", script) as server:
+        assert httpx.get(server.url, trust_env=uses_proxies(server.url)).status_code == 200
+        assert urllib.request.urlopen(server.url).status == 200
+        assert server.key_counters() == {}
+        client_of(server.url)
+        hosts = "localhost,127.0.0.1,::1"
+        assert f"{hosts} {hosts} this is" in server.tail()
+
+
+def test_hosts_that_need_no_proxy_stay_named() -> None:
+    named = without_proxy({"no_proxy": "a.b, localhost", "NO_PROXY": "10.0.0.1"})
+    assert set(named) == {"no_proxy", "NO_PROXY"}
+    assert set(named.values()) == {"a.b,localhost,10.0.0.1,127.0.0.1,::1"}
+    assert set(without_proxy({"no_proxy": "*"}).values()) == {"*"}
+
+
+@pytest.mark.parametrize(
+    ("url", "proxied"),
+    [
+        ("http://127.0.0.1:30000", False),
+        ("http://127.1.2.3/v1", False),
+        ("http://localhost:1", False),
+        ("http://LOCALHOST:1", False),
+        ("http://[::1]:30000", False),
+        ("http://10.0.0.1", True),
+        ("https://example.org", True),
+        ("http://localhost.example.org", True),
+        ("http://[broken", True),
+    ],
+)
+def test_only_loopback_is_kept_off_proxies(url: str, proxied: bool) -> None:
+    assert uses_proxies(url) is proxied

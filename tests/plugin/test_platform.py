@@ -1,9 +1,21 @@
-"""SGLang on a machine without an accelerator: the allocator and the platform's choice."""
+"""SGLang on a machine without an accelerator: the allocator, grammars, the platform's choice."""
+
+import re
+from types import ModuleType
 
 import pytest
 import torch
+from sglang.srt.constrained import xgrammar_backend
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
+from transformers import AutoTokenizer
 
-from kascade_patches import cpu_platform
+from kascade_patches import (
+    cpu_platform,
+    grammar_apply,
+    grammar_apply_reasoning,
+    grammar_bitmask,
+)
+from kascade_sglang.servers.demo_model import MODEL
 
 
 def make_allocator(page_size: int, pages: int):
@@ -65,3 +77,24 @@ def test_platform_gives_way_to_accelerators(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     assert cpu_platform.activate() is None
+
+
+@pytest.mark.parametrize("hooked", [grammar_apply, grammar_apply_reasoning])
+def test_grammars_forbid_tokens_without_a_gpu(hooked: ModuleType) -> None:
+    """What xgrammar allows stays as it is, all else becomes impossible, in every row."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    backend = XGrammarGrammarBackend(tokenizer, vocab_size=len(tokenizer))
+    logits = torch.randn(2, len(tokenizer))
+    expected = logits.clone()
+    mask = grammar_bitmask.hook(xgrammar_backend._allocate_token_bitmask, len(tokenizer), 2)
+    grammar = backend.dispatch_regex("[0-9]{3}")
+    grammar.fill_vocab_mask(mask, 1)
+    if hooked is grammar_apply:
+        hooked.hook(type(grammar).apply_vocab_mask, grammar, logits, mask)
+    else:
+        hooked.hook(backend.apply_vocab_mask, logits, mask)
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    forbidden = torch.tensor([re.fullmatch("[0-9]{1,3}", text) is None for text in texts])
+    assert not forbidden.all()
+    expected[1, forbidden] = float("-inf")
+    assert torch.equal(logits, expected)

@@ -51,6 +51,7 @@ class Stub(ThreadingHTTPServer):
         self.fail_after: int | None = settings.get("fail_after")
         self.instead: dict[str, Any] = settings.get("instead", {})
         self.loss: float = settings.get("loss", 2.0)
+        self.as_thought: str | None = None  # the field that replies come in instead of ``content``
         self.reads = dict.fromkeys(self.growth, 0)
         self.requests: list[dict[str, Any]] = []
 
@@ -107,7 +108,10 @@ class Handler(BaseHTTPRequestHandler):
             choice: dict[str, Any] = {"text": stub.answer(prompt)}
         else:
             prompt = " ".join(message["content"] for message in body["messages"])
-            choice = {"message": {"role": "assistant", "content": stub.answer(prompt)}}
+            said = {"content": stub.answer(prompt)}
+            if stub.as_thought:
+                said = {"content": None, stub.as_thought: said["content"]}
+            choice = {"message": {"role": "assistant", **said}}
         count = len(prompt.split()) + stub.extra_tokens
         usage = {"prompt_tokens": count, "completion_tokens": 3, "total_tokens": count + 3}
         self.send({"id": "1", "model": MODEL, "choices": [choice], "usage": usage})
