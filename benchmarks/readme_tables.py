@@ -74,7 +74,7 @@ def models_table() -> str:
         cells[-1] += f" (n={row['n']:.0f})"
         lines.append([row["model"], row["config"], *cells, f"{row['prefill_read']:.0%}"])
     header = [f"RULER at {length}" for length in lengths]
-    hard = "four hard tasks, 16K and 31K"
+    hard = "two hard tasks, 16K and 31K"
     return markdown(["model", "config", *header, hard, "keys read in prefill at 31K"], lines)
 
 
@@ -171,20 +171,24 @@ def speed_table() -> str:
     return markdown(["workload", "figure", "kascade", "best of SGLang's", "better by"], lines)
 
 
-MEASURED_PRESETS = {"decode": "careful", "default": "balanced", "fast": "fast"}
-"""Presets, by what ``bench_quality`` calls them."""
+def budgets_table() -> str:
+    """``quality_budgets.csv``: decoding with dense prefill, points by length, a row a budget."""
+    rows = plot_quality.newest(RESULTS / "quality_budgets.csv")
+    rows = rows[(rows["model"] == "qwen2.5-coder-0.5b") & (rows["config"] != "dense")]
+    table = rows.pivot_table(index="config", columns="length", values="diff", sort=False)
+    lines = [[name, *(f"{value:+.1f}" for value in row)] for name, row in table.iterrows()]
+    return markdown(["budget", *map(str, table.columns)], lines)
 
 
 def answers_table() -> str:
-    """``make bench-quality``: the hard tasks of each model under each preset."""
+    """``make bench-quality``: the longest prompts of each model, a row a configuration."""
     lines = []
     for row in plot_quality.summary(plot_quality.newest()).to_dict("records"):
-        if row["config"] in MEASURED_PRESETS:
-            hard = f"{row['hard']:+.1f} (n={row['n']:.0f})"
-            cells = (MEASURED_PRESETS[row["config"]], hard, f"{row['prefill_read']:.0%}")
-            lines.append([row["model"], *cells])
-    header = ["model", "preset", "hard tasks, 16K and 31K tokens", "keys read in prefill at 31K"]
-    return markdown(header, lines)
+        longest = max(key for key in row if isinstance(key, int))
+        cells = ["" if math.isnan(row[key]) else f"{row[key]:+.1f}" for key in (longest, "hard")]
+        lines.append([row["model"], row["config"], *cells, f"{row['prefill_read']:.0%}"])
+    header = ["model", "setting", f"all tasks at {longest} tokens", "two hard tasks, 16K and 31K"]
+    return markdown([*header, "keys read in prefill at 31K"], lines)
 
 
 def profile_table() -> str:
@@ -311,7 +315,11 @@ INPUTS = ("random", "heavy_tailed")
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"speed": speed_table, "answers": answers_table},
     "docs/quickstart.md": {"demo": demo_table},
-    "docs/choosing.md": {"settings": settings_table, "models": models_table},
+    "docs/choosing.md": {
+        "settings": settings_table,
+        "models": models_table,
+        "budgets": budgets_table,
+    },
     "docs/benchmarks.md": {
         "quality": quality_table,
         "prefill": prefill_table,

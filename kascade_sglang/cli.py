@@ -100,10 +100,9 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
     add("--model", required=True, help="folder or Hugging Face id")
     add(
         "--anchors",
-        default=5,
         type=_anchor_count_or_list,
         metavar="K | 0,2,8",
-        help="how many anchor layers to pick (5), layer 0 included, or the layers themselves",
+        help="how many anchor layers to pick (8), layer 0 included, or the layers themselves",
     )
     add("--out", required=True, type=Path, help="the plan file to write")
     add("--report", type=Path, help="also draw a page about it: .png, .svg or .html")

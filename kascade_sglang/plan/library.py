@@ -89,7 +89,7 @@ def locate_plan(model: str, shape: ModelShape, explicit: str | None) -> Found:
     others = f", or, if it is one of these, --kascade-plan {' or '.join(fitting)}"
     raise PlanError(
         f"no Kascade plan for {model}: {_why_none(model, shape)}; make one with `kascade "
-        f"calibrate --model {model} --prompts prompts.txt --anchors 5 --out plan.json` and pass "
+        f"calibrate --model {model} --prompts prompts.txt --out plan.json` and pass "
         f"--kascade-plan plan.json{others if fitting else ''}"
     )
 

@@ -40,6 +40,7 @@ _QUANTISED = re.compile(
 _ALIASES = {
     "meta-llama-3.1-8b-instruct": "llama-3.1-8b-instruct",
     "qwen2.5-coder-0.5b-instruct": "qwen2.5-coder-0.5b",
+    "qwen2.5-coder-1.5b-instruct": "qwen2.5-coder-1.5b",
 }
 
 

@@ -16,7 +16,7 @@ from tests.support.models import SHAPE, make_plan
 
 
 def test_flag_beats_environment_beats_model_config_beats_plan(tmp_path: Path) -> None:
-    plan = make_plan(budget=Budget(0.5, 512), heads="pooled")
+    plan = make_plan(budget=Budget(0.5, 128), decode_min_k=512, heads="pooled")
     plan.save(tmp_path / PLAN_NAME)
     model_options = {"topk_ratio": 0.4, "min_k": 256}
     environment = {"KASCADE_TOPK_RATIO": "0.3"}
@@ -36,9 +36,9 @@ def test_flag_beats_environment_beats_model_config_beats_plan(tmp_path: Path) ->
 
 
 def test_plan_beside_the_weights_gives_way_to_a_named_one(tmp_path: Path) -> None:
-    make_plan(budget=Budget(0.5, 512)).save(tmp_path / PLAN_NAME)
+    make_plan(budget=Budget(0.5, 128)).save(tmp_path / PLAN_NAME)
     other = tmp_path / "other.json"
-    make_plan(budget=Budget(0.25, 64)).save(other)
+    make_plan(budget=Budget(0.25, 64), decode_min_k=64).save(other)
     config = load_config(str(tmp_path), SHAPE, None, {"KASCADE_PLAN": str(other)})
     assert config.budget == Budget(0.25, 64)
 

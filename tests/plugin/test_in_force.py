@@ -26,7 +26,7 @@ SERVES = {
     "anchors": "0,2",
     "heads": "pooled",
     "topk_ratio": "0.1",
-    "min_k": "128",
+    "min_k": "3584",
     "prefill_topk_ratio": "0.1",
     "prefill_min_k": "512",
     "phases": "both",
