@@ -55,18 +55,6 @@ class KascadeConfig:
         """How many keys a tile attends to in prefill."""
         return self.prefill or self.budget
 
-    def __str__(self) -> str:
-        """What is in force, for the log."""
-        plan, prefill = self.plan, self.prefill_budget
-        dense = "dense" if not self.sparse_prefill else f"{prefill.ratio:g} of them"
-        least = f", at least {prefill.min_k}" if self.sparse_prefill else ""
-        return (
-            f"plan for {plan.model} ({plan.provenance.get('source', 'no source')}), anchors "
-            f"{','.join(map(str, plan.anchors))}, heads {self.heads}, selection {self.selection}; "
-            f"keys in decoding: {self.budget.ratio:g} of them, at least {self.budget.min_k}; in "
-            f"prefill: {dense}{least}"
-        )
-
     @property
     def sparse_prefill(self) -> bool:
         """Whether prefill is sparse, too."""

@@ -114,13 +114,3 @@ def test_a_preset_says_what_nobody_else_says(tmp_path: Path) -> None:
     assert served(preset="careful", phases="both") == (*balanced, "both")
     with pytest.raises(KascadeError, match="preset: .* got 'quick'"):
         served(preset="quick")
-
-
-def test_what_is_in_force_is_said_in_one_line(tmp_path: Path) -> None:
-    make_plan(budget=Budget(0.2, 256), provenance={"source": "by hand"}).save(tmp_path / PLAN_NAME)
-    common = "plan for test (by hand), anchors 0,2, heads per_head, selection topk; keys in"
-    config = load_config(str(tmp_path), SHAPE, None, {})
-    decode = f"{common} decoding: 0.2 of them, at least 256; in prefill: "
-    assert str(config) == f"{decode}0.2 of them, at least {PREFILL_MIN_K}"
-    config = load_config(str(tmp_path), SHAPE, {"phases": "decode"}, {})
-    assert str(config) == f"{decode}dense"
