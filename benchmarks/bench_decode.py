@@ -20,6 +20,7 @@ from benchmarks.kernel_common import (
     LayerRuns,
     Pool,
     Row,
+    budgets,
     command_line,
     composites,
     make_paths,
@@ -76,8 +77,8 @@ TOKEN_BYTES = KV_HEADS * DIM * 2
 def bytes_read(lengths: list[int], kind: str, mode: str) -> float:
     """Bytes of keys and values that a layer has to read."""
     keys = sum(lengths)
-    listed = sum(Budget().attended(length - 1) for length in lengths)
-    scored = keys * KV_HEADS * (DIM + 4) if mode == "default" else keys * TOKEN_BYTES
+    listed = sum(budgets(mode)[0].attended(length - 1) for length in lengths)
+    scored = keys * (TOKEN_BYTES if mode == "exact" else KV_HEADS * (DIM + 4))
     return {
         "layer0": 2 * keys * TOKEN_BYTES,
         "anchor": scored + 2 * listed * TOKEN_BYTES,
@@ -86,7 +87,7 @@ def bytes_read(lengths: list[int], kind: str, mode: str) -> float:
 
 
 def measure_case(case: str, lengths: list[int], inputs: str, rivals: bool) -> Iterator[Row]:
-    """Measure the three kinds of layer in both modes, and the plans."""
+    """Measure the three kinds of layer in all modes, and the plans."""
     shared = SHARED.get(case, 0)
     pool = Pool(lengths, inputs, shared, CONTEXT)
     spans = [(length - 1, length) for length in lengths]

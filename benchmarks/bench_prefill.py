@@ -16,6 +16,7 @@ from benchmarks.kernel_common import (
     DEVICE,
     KV_HEADS,
     LAYER0,
+    MODES,
     SCALE,
     LayerRuns,
     Pool,
@@ -37,7 +38,6 @@ from kascade_sglang.backend.extend import LSE_STRIDE
 from kascade_sglang.backend.paths import Paths
 
 K = 1024
-MODES = ("default", "fast", "exact")
 Span = tuple[int, int]
 
 

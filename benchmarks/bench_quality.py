@@ -49,6 +49,8 @@ CONFIGS = {"default": "", "decode": "--kascade-phases decode"}
 """What is always measured beside ``dense``: name, and variables and flags of ``sglang serve``."""
 TASKS = "ruler,perplexity"
 LENGTHS = (4096, 8192, 16384, 31744)
+IN_FLIGHT = 4
+"""Requests that ``kascade eval`` has under way; a server holds as many contexts."""
 
 Replies = dict[tuple[str, ...], dict[str, SavedReply]]
 """{(task, length, prompts' fingerprint): {number of the prompt: reply}}."""
@@ -68,16 +70,17 @@ class Model:
         """Name in results."""
         return Path(self.path).name.lower()
 
-    @property
-    def plan_name(self) -> str:
+    def plan_name(self, flags: list[str]) -> str:
         """The plan in results: its name and the first digits of its SHA-256."""
-        return f"{self.plan.stem}-{hashlib.sha256(self.plan.read_bytes()).hexdigest()[:8]}"
+        own = "--kascade-plan" in flags
+        plan = Path(flags[flags.index("--kascade-plan") + 1]) if own else self.plan
+        return f"{plan.stem}-{hashlib.sha256(plan.read_bytes()).hexdigest()[:8]}"
 
     def arguments(self, config: str, flags: list[str]) -> list[str]:
         """Arguments of its server; the number of tokens bounds its memory."""
         found = ["--model-path", self.path, "--page-size", "32", "--enable-metrics"]
         found += ["--context-length", str(self.context), "--mem-fraction-static", "0.85"]
-        found += ["--max-total-tokens", str(6 * self.context), "--cuda-graph-max-bs", "8"]
+        found += ["--max-total-tokens", str(IN_FLIGHT * self.context), "--cuda-graph-max-bs", "8"]
         found += ["--log-level", "warning"]
         if config == "dense":
             chosen = ["--attention-backend", self.dense_backend] if self.dense_backend else []
@@ -123,7 +126,14 @@ def evaluate(server: Server, model: Model, config: str, options: argparse.Namesp
     command = [sys.executable, "-m", "kascade_sglang.cli", "eval", "--url", server.url]
     command += ["--tasks", options.tasks, "--samples", str(options.samples), "--label", config]
     command += ["--lengths", *map(str, options.lengths), "--tokenizer", model.path]
-    command += ["--seed", str(options.seed), "--out", str(replies_of(model, config, options.work))]
+    command += [
+        "--concurrency",
+        str(IN_FLIGHT),
+        "--seed",
+        str(options.seed),
+        "--out",
+        str(replies_of(model, config, options.work)),
+    ]
     log = options.work / f"{model.name}-{config}.eval.log"
     with open(log, "w") as file:
         if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode:
@@ -188,7 +198,7 @@ def by_prompt(replies: dict[str, SavedReply]) -> Replies:
 
 
 def rows_of(
-    model: Model, config: str, flags: str, work: Path, dense: Replies, ttft: dict[int, str]
+    model: Model, config: str, words: str, work: Path, dense: Replies, ttft: dict[int, str]
 ) -> Iterator[dict[str, str]]:
     """One row a task and length that both this configuration and ``dense`` have answered.
 
@@ -202,11 +212,11 @@ def rows_of(
         if not common:
             continue
         pair = ([side[key][index].score for index in common] for side in (ours, dense))
-        sparse = "" if config == "dense" else model.plan_name
+        sparse = "" if config == "dense" else model.plan_name(split(words)[1])
         yield {
             "model": model.name,
             "config": config,
-            "phases": phases(config, flags),
+            "phases": phases(config, words),
             "task": row["task"],
             "length": row["length"],
             **paired(*pair, row["task"] == "perplexity"),
@@ -217,12 +227,12 @@ def rows_of(
         }
 
 
-def phases(config: str, flags: str) -> str:
+def phases(config: str, words: str) -> str:
     """Which phases of a configuration are sparse."""
-    words = shlex.split(flags)
+    flags = split(words)[1]
     if config == "dense":
         return "none"
-    return words[words.index("--kascade-phases") + 1] if "--kascade-phases" in words else "both"
+    return flags[flags.index("--kascade-phases") + 1] if "--kascade-phases" in flags else "both"
 
 
 def measure(model: Model, configs: dict[str, str], options: argparse.Namespace) -> None:
@@ -240,7 +250,7 @@ def measure(model: Model, configs: dict[str, str], options: argparse.Namespace) 
             list(pool.map(lambda name: evaluate(servers[name], model, name, options), configs))
         stamp, vocabulary = gpu_provenance(options.commit), vocabulary_size(model.path)
         dense = by_prompt(Results(replies_of(model, "dense", options.work)).saved())
-        for name, flags in configs.items():
+        for name, words in configs.items():
             ttft = {
                 length: time_to_first_token(
                     servers[name].url, length, vocabulary, options.ttft_prompts
@@ -248,7 +258,7 @@ def measure(model: Model, configs: dict[str, str], options: argparse.Namespace) 
                 for length in options.lengths
             }
             rows = [
-                {**row, **stamp} for row in rows_of(model, name, flags, options.work, dense, ttft)
+                {**row, **stamp} for row in rows_of(model, name, words, options.work, dense, ttft)
             ]
             append_csv(options.out, COLUMNS, rows)
             show(rows)

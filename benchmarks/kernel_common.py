@@ -24,7 +24,7 @@ from kascade_sglang.files import append_csv
 from kascade_sglang.host.steps import Batch, Layer, Rank
 from kascade_sglang.plan.schema import ModelShape, Plan
 from kascade_sglang.provenance import gpu_provenance
-from kascade_sglang.settings import PREFILL_MIN_K
+from kascade_sglang.settings import MIN_K, PREFILL_MIN_K
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = """case kind plan mode method inputs ms fa3_ms speedup share tb_per_s scratch_mb
@@ -38,7 +38,7 @@ SCALE = DIM**-0.5
 PLANS = {"llama-3.1-8b": (32, (0, 2, 8, 13, 14)), "qwen3-8b": (36, (0, 2, 7, 14, 23))}
 """Layers and anchors, from the paper, section 4.1; both have 8 KV heads, group 4, head dim 128."""
 LAYER0, ANCHOR, REUSE = range(3)
-MODES = ("default", "exact")
+MODES = ("default", "fast", "exact")
 FLUSH_BYTES = 256 * 2**20
 """Read before every step: several times the L2 cache of any GPU."""
 
@@ -123,17 +123,24 @@ def new_tokens(pool: Pool, spans: list[tuple[int, int]], *, decode: bool) -> Bat
     )
 
 
+def budgets(mode: str) -> tuple[Budget, Budget]:
+    """Return what a mode attends to in decoding and in prefill."""
+    if mode == "default":
+        return Budget(min_k=MIN_K), Budget(min_k=PREFILL_MIN_K)
+    return Budget(), Budget()
+
+
 def make_paths(pool: Pool, mode: str) -> Paths:
     """Build what the backend would, for a model of one layer of each kind.
 
-    mode: ``default``; in prefill ``fast``, the preset; ``exact``, that with ``--kascade-exact``.
+    mode: ``default``; ``fast``, the preset; ``exact``, that with ``--kascade-exact``.
     """
     maps = torch.rand(KV_HEADS, KV_HEADS, generator=torch.Generator().manual_seed(0)).tolist()
     shape = ModelShape(3, Q_HEADS, KV_HEADS, DIM, Q_HEADS * DIM)
     plan = Plan("benchmark", shape, (LAYER0, ANCHOR), {REUSE: tuple(map(tuple, maps))})
     rank = Rank(range(KV_HEADS), range(3), pool.table, pool.size + pool.page_size, DEVICE)
-    prefill = Budget(min_k=PREFILL_MIN_K if mode == "default" else Budget().min_k)
-    config = KascadeConfig(plan, Budget(), "per_head", exact=mode == "exact", prefill=prefill)
+    decode, prefill = budgets(mode)
+    config = KascadeConfig(plan, decode, "per_head", exact=mode == "exact", prefill=prefill)
     paths = build_paths(rank, pool, config)
     for index in (LAYER0, ANCHOR):
         paths.kv.copy(index, torch.arange(pool.size, device=DEVICE))

@@ -74,7 +74,7 @@ def models_table() -> str:
         cells[-1] += f" (n={row['n']:.0f})"
         lines.append([row["model"], row["config"], *cells, f"{row['prefill_read']:.0%}"])
     header = [f"RULER at {length}" for length in lengths]
-    hard = "four hard tasks, 16K and 31K"
+    hard = "two hard tasks, 16K and 31K"
     return markdown(["model", "config", *header, hard, "keys read in prefill at 31K"], lines)
 
 
@@ -102,12 +102,12 @@ def rules_table() -> str:
 
 def prefill_table() -> str:
     """``make bench-prefill``: speed over FlashAttention-3, one row a case; random inputs."""
-    return kernel_table("prefill_h100.csv", ("default", "fast", "exact"))
+    return kernel_table("prefill_h100.csv", ("min_k_4096", "fast", "exact"))
 
 
 def decode_table() -> str:
     """``make bench-decode``: speed over FlashAttention-3, one row a case; random inputs."""
-    return kernel_table("decode_h100.csv", ("default", "exact"))
+    return kernel_table("decode_h100.csv", ("fast", "exact"))
 
 
 def settings_table() -> str:
@@ -124,12 +124,12 @@ FIGURES = {
 }
 
 
-def serving_table(results: str = "serving_h100.csv") -> str:
-    """``make bench-serving``: the figure of workloads with a target, Kascade against the best.
+def serving_lines(results: str) -> dict[tuple[str, str], list[str]]:
+    """Return the cells of workloads with a target, by (server, workload).
 
     Of each backend, the median of the newest commit's rows.
     """
-    runs, lines = newest_runs(RESULTS / results), []
+    runs, lines = newest_runs(RESULTS / results), {}
     for model, (name, workload) in itertools.product(
         dict.fromkeys(key[0] for key in runs), WORKLOADS.items()
     ):
@@ -142,9 +142,53 @@ def serving_table(results: str = "serving_h100.csv") -> str:
             f"{found[key]:,.{0 if found[key] >= 100 else 1}f}" for key in ("kascade", best)
         )
         cells = (ours, f"{theirs} ({best})", f"{ratio:.2f}x", f"{workload.must}x")
-        lines.append([f"{model}, {name}", FIGURES[workload.figure], *cells])
+        lines[model, name] = [FIGURES[workload.figure], *cells]
+    return lines
+
+
+def serving_table(results: str = "serving_h100.csv") -> str:
+    """``make bench-serving``: Kascade against the best of SGLang's backends, all workloads."""
+    lines = [[", ".join(key), *cells] for key, cells in serving_lines(results).items()]
     header = ["server and workload", "figure", "kascade", "best of SGLang's", "better by", "target"]
     return markdown(header, lines)
+
+
+SHORT = {
+    "decode-8x32K": "decoding, 8 requests of 32K tokens",
+    "decode-3x128K": "decoding, 3 requests of 128K",
+    "prefill-32K": "a prompt of 32K",
+    "prefill-128K": "a prompt of 128K",
+    "rag-8-prefixes-limit": "questions on 8 long documents",
+    "chat": "short chats",
+}
+"""Workloads that a first look needs, in plain words."""
+
+
+def speed_table() -> str:
+    """``make bench-serving``: a few workloads of one server."""
+    found = serving_lines("serving_h100.csv")
+    lines = [[text, *found["llama-3.1-8b", name][:-1]] for name, text in SHORT.items()]
+    return markdown(["workload", "figure", "kascade", "best of SGLang's", "better by"], lines)
+
+
+def budgets_table() -> str:
+    """``quality_budgets.csv``: decoding with dense prefill, points by length, a row a budget."""
+    rows = plot_quality.newest(RESULTS / "quality_budgets.csv")
+    rows = rows[(rows["model"] == "qwen2.5-coder-0.5b") & (rows["config"] != "dense")]
+    table = rows.pivot_table(index="config", columns="length", values="diff", sort=False)
+    lines = [[name, *(f"{value:+.1f}" for value in row)] for name, row in table.iterrows()]
+    return markdown(["budget", *map(str, table.columns)], lines)
+
+
+def answers_table() -> str:
+    """``make bench-quality``: the longest prompts of each model, a row a configuration."""
+    lines = []
+    for row in plot_quality.summary(plot_quality.newest()).to_dict("records"):
+        longest = max(key for key in row if isinstance(key, int))
+        cells = ["" if math.isnan(row[key]) else f"{row[key]:+.1f}" for key in (longest, "hard")]
+        lines.append([row["model"], row["config"], *cells, f"{row['prefill_read']:.0%}"])
+    header = ["model", "setting", f"all tasks at {longest} tokens", "two hard tasks, 16K and 31K"]
+    return markdown([*header, "keys read in prefill at 31K"], lines)
 
 
 def profile_table() -> str:
@@ -269,14 +313,18 @@ LEAST_SHARE = 0.01
 """Of a profile: kernels below it in every column are only in the sum."""
 INPUTS = ("random", "heavy_tailed")
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {
-        "demo": demo_table,
-        "quality": quality_table,
+    "README.md": {"speed": speed_table, "answers": answers_table},
+    "docs/quickstart.md": {"demo": demo_table},
+    "docs/choosing.md": {
+        "settings": settings_table,
         "models": models_table,
+        "budgets": budgets_table,
+    },
+    "docs/benchmarks.md": {
+        "quality": quality_table,
         "prefill": prefill_table,
         "decode": decode_table,
         "serving": serving_table,
-        "settings": settings_table,
     },
     "benchmarks/README.md": {
         "decode-pieces": decode_pieces_table,
@@ -296,9 +344,9 @@ def main() -> int:
         path = ROOT / name
         before = text = path.read_text()
         for mark, table in tables.items():
-            pattern = re.compile(f"(<!-- {mark} -->\n).*?(\n<!-- end {mark} -->)", re.S)
+            pattern = re.compile(f"(<!-- {mark} -->\n).*?(<!-- end {mark} -->)", re.S)
             filled = table()
-            text, found = pattern.subn(lambda match, t=filled: match[1] + t + match[2], text)
+            text, found = pattern.subn(lambda match, t=filled: f"{match[1]}{t}\n{match[2]}", text)
             if found != 1:
                 sys.exit(f"{name}: expected one table between <!-- {mark} --> marks, got {found}")
         changed |= text != before

@@ -2,6 +2,6 @@
 
 from kascade_sglang.settings import set_tile
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 set_tile()

@@ -1,4 +1,4 @@
-"""The ``kascade`` command: calibrate a model; evaluate a server; show, draw, check, import plans.
+"""The ``kascade`` command: check a machine; calibrate; evaluate a server; show and check plans.
 
 Whatever the user can mend ends as one line on stderr and exit status 1. Only the commands that
 run or read a model import torch.
@@ -11,9 +11,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import kascade_sglang
 from kascade_kernels.budget import Budget
 from kascade_sglang.errors import KascadeError, sentence
 from kascade_sglang.evaluation.command import add_eval
@@ -56,15 +55,44 @@ def _anchor_count_or_list(text: str) -> int | tuple[int, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kascade", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--version", action="version", version=f"kascade {kascade_sglang.__version__}"
-    )
+    about = {"action": _Version, "nargs": 0, "default": argparse.SUPPRESS}
+    parser.add_argument("--version", help="print versions and the GPU", **about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_doctor(commands)
     _add_calibrate(commands)
     add_eval(commands)
     plan = commands.add_parser("plan", help="show, compare, draw, check or import plans")
     _add_plan_commands(plan.add_subparsers(required=True, metavar="COMMAND"))
     return parser
+
+
+class _Version(argparse.Action):
+    """Print versions and exit: torch, which is asked for the GPU, is imported for this alone."""
+
+    def __call__(self, *_: Any) -> None:
+        from kascade_sglang.doctor import version_line
+
+        print(version_line())
+        raise SystemExit(0)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "doctor", help="say whether this machine can serve, and how to mend what cannot"
+    )
+    parser.add_argument("--model", help="folder or Hugging Face id that it should serve")
+    parser.add_argument(
+        "flags", nargs="*", metavar="-- FLAGS", help="flags that the server will get, after --"
+    )
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from kascade_sglang.doctor import diagnose, show
+
+    return show(diagnose(args.model, args.flags), Console())
 
 
 def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
@@ -73,10 +101,9 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
     add("--model", required=True, help="folder or Hugging Face id")
     add(
         "--anchors",
-        default=5,
         type=_anchor_count_or_list,
         metavar="K | 0,2,8",
-        help="how many anchor layers to pick (5), layer 0 included, or the layers themselves",
+        help="how many anchor layers to pick (8), layer 0 included, or the layers themselves",
     )
     add("--out", required=True, type=Path, help="the plan file to write")
     add("--report", type=Path, help="also draw a page about it: .png, .svg or .html")

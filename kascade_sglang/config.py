@@ -8,7 +8,7 @@ from kascade_kernels.budget import Budget
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import find_plan
 from kascade_sglang.plan.schema import ModelShape, Plan
-from kascade_sglang.settings import PREFILL_MIN_K, Settings, changed, read_settings
+from kascade_sglang.settings import MIN_K, PREFILL_MIN_K, Settings, changed, read_settings
 
 MB = 2**20
 SCORE_MEMORY = Settings().score_memory_mb * MB
@@ -55,18 +55,6 @@ class KascadeConfig:
         """How many keys a tile attends to in prefill."""
         return self.prefill or self.budget
 
-    def __str__(self) -> str:
-        """What is in force, for the log."""
-        plan, prefill = self.plan, self.prefill_budget
-        dense = "dense" if not self.sparse_prefill else f"{prefill.ratio:g} of them"
-        least = f", at least {prefill.min_k}" if self.sparse_prefill else ""
-        return (
-            f"plan for {plan.model} ({plan.provenance.get('source', 'no source')}), anchors "
-            f"{','.join(map(str, plan.anchors))}, heads {self.heads}, selection {self.selection}; "
-            f"keys in decoding: {self.budget.ratio:g} of them, at least {self.budget.min_k}; in "
-            f"prefill: {dense}{least}"
-        )
-
     @property
     def sparse_prefill(self) -> bool:
         """Whether prefill is sparse, too."""
@@ -88,15 +76,17 @@ def load_config(
     settings = read_settings(model_options, environ)
     plan = find_plan(model, shape, settings.plan)
 
-    budget = _budget("", plan.budget, settings.topk_ratio, settings.min_k)
-    least = PREFILL_MIN_K if plan.prefill_min_k is None else plan.prefill_min_k
-    default = Budget(budget.ratio, max(budget.min_k, least))
-    prefill = _budget("prefill_", default, settings.prefill_topk_ratio, settings.prefill_min_k)
+    decode_default = _at_least(plan.budget, plan.decode_min_k, MIN_K)
+    budget = _budget("", decode_default, settings.topk_ratio, settings.min_k)
+    prefill_default = _at_least(budget, plan.prefill_min_k, PREFILL_MIN_K)
+    prefill = _budget(
+        "prefill_", prefill_default, settings.prefill_topk_ratio, settings.prefill_min_k
+    )
     defaults = {
         "topk_ratio": plan.budget.ratio,
-        "min_k": plan.budget.min_k,
-        "prefill_topk_ratio": default.ratio,
-        "prefill_min_k": default.min_k,
+        "min_k": decode_default.min_k,
+        "prefill_topk_ratio": prefill_default.ratio,
+        "prefill_min_k": prefill_default.min_k,
         "heads": plan.heads,
     }
     return KascadeConfig(
@@ -112,6 +102,11 @@ def load_config(
         prefill=prefill,
         changed=changed(settings, defaults),
     )
+
+
+def _at_least(budget: Budget, planned: int | None, release: int) -> Budget:
+    """Return a budget of no fewer keys than the plan wants, or, where it is silent, the release."""
+    return Budget(budget.ratio, max(budget.min_k, release if planned is None else planned))
 
 
 def _budget(prefix: str, default: Budget, ratio: float | None, min_k: int | None) -> Budget:

@@ -2,10 +2,36 @@
 
 import subprocess
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+import kascade_sglang
+
+ABSENT = "not installed"
+
+
+def device_name() -> str:
+    """Return the first GPU's name, ``cpu`` without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """Return the releases that decide what a server does, by package."""
+    return {
+        "kascade": kascade_sglang.__version__,
+        "sglang": _installed("sglang"),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+    }
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ABSENT
 
 
 def provenance(commit: str | None = None) -> dict[str, str]:
@@ -20,10 +46,9 @@ def provenance(commit: str | None = None) -> dict[str, str]:
         check=False,
         cwd=Path(__file__).parent,
     )
-    gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "dtype": "bfloat16" if gpu else "float32",
+        "device": device_name(),
+        "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
         "versions": f"sglang {version('sglang')} torch {torch.__version__}",
         "commit": commit or described.stdout.strip() or "unknown",
         "date": date.today().isoformat(),

@@ -1,4 +1,4 @@
-"""Every setting, declared once: variable, flag, help, parsing, the README's table and the log.
+"""Every setting, declared once: variable, flag, help, parsing, the documents' table and the log.
 
 Precedence: command-line flag, environment variable, ``"kascade"`` key of the model's config,
 then what the plan says. This module alone reads the environment.
@@ -23,18 +23,18 @@ logger = logging.getLogger(__name__)
 PREFIX = "KASCADE_"
 FLAGS_VARIABLE = "KASCADE_FLAGS"
 """Carries the parsed flags, as JSON, to the processes that SGLang starts."""
-PREFILL_MIN_K = 4096
-"""Keys that a tile attends to in prefill at least, where neither user nor plan says otherwise.
+MIN_K, PREFILL_MIN_K = 3584, 5632
+"""Keys attended to at least in decoding and in prefill, where neither user nor plan says otherwise.
 
-A tile's 32 queries of every head of a group share one list, so it must hold what each of them
-looks for. What real models lose in prefill depends on how many keys a list has more than on which
-share of the context they are (``benchmarks/results/prefill_rules.csv``)."""
+What real models lose depends on how many keys a list has more than on which share of the context
+they are (``benchmarks/results/prefill_rules.csv``, ``quality_budgets.csv``). In prefill the 32
+queries of a tile, in every head of a group, share one list, so it is longer."""
 PRESETS = {
-    "fast": {"prefill_min_k": 128},
+    "fast": {"min_k": 128, "prefill_min_k": 128},
     "balanced": {},
     "careful": {"phases": "decode"},
 }
-"""What a preset says where the user says nothing else: prefill as sparse as decoding; the
+"""What a preset says where the user says nothing else: lists of a tenth of any context; the
 defaults; prefill dense."""
 
 
@@ -75,8 +75,8 @@ class Settings(BaseModel):
     preset: Annotated[
         Literal["fast", "balanced", "careful"],
         About(
-            "`fast`: prefill as sparse as decoding; `balanced`: the defaults; `careful`: dense "
-            "prefill; other settings override what a preset says"
+            "`fast`: a tenth of any context, in prefill, too; `balanced`: the defaults; `careful`: "
+            "dense prefill; other settings override what a preset says"
         ),
     ] = "balanced"
     topk_ratio: Annotated[
@@ -84,7 +84,7 @@ class Settings(BaseModel):
         About("share of the context to attend to, in (0, 1]", "the plan's, 0.1", **RATIO),
     ] = None
     min_k: Annotated[
-        int | None, About("least number of keys to attend to", "the plan's, 128", **COUNT)
+        int | None, About("least number of keys to attend to", f"the plan's, {MIN_K}", **COUNT)
     ] = None
     prefill_topk_ratio: Annotated[
         float | None, About("the share in prefill", "that of decoding", **RATIO)
@@ -211,7 +211,7 @@ def carry_flags(arguments: Mapping[str, Any]) -> None:
 
 
 def table() -> list[list[str]]:
-    """Return the README's table of settings, its header first."""
+    """Return the documents' table of settings, its header first."""
     rows = [["setting", "flag", "environment", "default"]]
     for each in SETTINGS.values():
         flag = f"`{each.flag}`" if each.about.flag else ""

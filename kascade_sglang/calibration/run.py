@@ -39,11 +39,17 @@ from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan
 logger = logging.getLogger(__name__)
 
 
+ANCHORS = 8
+"""How many to pick where nobody says. Five, as in the paper, answer worse on a pretrained model of
+1.5B parameters (``benchmarks/results/quality_models.csv``)."""
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """What the user asks ``kascade calibrate`` for; fields are the options' names.
 
-    anchors: how many to pick, or the layers themselves, whose head maps are then measured.
+    anchors: how many to pick, or the layers themselves, whose head maps are then measured; None
+        means ANCHORS, or all layers with full attention where there are fewer.
     trust_remote_code: whether code that comes with the model may run.
     report: a page about the plan, .png, .svg or .html. tiles: query tiles of each prompt.
     criterion: what anchors are chosen by, one of CRITERIA.
@@ -51,7 +57,7 @@ class CalibrationConfig:
 
     model: str
     out: Path
-    anchors: int | tuple[int, ...] = 5
+    anchors: int | tuple[int, ...] | None = None
     source: PromptSource = field(default_factory=PromptSource)
     report: Path | None = None
     device: str = "auto"
@@ -78,6 +84,7 @@ class Measured(NamedTuple):
     shape: ModelShape
     budget: Budget
     provenance: dict[str, Any]
+    anchors: int | tuple[int, ...]
 
     def plan(self, anchors: int | tuple[int, ...], heads: str, criterion: str = "error") -> Plan:
         """Build a plan; see ``CalibrationConfig``."""
@@ -93,7 +100,7 @@ def calibrate(config: CalibrationConfig) -> Plan:
     Raises CalibrationError, before the weights are loaded where that is possible.
     """
     measured, checkpoint = measure(config)
-    plan = measured.plan(config.anchors, config.heads, config.criterion)
+    plan = measured.plan(measured.anchors, config.heads, config.criterion)
     try:
         plan.save(config.out)
     except OSError as error:
@@ -116,7 +123,9 @@ def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     found = config.source.read(tokenizer, hf_model.context_length(hf_config))
     found = found._replace(prompts=_long_enough(found.prompts, budget, config.source.name))
     windowed = hf_model.windowed_layers(hf_config, _longest(found.prompts))
-    _check_anchors(config.anchors, [n for n in range(shape.layers) if n not in windowed])
+    full = [layer for layer in range(shape.layers) if layer not in windowed]
+    anchors = min(ANCHORS, len(full)) if config.anchors is None else config.anchors
+    _check_anchors(anchors, full)
     if config.criterion == "error":
         _say_what_errors_are_of(found.prompts, budget, config)
     _check_vocabulary(found.prompts, hf_config.get_text_config().vocab_size, config.model)
@@ -127,7 +136,8 @@ def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     )
     stats = _measure(model, found.prompts, budget, config, checkpoint)
     provenance = _provenance(config, found, model)
-    return Measured(stats, _model_name(config.model), shape, budget, provenance), checkpoint
+    name = _model_name(config.model)
+    return Measured(stats, name, shape, budget, provenance, anchors), checkpoint
 
 
 def _check(config: CalibrationConfig) -> Budget:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,7 @@ class EvalSettings:
 class Harness:
     """Runs tasks and writes what comes out.
 
-    on_reply: called with (task, length, replies so far, samples) whenever one has come, and before
-        that with ("samples made", None, tasks so far, tasks).
+    on_reply: called with (task, length, replies so far, samples) whenever one has come.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class Harness:
     def run(self, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         """Run every task at every length; returns the rows, those of earlier runs included.
 
-        All samples are made first, so that what cannot be made is refused before any is asked.
+        Samples are made in a thread while others are asked. What cannot be made ends the run as
+        soon as that is known; replies until then are kept.
         """
         context = self._endpoint.context
         orders = [
@@ -92,11 +93,16 @@ class Harness:
                     f"--lengths {length}: the server's context is {context} tokens; ask for at "
                     "most that, or serve the model with a longer --context-length"
                 )
-        made = []
-        for task, length in orders:
-            made.append((task, length, self._make(task, length)))
-            self._on_reply("samples made", None, len(made), len(orders))
-        return [self._run_one(task, length, samples) for task, length, samples in made]
+        # One thread: tokenizers of transformers do not bear several at a time.
+        with ThreadPoolExecutor(1) as maker:
+            made = [maker.submit(self._make, task, length) for task, length in orders]
+            try:
+                return [
+                    self._run_one(task, length, _next(made, number))
+                    for number, (task, length) in enumerate(orders)
+                ]
+            finally:
+                maker.shutdown(cancel_futures=True)
 
     def _make(self, task: Task, length: int | None) -> list[Sample]:
         """Samples that fit the server's context; raises EvaluationError."""
@@ -222,6 +228,14 @@ class Harness:
             "version": kascade_sglang.__version__,
             "date": datetime.date.today().isoformat(),
         }
+
+
+def _next(made: Sequence["Future[list[Sample]]"], number: int) -> list[Sample]:
+    """Wait for the samples of an order; raises at once what any other order has met."""
+    for future in made:
+        if future.done():
+            future.result()
+    return made[number].result()
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,11 +1,16 @@
 """Which of SGLang's backends computes what is not sparse."""
 
+from importlib.util import find_spec
+
 import torch
 
 from kascade_sglang.errors import KascadeError
 
 DENSE_BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
 """Those that run with any page size; SGLang picks others' pages by the server's backend name."""
+
+LIBRARIES = {"fa3": "sgl_kernel", "flashinfer": "flashinfer", "triton": "triton"}
+"""What SGLang imports for a backend when it builds one."""
 
 
 def default_dense_backend() -> str:
@@ -20,3 +25,9 @@ def require_dense_backend(name: str | None) -> None:
     if name is not None and name not in DENSE_BACKENDS:
         known = ", ".join(DENSE_BACKENDS)
         raise KascadeError(f"dense_backend: expected one of {known}, got {name!r}")
+
+
+def missing_library(name: str) -> str | None:
+    """Return the module that a dense backend needs, where this Python lacks it."""
+    library = LIBRARIES.get(name)
+    return None if library is None or find_spec(library) is not None else library

@@ -44,6 +44,8 @@ class ServerFacts:
     captured_decode, eager_decode: the most requests of a captured decode step, and of an eager
         one if it may be larger; 0 where there is none, or where SGLang will choose.
     largest_prefill: the most new tokens of a prefill step.
+    page_size: tokens of a page of the KV pool. chunk: tokens that a prompt is prefilled by; 0
+        where it is prefilled whole.
     """
 
     model: ModelFacts
@@ -58,3 +60,5 @@ class ServerFacts:
     captured_decode: int
     eager_decode: int
     largest_prefill: int
+    page_size: int
+    chunk: int

@@ -124,6 +124,8 @@ def server_facts(server_args: Any) -> ServerFacts:
         captured_decode=captured,
         eager_decode=eager,
         largest_prefill=largest_prefill(server_args, facts.context),
+        page_size=args.page_size,
+        chunk=max(args.chunked_prefill_size or 0, 0),
     )
 
 

@@ -24,6 +24,7 @@ def _settings(a: Plan, b: Plan) -> Iterator[str]:
         ("anchors", _numbers(a.anchors), _numbers(b.anchors)),
         ("topk_ratio", a.budget.ratio, b.budget.ratio),
         ("min_k", a.budget.min_k, b.budget.min_k),
+        ("decode_min_k", a.decode_min_k, b.decode_min_k),
         ("prefill_min_k", a.prefill_min_k, b.prefill_min_k),
         ("heads", a.heads, b.heads),
     ):

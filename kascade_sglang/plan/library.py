@@ -4,10 +4,12 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from kascade_sglang.files import expand
 from kascade_sglang.plan.presets import (
     PREFIX,
+    PRESETS,
     preset,
     preset_for,
     presets_of,
@@ -24,6 +26,13 @@ _warned: set[str] = set()
 """Sentences this process has logged: it looks its plan up more than once."""
 
 
+class Found(NamedTuple):
+    """A plan and where it was found: a file, or ``preset:NAME``."""
+
+    plan: Plan
+    place: str
+
+
 def find_plan(model: str, shape: ModelShape, explicit: str | None) -> Plan:
     """Return the plan to serve ``model`` with, checked against its shape.
 
@@ -33,7 +42,7 @@ def find_plan(model: str, shape: ModelShape, explicit: str | None) -> Plan:
     Logs a warning where nobody has measured the plan's head map. Raises PlanError, saying how to
     calibrate, if none fits.
     """
-    plan = _find(model, shape, explicit)
+    plan = locate_plan(model, shape, explicit).plan
     plan.check_fits(shape)
     warning = warning_of(plan)
     if warning is not None and warning not in _warned:
@@ -60,31 +69,33 @@ def _load_version(path: Path, version: tuple[int, ...] | None) -> Plan:
     return load_plan(path)
 
 
-def _find(model: str, shape: ModelShape, explicit: str | None) -> Plan:
+def locate_plan(model: str, shape: ModelShape, explicit: str | None) -> Found:
+    """Return the plan that ``find_plan`` takes and where it is; its shape is not checked.
+
+    Raises PlanError, saying where it was looked for, if there is none.
+    """
     if explicit:
-        return read_plan(explicit)
+        return Found(read_plan(explicit), explicit)
     beside = _beside(model)
     if beside is not None:
-        return _load(beside)
-    for path in sorted(SHIPPED.glob("*.json")):
-        plan = _load(path)
+        return Found(_load(beside), str(beside))
+    for path, plan in shipped_plans().items():
         if same_name(plan.model, model) and plan.shape == shape:
-            return plan
+            return Found(plan, str(path))
     plan = preset_for(model, shape)
     if plan is not None:
-        return plan
+        return Found(plan, PREFIX + plan.model)
     fitting = [*_shipped_for(shape), *(PREFIX + name for name in presets_of(shape))]
     others = f", or, if it is one of these, --kascade-plan {' or '.join(fitting)}"
     raise PlanError(
-        f"no Kascade plan for {model}: make one with `kascade calibrate --model {model} "
-        "--prompts prompts.txt --anchors 5 --out plan.json` and pass --kascade-plan plan.json"
-        f"{others if fitting else ''}"
+        f"no Kascade plan for {model}: {_why_none(model, shape)}; make one with `kascade "
+        f"calibrate --model {model} --prompts prompts.txt --out plan.json` and pass "
+        f"--kascade-plan plan.json{others if fitting else ''}"
     )
 
 
 def _shipped_for(shape: ModelShape) -> list[str]:
-    paths = sorted(SHIPPED.glob("*.json"))
-    return [str(path) for path in paths if _load(path).shape == shape]
+    return [str(path) for path, plan in shipped_plans().items() if plan.shape == shape]
 
 
 def _beside(model: str) -> Path | None:
@@ -101,3 +112,20 @@ def _beside(model: str) -> Path | None:
     except HFValidationError:  # no hub id either
         return None
     return Path(cached) if isinstance(cached, str) else None
+
+
+def shipped_plans() -> dict[Path, Plan]:
+    """Return the calibrated plans that the package holds, by their files."""
+    return {path: _load(path) for path in sorted(SHIPPED.glob("*.json"))}
+
+
+def _why_none(model: str, shape: ModelShape) -> str:
+    """Say why no plan was found without a flag."""
+    beside = f"no {PLAN_NAME} beside its weights"
+    known = [*shipped_plans().values(), *map(preset, PRESETS)]
+    for plan in known:
+        if same_name(plan.model, model):
+            differences = ", ".join(plan.shape.differences(shape))
+            return f"{beside}, and that of {plan.model} is for another shape ({differences})"
+    names = ", ".join(sorted({plan.model.rpartition("/")[2] for plan in known}))
+    return f"{beside}, and its name is none of those that have a plan here ({names})"

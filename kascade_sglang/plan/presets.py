@@ -27,7 +27,7 @@ class _Preset(NamedTuple):
     anchors: tuple[int, ...]
 
 
-_PRESETS = {
+PRESETS = {
     "Llama-3.1-8B-Instruct": _Preset(_LLAMA_8B, (0, 2, 8, 13, 14)),
     "DeepSeek-R1-Distill-Llama-8B": _Preset(_LLAMA_8B, (0, 2, 8, 13, 14)),
     "Qwen3-8B": _Preset(_QWEN3_8B, (0, 2, 7, 14, 23)),
@@ -40,15 +40,20 @@ _QUANTISED = re.compile(
 _ALIASES = {
     "meta-llama-3.1-8b-instruct": "llama-3.1-8b-instruct",
     "qwen2.5-coder-0.5b-instruct": "qwen2.5-coder-0.5b",
+    "qwen2.5-coder-1.5b-instruct": "qwen2.5-coder-1.5b",
 }
 
 
 def preset(name: str) -> Plan:
-    """Return the preset of this name; raises PlanError, listing those there are."""
-    for known, (shape, anchors) in _PRESETS.items():
+    """Return the preset of this name; raises PlanError, listing those there are.
+
+    >>> preset("Qwen/Qwen3-8B").anchors
+    (0, 2, 7, 14, 23)
+    """
+    for known, (shape, anchors) in PRESETS.items():
         if same_name(known, name):
             return identity_plan(known, shape, anchors, _SOURCE)
-    raise PlanError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
+    raise PlanError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
 
 
 def identity_plan(model: str, shape: ModelShape, anchors: tuple[int, ...], source: str) -> Plan:
@@ -91,11 +96,15 @@ def warning_of(plan: Plan) -> str | None:
 
 def presets_of(shape: ModelShape) -> list[str]:
     """Return the names of the presets for models of a shape."""
-    return [name for name, known in _PRESETS.items() if known.shape == shape]
+    return [name for name, known in PRESETS.items() if known.shape == shape]
 
 
 def same_name(one: str, other: str) -> bool:
-    """Say whether two ids or folders end in the same model's name, quantised or not."""
+    """Say whether two ids or folders end in the same model's name, quantised or not.
+
+    >>> same_name("Qwen/Qwen3-8B", "/models/qwen3-8b/"), same_name("Qwen3-8B", "Qwen3-4B")
+    (True, False)
+    """
     return not _keys(one).isdisjoint(_keys(other))
 
 

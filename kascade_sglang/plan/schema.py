@@ -76,7 +76,8 @@ class Plan:
     similarity: for every reuse layer, [KV heads][anchor heads]: the share of a head's own Top-k
         mass that the anchor head's keys recover. The head map is its argmax (section 3.4).
     windowed: layers with a sliding window (Gemma 2 and 3), neither anchors nor reuse layers.
-    prefill_min_k: least number of keys in prefill; None leaves it to the release.
+    budget: what similarities were measured at.
+    decode_min_k, prefill_min_k: least number of keys when served; None leaves it to the release.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Plan:
     heads: str = "per_head"
     provenance: dict[str, Any] = field(default_factory=dict)
     windowed: tuple[int, ...] = ()
+    decode_min_k: int | None = None
     prefill_min_k: int | None = None
 
     def __post_init__(self) -> None:
@@ -98,11 +100,11 @@ class Plan:
         _check_shape(self.shape)
         _check_windowed(self.windowed, self.shape.layers)
         _check_anchors(self.anchors, self.shape.layers, self.windowed)
-        if self.prefill_min_k is not None:
+        for phase, least in (("decode", self.decode_min_k), ("prefill", self.prefill_min_k)):
             try:
-                Budget(self.budget.ratio, self.prefill_min_k)
+                Budget(self.budget.ratio, self.budget.min_k if least is None else least)
             except ValueError as error:
-                raise PlanError(f"plan.prefill_{error}") from error
+                raise PlanError(f"plan.{phase}_{error}") from error
         if self.heads not in HEAD_MODES:
             raise PlanError(f"plan.heads: expected one of {HEAD_MODES}, got {self.heads!r}")
         for layer in self.reuse_layers:
@@ -163,7 +165,7 @@ class Plan:
         """Return the plan as it stands in the file."""
         # Written only where there are any: releases without them still read the others.
         windowed = {"windowed": list(self.windowed)} if self.windowed else {}
-        prefill = {} if self.prefill_min_k is None else {"prefill_min_k": self.prefill_min_k}
+        least = {"decode_min_k": self.decode_min_k, "prefill_min_k": self.prefill_min_k}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -175,7 +177,7 @@ class Plan:
             "tile": TILE,
             "topk_ratio": self.budget.ratio,
             "min_k": self.budget.min_k,
-            **prefill,
+            **{name: keys for name, keys in least.items() if keys is not None},
             "heads": self.heads,
             "provenance": self.provenance,
         }
@@ -269,6 +271,7 @@ def plan_from_json(raw: Any) -> Plan:
             heads=raw["heads"],
             provenance=dict(raw["provenance"]),
             windowed=tuple(raw.get("windowed", ())),
+            decode_min_k=_int(raw, "decode_min_k") if "decode_min_k" in raw else None,
             prefill_min_k=_int(raw, "prefill_min_k") if "prefill_min_k" in raw else None,
         )
         anchor_of = tuple(raw["anchor_of"])

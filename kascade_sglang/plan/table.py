@@ -24,6 +24,7 @@ def describe(plan: Plan) -> str:
         f"hidden {shape.hidden or '?'}",
         f"anchors    {','.join(map(str, plan.anchors))}",
         f"budget     {plan.budget.ratio:g} of the context, at least {plan.budget.min_k} keys"
+        + (f", {plan.decode_min_k} in decoding" if plan.decode_min_k is not None else "")
         + (f", {plan.prefill_min_k} in prefill" if plan.prefill_min_k is not None else ""),
         f"heads      {plan.heads}",
         "",

@@ -33,6 +33,12 @@ class Budget:
     min_k: least number of positions attended to, own tile included; at least two tiles.
 
     Raises ValueError for values outside these ranges.
+
+    >>> budget = Budget(ratio=0.1, min_k=128)
+    >>> budget.attended(127), budget.attended(9_999)
+    (128, 985)
+    >>> budget.is_dense(tile_of(127)), budget.is_dense(tile_of(9_999))
+    (True, False)
     """
 
     ratio: float = 0.1

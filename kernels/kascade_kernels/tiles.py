@@ -31,7 +31,12 @@ class Tiles(NamedTuple):
 
 
 def cut_tiles(begins: np.ndarray, ends: np.ndarray) -> Tiles:
-    """Cut each request's positions [begin, end), int64 [requests] each, at tile borders."""
+    """Cut each request's positions [begin, end), int64 [requests] each, at tile borders.
+
+    >>> tiles = cut_tiles(np.array([40]), np.array([100]))  # 60 new tokens after 40 cached ones
+    >>> tiles.index.tolist(), tiles.starts.tolist(), tiles.tokens.tolist()
+    ([1, 2, 3], [0, 24, 56], [24, 32, 4])
+    """
     first_tile = begins // TILE
     tiles = np.where(ends > begins, (ends - 1) // TILE - first_tile + 1, 0)
     batch_index = np.repeat(np.arange(len(begins)), tiles)

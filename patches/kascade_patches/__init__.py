@@ -4,7 +4,8 @@ A module holds ``TARGET`` (the symbol), ``KIND`` (when it runs) and ``hook``; it
 why, how, and when it can be removed. ``README.md`` beside this package is the register.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from kascade_patches import (
     grammar_bitmask,
     pool_cell_size,
     pool_sizes,
+    scheduler_internal_state,
     server_args_add_cli_args,
     server_args_from_cli_args,
     server_args_resolve,
@@ -25,13 +27,14 @@ from kascade_patches import (
 )
 from kascade_sglang.errors import KascadeError
 
+ARGUMENTS = (server_args_add_cli_args, server_args_from_cli_args, server_args_resolve)
 EVERYWHERE = (
-    server_args_add_cli_args,
-    server_args_from_cli_args,
-    server_args_resolve,
+    *ARGUMENTS,
     pool_cell_size,
     pool_sizes,
 )
+INFORMING = (scheduler_internal_state,)
+"""Nothing depends on these, so no start is refused where SGLang has lost what they hook."""
 WITHOUT_GPU = (
     support_triton,
     get_last_loc,
@@ -39,6 +42,8 @@ WITHOUT_GPU = (
     grammar_apply,
     grammar_apply_reasoning,
 )
+
+SCHEDULER = scheduler_internal_state.TARGET.rpartition(".Scheduler")[0]
 
 _ran: set[str] = set()
 
@@ -57,13 +62,24 @@ def register_hooks() -> None:
     """Register every hook this machine needs; SGLang applies them after loading its plugins."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for module in _modules():
+    # Importing the scheduler for its sake would slow down every other process.
+    informing = INFORMING if SCHEDULER in sys.modules else ()
+    for module in (*_modules(), *informing):
         HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+def not_run(modules: Iterable[ModuleType]) -> list[str]:
+    """Return the names of those hooks that have not run in this process."""
+    return [name for name in map(_name, modules) if name not in _ran]
 
 
 def _noted(module: ModuleType) -> Callable[..., Any]:
     """Return a module's hook, which notes that it ran."""
-    name = module.__name__.rpartition(".")[2]
+    name = _name(module)
 
     @wraps(module.hook)
     def hook(*args: Any, **kwargs: Any) -> Any:

@@ -28,6 +28,7 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
 
     Arguments of a command line end the process instead, with status 1 and the sentence.
     """
+    from kascade_sglang.backend.in_force import in_force
     from kascade_sglang.checks import check, flag_reasons
     from kascade_sglang.host.release import require_supported_host
     from kascade_sglang.host.server import (
@@ -57,7 +58,8 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
             raise
         config = check(server_facts(server_args))
         announce(config.changed)
-        logger.info("kascade: %s", config)
+        serves = " ".join(f"{name}={value}" for name, value in in_force(config).items())
+        logger.info("kascade: serves with %s", serves)
     except KascadeError as error:
         if getattr(server_args, FROM_COMMAND_LINE, False):
             raise SystemExit(f"kascade: {lines(error)}") from None

@@ -26,7 +26,7 @@ def measured() -> Measured:
         tiles=3,
         rows=5,
     )
-    return Measured(stats, "test", ModelShape(LAYERS, 8, HEADS, 64, 256), Budget(), {})
+    return Measured(stats, "test", ModelShape(LAYERS, 8, HEADS, 64, 256), Budget(), {}, 3)
 
 
 def test_every_choice_is_made_at_every_count() -> None:

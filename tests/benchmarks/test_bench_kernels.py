@@ -46,7 +46,7 @@ def test_decode_measures_every_kind_of_layer(
     monkeypatch.setattr(bench, "CONTEXT", 1024)
     rows = list(bench.measure_case("tiny", [300, 40], "heavy_tailed", rivals=True))
     found = {(row.kind, row.plan, row.mode, row.method) for row in rows}
-    for mode in ("default", "exact"):
+    for mode in kernel_common.MODES:
         assert {("layer0", "", mode, "kascade"), ("anchor", "", mode, "kascade")} <= found
         assert ("composite", "qwen3-8b", mode, "kascade") in found
     assert {("select", "", "exact", name) for name in ("torch", "flashinfer")} <= found

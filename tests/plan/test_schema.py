@@ -134,6 +134,7 @@ REFUSED: list[tuple[str, Damage, str]] = [
     ("no-ratio", drop("topk_ratio"), "'topk_ratio' is missing"),
     ("min-k-16", put("min_k", 16), "min_k: expected a whole number of at least 64"),
     ("prefill-16", put("prefill_min_k", 16), "plan.prefill_min_k: expected .* at least 64"),
+    ("decode-16", put("decode_min_k", 16), "plan.decode_min_k: expected .* at least 64"),
     ("prefill-text", put("prefill_min_k", "x"), "prefill_min_k: expected"),
     ("heads", put("heads", "both"), "plan.heads: expected one of"),
     ("no-heads", drop("heads"), "'heads' is missing"),
@@ -214,8 +215,10 @@ def test_importing_loads_neither_torch_nor_sglang() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_prefill_keeps_its_least_number_of_keys(tmp_path: Path, plan_file: Path) -> None:
+def test_phases_keep_their_least_numbers_of_keys(tmp_path: Path, plan_file: Path) -> None:
     plan = load_plan(plan_file)
-    assert plan.prefill_min_k is None and "prefill_min_k" not in plan.to_json()
-    replace(plan, prefill_min_k=512).save(tmp_path / "other.json")
-    assert load_plan(tmp_path / "other.json") == replace(plan, prefill_min_k=512)
+    assert plan.decode_min_k is plan.prefill_min_k is None
+    assert not {"decode_min_k", "prefill_min_k"} & plan.to_json().keys()
+    other = replace(plan, decode_min_k=256, prefill_min_k=512)
+    other.save(tmp_path / "other.json")
+    assert load_plan(tmp_path / "other.json") == other

@@ -11,12 +11,12 @@ from kascade_sglang.backend.selectors import SELECTORS
 from kascade_sglang.config import load_config
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import PLAN_NAME
-from kascade_sglang.settings import FLAGS_VARIABLE, PREFILL_MIN_K, SETTINGS, read_settings
+from kascade_sglang.settings import FLAGS_VARIABLE, MIN_K, PREFILL_MIN_K, SETTINGS, read_settings
 from tests.support.models import SHAPE, make_plan
 
 
 def test_flag_beats_environment_beats_model_config_beats_plan(tmp_path: Path) -> None:
-    plan = make_plan(budget=Budget(0.5, 512), heads="pooled")
+    plan = make_plan(budget=Budget(0.5, 128), decode_min_k=512, heads="pooled")
     plan.save(tmp_path / PLAN_NAME)
     model_options = {"topk_ratio": 0.4, "min_k": 256}
     environment = {"KASCADE_TOPK_RATIO": "0.3"}
@@ -36,9 +36,9 @@ def test_flag_beats_environment_beats_model_config_beats_plan(tmp_path: Path) ->
 
 
 def test_plan_beside_the_weights_gives_way_to_a_named_one(tmp_path: Path) -> None:
-    make_plan(budget=Budget(0.5, 512)).save(tmp_path / PLAN_NAME)
+    make_plan(budget=Budget(0.5, 128)).save(tmp_path / PLAN_NAME)
     other = tmp_path / "other.json"
-    make_plan(budget=Budget(0.25, 64)).save(other)
+    make_plan(budget=Budget(0.25, 64), decode_min_k=64).save(other)
     config = load_config(str(tmp_path), SHAPE, None, {"KASCADE_PLAN": str(other)})
     assert config.budget == Budget(0.25, 64)
 
@@ -80,7 +80,7 @@ def test_quest_selects_in_every_layer(tmp_path: Path) -> None:
     assert anchors("omnikv") == anchors("topk") == (0, 2)
 
 
-def test_prefill_has_a_budget_of_its_own(tmp_path: Path) -> None:
+def test_phases_have_budgets_of_their_own(tmp_path: Path) -> None:
     plan = make_plan()
     plan.save(tmp_path / PLAN_NAME)
 
@@ -89,12 +89,12 @@ def test_prefill_has_a_budget_of_its_own(tmp_path: Path) -> None:
         return config.budget, config.prefill_budget
 
     least = PREFILL_MIN_K
-    assert budgets() == (Budget(0.1, 128), Budget(0.1, least))
+    assert budgets() == (Budget(0.1, MIN_K), Budget(0.1, least))
     assert budgets(topk_ratio=0.2, min_k=256) == (Budget(0.2, 256), Budget(0.2, least))
     assert budgets(min_k=2 * least) == (Budget(0.1, 2 * least),) * 2
     assert budgets(prefill_min_k=64, prefill_topk_ratio=0.3)[1] == Budget(0.3, 64)
-    replace(plan, prefill_min_k=512).save(tmp_path / PLAN_NAME)
-    assert budgets()[1] == Budget(0.1, 512)
+    replace(plan, decode_min_k=256, prefill_min_k=512).save(tmp_path / PLAN_NAME)
+    assert budgets() == (Budget(0.1, 256), Budget(0.1, 512))
     with pytest.raises(KascadeError, match=r"^prefill_min_k: expected .* got 8$"):
         budgets(prefill_min_k=8)
 
@@ -102,24 +102,15 @@ def test_prefill_has_a_budget_of_its_own(tmp_path: Path) -> None:
 def test_a_preset_says_what_nobody_else_says(tmp_path: Path) -> None:
     make_plan().save(tmp_path / PLAN_NAME)
 
-    def served(**settings: object) -> tuple[int, str]:
+    def served(**settings: object) -> tuple[int, int, str]:
         config = load_config(str(tmp_path), SHAPE, settings, {})
-        return config.prefill_budget.min_k, config.phases
+        return config.budget.min_k, config.prefill_budget.min_k, config.phases
 
-    assert served() == served(preset="balanced") == (PREFILL_MIN_K, "both")
-    assert served(preset="fast") == (128, "both")
-    assert served(preset="careful") == (PREFILL_MIN_K, "decode")
-    assert served(preset="fast", prefill_min_k=1024) == (1024, "both")
-    assert served(preset="careful", phases="both") == (PREFILL_MIN_K, "both")
+    balanced = (MIN_K, PREFILL_MIN_K)
+    assert served() == served(preset="balanced") == (*balanced, "both")
+    assert served(preset="fast") == (128, 128, "both")
+    assert served(preset="careful") == (*balanced, "decode")
+    assert served(preset="fast", prefill_min_k=1024) == (128, 1024, "both")
+    assert served(preset="careful", phases="both") == (*balanced, "both")
     with pytest.raises(KascadeError, match="preset: .* got 'quick'"):
         served(preset="quick")
-
-
-def test_what_is_in_force_is_said_in_one_line(tmp_path: Path) -> None:
-    make_plan(budget=Budget(0.2, 256), provenance={"source": "by hand"}).save(tmp_path / PLAN_NAME)
-    common = "plan for test (by hand), anchors 0,2, heads per_head, selection topk; keys in"
-    config = load_config(str(tmp_path), SHAPE, None, {})
-    decode = f"{common} decoding: 0.2 of them, at least 256; in prefill: "
-    assert str(config) == f"{decode}0.2 of them, at least {PREFILL_MIN_K}"
-    config = load_config(str(tmp_path), SHAPE, {"phases": "decode"}, {})
-    assert str(config) == f"{decode}dense"

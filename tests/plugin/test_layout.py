@@ -16,13 +16,15 @@ LAYERS = """
     kascade_kernels
     errors
     settings
-    kascade_sglang files provenance
+    kascade_sglang
+    files provenance
     plan text
     config servers
     host sparsity
     backend checks calibration
     kascade_patches evaluation
-    plugin cli demo bench
+    plugin doctor
+    cli demo bench
 """
 
 # When an import happens.
@@ -66,7 +68,7 @@ def test_kernels_know_no_engine() -> None:
 
 
 def test_sglang_is_named_in_the_host_package_and_the_patches() -> None:
-    host = {"kascade_sglang/host/runtime.py", "kascade_sglang/host/server.py"}
+    host = {f"kascade_sglang/host/{name}.py" for name in ("command_line", "runtime", "server")}
     assert importers("sglang", "kascade_sglang") == host | {"kascade_sglang/bench.py"}
     bench = [name for name in imported(ROOT / "kascade_sglang/bench.py") if "." in name]
     assert bench == ["sglang.srt.plugins.load_plugins"]
@@ -218,7 +220,8 @@ def test_every_patch_is_registered_and_explained() -> None:
     import kascade_patches
 
     register = (ROOT / "patches/README.md").read_text()
-    for module in kascade_patches.EVERYWHERE + kascade_patches.WITHOUT_GPU:
+    patches = kascade_patches
+    for module in patches.EVERYWHERE + patches.WITHOUT_GPU + patches.INFORMING:
         assert f"`{module.TARGET}`" in register
         for word in ("Why:", "How:", "Remove when:"):
             assert word in module.__doc__

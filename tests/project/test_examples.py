@@ -1,0 +1,135 @@
+"""What the documents show is what one can type: examples run, commands and flags exist."""
+
+import doctest
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kascade_sglang import cli
+from kascade_sglang.host.release import VERIFIED
+from kascade_sglang.settings import SETTINGS
+from tests.support.documents import NOT_RUN, ROOT, Block, blocks, documents
+
+SOURCES = (ROOT / "kascade_sglang", ROOT / "kernels", ROOT / "patches")
+
+
+def examples(language: str) -> list[tuple[str, Block]]:
+    """Blocks of a language, with names for a test's report."""
+    return [
+        (f"{path.relative_to(ROOT)}:{block.line}", block)
+        for path in documents()
+        for block in blocks(path.read_text())
+        if block.language == language
+    ]
+
+
+PYTHON = examples("python")
+
+
+def named(pair: object) -> str:
+    return pair[0] if isinstance(pair, tuple) else str(pair)
+
+
+@pytest.mark.parametrize("example", PYTHON, ids=named)
+def test_python_examples_run(example: tuple[str, Block], tmp_path: Path) -> None:
+    name, block = example
+    compile(block.text, name, "exec")
+    if NOT_RUN.search(block.before):
+        return
+    result = subprocess.run(
+        [sys.executable, "-c", block.text],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert result.returncode == 0, f"{name}\n{result.stderr[-3000:]}"
+
+
+def test_some_examples_are_run() -> None:
+    run = [name for name, block in PYTHON if not NOT_RUN.search(block.before)]
+    assert len(run) >= 3 and any("kernels.md" in name for name in run)
+
+
+def with_doctests() -> list[str]:
+    modules = []
+    for root, folder in zip((ROOT, ROOT / "kernels", ROOT / "patches"), SOURCES, strict=True):
+        for path in sorted(folder.rglob("*.py")):
+            if ">>> " in path.read_text():
+                modules.append(".".join(path.relative_to(root).with_suffix("").parts))
+    return modules
+
+
+def test_some_docstrings_have_examples() -> None:
+    assert {"kascade_kernels.budget", "kascade_sglang.plan.presets"} <= set(with_doctests())
+
+
+@pytest.mark.parametrize("name", with_doctests())
+def test_docstrings_examples_run(name: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried and not failed
+
+
+def commands(first: str) -> list[tuple[str, list[str]]]:
+    """Command lines of shell blocks that begin with a word."""
+    found = []
+    for name, block in examples("sh"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == [first]:
+                found.append((f"{name} {line.strip()[:50]}", words[1:]))
+    return found
+
+
+@pytest.mark.parametrize("command", commands("kascade"), ids=named)
+def test_kascade_commands_are_understood(command: tuple[str, list[str]]) -> None:
+    args = cli._parser().parse_args(command[1])
+    assert callable(args.run)
+
+
+def test_commands_of_three_kinds_are_shown() -> None:
+    verbs = {words[0] for _, words in commands("kascade")}
+    assert {"doctor", "calibrate", "eval"} <= verbs
+    assert any("--kascade-plan" in words for _, words in commands("sglang"))
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_flags_and_variables_exist(path: Path) -> None:
+    text = path.read_text()
+    flags = {setting.flag.split()[0] for setting in SETTINGS.values() if setting.about.flag}
+    named_flags = set(re.findall(r"--kascade-[a-z-]*[a-z]", text))
+    assert named_flags <= flags
+    variables = {setting.variable for setting in SETTINGS.values()} | {"KASCADE_FLAGS"}
+    assert set(re.findall(r"\bKASCADE_[A-Z_]*[A-Z]", text)) <= variables
+
+
+def test_every_make_target_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for path in documents():
+        named_targets = set(re.findall(r"(?:`|^)make ([a-z-]+)", path.read_text(), re.M))
+        assert named_targets <= targets, path
+    readme = (ROOT / "README.md").read_text()
+    assert {"demo", "test", "test-fast", "test-gpu"} <= set(re.findall(r"make ([a-z-]+)", readme))
+
+
+def test_a_new_release_is_tried_by_one_command(tmp_path: Path) -> None:
+    """All but the venv and the tests: what `make try-host` writes, twice."""
+    host = Path("kascade_sglang/host")
+    (tmp_path / host).mkdir(parents=True)
+    for name in ("Makefile", "setup.cfg", str(host / "release.py")):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    command = ["make", "try-host", "SGLANG=9.8.7", "MAKE=true"]
+    for _ in range(2):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    values: dict[str, object] = {}
+    exec((tmp_path / host / "release.py").read_text(), values)
+    assert values["VERIFIED"] == (*VERIFIED, "9.8.7")
+    assert f"sglang>={VERIFIED[0]},<=9.8.7\n" in (tmp_path / "setup.cfg").read_text()
