@@ -49,7 +49,8 @@ _ran: set[str] = set()
 
 
 def _modules() -> tuple[ModuleType, ...]:
-    return EVERYWHERE if torch.cuda.is_available() else EVERYWHERE + WITHOUT_GPU
+    # Of any kind: on other vendors' GPUs the hooks for a CPU would spoil SGLang's other backends.
+    return EVERYWHERE if torch.accelerator.is_available() else EVERYWHERE + WITHOUT_GPU
 
 
 def targets() -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kascade_patches.server_args_from_cli_args import FROM_COMMAND_LINE
-from kascade_sglang.errors import KascadeError
+from kascade_sglang.errors import KascadeError, lines
 from kascade_sglang.host.release import resolves_late
 
 TARGET = (
@@ -62,5 +62,5 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
         logger.info("kascade: serves with %s", serves)
     except KascadeError as error:
         if getattr(server_args, FROM_COMMAND_LINE, False):
-            raise SystemExit(f"kascade: {error}") from None
+            raise SystemExit(f"kascade: {lines(error)}") from None
         raise
