@@ -19,7 +19,7 @@ UNIT_TESTS := tests/project tests/plan tests/plugin tests/kernels tests/backend 
 unexport PYTHONDONTWRITEBYTECODE
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test test-fast test-host try-host test-serving test-kernels test-gpu check eval bench \
+.PHONY: demo serve test test-fast fuzz test-host try-host test-serving test-kernels test-gpu check eval bench \
 	bench-decode bench-prefill bench-quality bench-serving soak readme-tables wheel clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml
@@ -61,6 +61,9 @@ try-host:  ## the same on a release that is not verified yet: make try-host SGLA
 
 test-fast: $(STAMP)  ## unit tests: no server, no interpreter, no compilation
 	$(PYTEST) $(UNIT_TESTS)
+
+fuzz: $(STAMP)  ## random cases of every kernel and of whole steps, on a GPU or in Triton's interpreter; SECONDS=60
+	$(if $(shell command -v nvidia-smi),,TRITON_INTERPRET=1) $(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
 
 test-gpu: $(STAMP)  ## kernels, backend and servers on a GPU, then tests of every kernel under compute-sanitizer
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
