@@ -238,11 +238,12 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    shape = _model_shape(args.model, args.trust_remote_code) if args.model else None
+    named = args.model is not None
+    shape = _model_shape(args.model, args.trust_remote_code) if named else None
     plan = _load(args, shape)
     if shape is not None:
         plan.check_fits(shape)
-    fits = f"fits {args.model}" if args.model else "no --model to compare with"
+    fits = f"fits {args.model}" if named else "no --model to compare with"
     print(f"ok: {args.path}: {plan.shape.layers} layers, anchors {_numbers(plan.anchors)}; {fits}")
 
 

@@ -27,6 +27,7 @@ from kascade_sglang.calibration.quantised import (
     refuse_unread_scales,
     refuse_unused,
 )
+from kascade_sglang.calibration.weight_files import refuse_files_elsewhere
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import expand
 from kascade_sglang.plan.schema import ModelShape
@@ -191,6 +192,7 @@ def load_model(
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     config = read_config(model, trust_remote_code)
+    refuse_files_elsewhere(model)
     refuse_unread_scales(model, config)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:

@@ -78,8 +78,8 @@ class Harness:
     def run(self, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         """Run every task at every length; returns the rows, those of earlier runs included.
 
-        Samples are made in a thread while others are asked. What cannot be made ends the run as
-        soon as that is known; replies until then are kept.
+        What cannot be made is refused before anything is asked: of samples that are made to a
+        length, one is tried. They are made in a thread while others are asked.
         """
         context = self._endpoint.context
         orders = [
@@ -93,9 +93,12 @@ class Harness:
                     f"--lengths {length}: the server's context is {context} tokens; ask for at "
                     "most that, or serve the model with a longer --context-length"
                 )
+        for task, length in orders:
+            self._make(task, length, 1 if task.by_length else self._settings.samples)
         # One thread: tokenizers of transformers do not bear several at a time.
+        samples = self._settings.samples
         with ThreadPoolExecutor(1) as maker:
-            made = [maker.submit(self._make, task, length) for task, length in orders]
+            made = [maker.submit(self._make, task, length, samples) for task, length in orders]
             try:
                 return [
                     self._run_one(task, length, _next(made, number))
@@ -104,10 +107,9 @@ class Harness:
             finally:
                 maker.shutdown(cancel_futures=True)
 
-    def _make(self, task: Task, length: int | None) -> list[Sample]:
+    def _make(self, task: Task, length: int | None, count: int) -> list[Sample]:
         """Samples that fit the server's context; raises EvaluationError."""
-        settings = self._settings
-        order = Order(length, settings.samples, settings.seed, self._tokens, self._endpoint.context)
+        order = Order(length, count, self._settings.seed, self._tokens, self._endpoint.context)
         samples = task.make(order)
         for sample in samples:
             self._endpoint.max_tokens(sample, self._tokens.overhead)

@@ -27,7 +27,8 @@ KEY = ("label", "model", "task", "length", "prompt", "temperature", "samples")
 class LineFile:
     """A text file that grows by whole lines. Raises EvaluationError where it cannot.
 
-    header: the first line; a file that starts otherwise is somebody else's and is refused.
+    header: the first line; a file that starts otherwise is somebody else's and is refused. There
+        is no file before there is a line.
     """
 
     def __init__(self, path: Path, header: str = "") -> None:
@@ -35,10 +36,14 @@ class LineFile:
         try:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise EvaluationError(f"--out {path}: not a file")
+            fresh = not os.path.exists(path)
             # Appending proves before anything is asked that the file can be written.
             with open(path, "ab"):
                 pass
-            self._drop_torn_line()
+            if fresh:
+                path.unlink()
+            else:
+                self._drop_torn_line()
         except OSError as error:
             raise EvaluationError(f"--out {path}: cannot write ({error.strerror})") from error
 
@@ -57,6 +62,8 @@ class LineFile:
 
     def lines(self) -> list[str]:
         """Every line, without its end."""
+        if not os.path.exists(self.path):
+            return []
         try:
             # Not splitlines: cells may hold other ends of lines, such as U+2028.
             return self.path.read_bytes().decode().split("\n")[:-1]
@@ -67,9 +74,11 @@ class LineFile:
         """Add a line and see it on disk; where that fails, the file is as it was before."""
         data = (line + "\n").encode()
         try:
-            file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
                 size = os.fstat(file).st_size
+                if not size and self._header:
+                    data = f"{self._header}\n".encode() + data
                 try:
                     while data:
                         data = data[os.write(file, data) :]
@@ -99,11 +108,8 @@ class Results:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        header = ",".join(COLUMNS)
-        self._csv = LineFile(out, header)
+        self._csv = LineFile(out, ",".join(COLUMNS))
         self._replies = LineFile(out.with_suffix(".replies.jsonl"))
-        if not self._csv.lines():
-            self._csv.append(header)
         self.rows()
 
     def rows(self) -> list[dict[str, str]]:

@@ -40,6 +40,8 @@ def right_reply(sample: Sample) -> str:
 
 
 def rows(tmp_path: Path) -> list[dict[str, str]]:
+    if not (tmp_path / "results.csv").exists():
+        return []
     with open(tmp_path / "results.csv", newline="") as file:
         return list(csv.DictReader(file))
 
