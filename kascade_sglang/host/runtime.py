@@ -1,8 +1,10 @@
 """SGLang's internals that a worker touches: model runner, KV pool, layers, dense backends."""
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
@@ -27,6 +29,7 @@ __all__ = [
     "key_value_caches",
     "local_kv_heads",
     "local_layers",
+    "releasable",
     "require_plain_pool",
     "write_kv",
 ]
@@ -83,6 +86,15 @@ def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
             f"KV cache: expected [{slots}, KV heads, head dim], got {list(keys.shape)}; unset "
             "SGLANG_USE_HND_KVCACHE"
         )
+
+
+def releasable(pool: Any) -> AbstractContextManager[Any]:
+    """Return a block whose tensors' memory goes and comes back with the KV pool's.
+
+    Under ``--enable-memory-saver``, by ``/release_memory_occupation``; else it does nothing. What
+    the tensors hold is lost as the pool's keys are.
+    """
+    return pool.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE)
 
 
 def is_plain_decoder_layer(layer: "RadixAttention") -> bool:
