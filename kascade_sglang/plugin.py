@@ -28,12 +28,13 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     from kascade_sglang.backend.backend import KascadeAttnBackend
     from kascade_sglang.checks import check
     from kascade_sglang.host.release import require_supported_host
-    from kascade_sglang.host.runtime import require_plain_pool
+    from kascade_sglang.host.runtime import require_layers, require_plain_pool
     from kascade_sglang.host.server import require_hooks, server_facts
 
     require_supported_host()
     require_hooks(kascade_patches.targets())
     kascade_patches.require_ran("pool_cell_size", "pool_sizes")
     config = check(server_facts(runner.server_args))
+    require_layers(runner.model, config.window_of)
     require_plain_pool(runner.token_to_kv_pool, runner.model_config.dtype)
     return KascadeAttnBackend(runner, config)
