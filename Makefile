@@ -7,9 +7,10 @@ VENV := .venv$(if $(filter-out 0.5.17,$(SGLANG)),-$(SGLANG))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest -q
-# The half of make test that starts few servers: kernels in the interpreter, and what runs outside it.
+# Two processes, each using about one core; tests of one server, and of one file, stay together.
+JOBS ?= 2
+SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py
-OTHER_TESTS := tests/compile tests/e2e/test_kernel_server.py tests/calibration tests/evaluation
 UNIT_TESTS := tests/project tests/plan tests/plugin tests/kernels tests/backend tests/calibration/test_anchors.py \
 	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_scorers.py \
 	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py \
@@ -18,7 +19,7 @@ UNIT_TESTS := tests/project tests/plan tests/plugin tests/kernels tests/backend 
 unexport PYTHONDONTWRITEBYTECODE
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test test-fast test-host try-host test-serving test-kernels test-gpu check eval bench \
+.PHONY: demo serve test test-fast fuzz test-host try-host test-serving test-kernels test-gpu check eval bench \
 	bench-decode bench-prefill bench-quality bench-serving soak readme-tables wheel clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml
@@ -37,20 +38,19 @@ demo: $(STAMP)  ## answer questions over shared documents, sparse and dense, sid
 serve: $(STAMP)  ## keep the demo model's server up; PORT=30000
 	$(BIN)/python -m kascade_sglang.demo.serve --port $(or $(PORT),30000)
 
-test: check  ## all that needs no GPU: two halves side by side, each using about one core
-	@$(MAKE) --no-print-directory -j2 test-serving test-kernels
+test: check  ## all that needs no GPU; JOBS=2 processes side by side
+	@$(MAKE) --no-print-directory --keep-going test-serving test-kernels
 
-test-serving: $(STAMP)  ## real servers, the backend on the torch reference, most unit tests
-	$(PYTEST) --ignore=tests/kernels $(OTHER_TESTS:%=--ignore=%)
+test-serving: export CUDA_VISIBLE_DEVICES :=
+test-serving: $(STAMP)  ## real servers, the backend on the torch reference, kernels compiled for three GPUs, unit tests
+	$(PYTEST) $(SIDE_BY_SIDE) --ignore=tests/kernels
 
-# Printed in one piece, because test-serving prints at the same time.
-test-kernels: $(STAMP)  ## kernels, the backend and a server in Triton's interpreter; kernels compiled for three GPUs; calibration, evaluation
-	@out=$$( { export CUDA_VISIBLE_DEVICES=; $(PYTEST) $(OTHER_TESTS); failed=$$?; \
-		TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED) && exit $$failed; } 2>&1); \
-	failed=$$?; printf '\nKernel tests:\n%s\n' "$$out"; exit $$failed
+test-kernels: export CUDA_VISIBLE_DEVICES :=
+test-kernels: $(STAMP)  ## kernels and the backend in Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) --dist worksteal $(INTERPRETED)
 
 test-host: $(STAMP)  ## what depends on SGLang, on another release: make test-host SGLANG=0.5.23
-	$(PYTEST) tests/plugin tests/plan tests/backend tests/e2e/test_server.py
+	$(PYTEST) $(SIDE_BY_SIDE) tests/plugin tests/plan tests/backend tests/compile tests/e2e
 
 # What it changes is what to commit where the tests pass.
 try-host:  ## the same on a release that is not verified yet: make try-host SGLANG=0.5.24
@@ -61,6 +61,9 @@ try-host:  ## the same on a release that is not verified yet: make try-host SGLA
 
 test-fast: $(STAMP)  ## unit tests: no server, no interpreter, no compilation
 	$(PYTEST) $(UNIT_TESTS)
+
+fuzz: $(STAMP)  ## random cases of every kernel and of whole steps, on a GPU or in Triton's interpreter; SECONDS=60
+	$(if $(shell command -v nvidia-smi),,TRITON_INTERPRET=1) $(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
 
 test-gpu: $(STAMP)  ## kernels, backend and servers on a GPU, then tests of every kernel under compute-sanitizer
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

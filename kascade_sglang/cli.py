@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kascade_kernels.budget import Budget
-from kascade_sglang.errors import KascadeError
+from kascade_sglang.errors import KascadeError, sentence
 from kascade_sglang.evaluation.command import add_eval
 from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.library import read_plan
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = args.run(args)
         sys.stdout.flush()
     except KascadeError as error:
-        print(f"kascade: {error}", file=sys.stderr)
+        print(f"kascade: {sentence(error)}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `kascade plan show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,7 +55,8 @@ def _anchor_count_or_list(text: str) -> int | tuple[int, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kascade", description=__doc__.splitlines()[0])
-    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and the GPU")
+    about = {"action": _Version, "nargs": 0, "default": argparse.SUPPRESS}
+    parser.add_argument("--version", help="print versions and the GPU", **about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_calibrate(commands)

@@ -182,6 +182,7 @@ def _plugin() -> Iterator[Finding]:
 def _server(model: str | None, flags: Sequence[str]) -> Iterator[Finding]:
     """Read a server's arguments, which runs the checks of its start, and say what it would do."""
     import kascade_patches
+    from kascade_sglang.backend.in_force import in_force
     from kascade_sglang.checks import check
     from kascade_sglang.host.command_line import read_command_line
     from kascade_sglang.host.server import server_facts
@@ -205,6 +206,8 @@ def _server(model: str | None, flags: Sequence[str]) -> Iterator[Finding]:
     if any(each.failed for each in said):
         return
     yield Finding("arguments", f"read and accepted: {' '.join(flags) or 'no flags'}")
+    serves = ", ".join(f"{name} {value}" for name, value in in_force(config).items())
+    yield Finding("in force", serves)
     yield _dense(config)
     yield _pages(facts)
     yield _memory(facts, config)

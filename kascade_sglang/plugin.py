@@ -27,6 +27,7 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     import kascade_patches
     from kascade_sglang.backend.backend import KascadeAttnBackend
     from kascade_sglang.checks import check
+    from kascade_sglang.errors import KascadeError
     from kascade_sglang.host.release import require_supported_host
     from kascade_sglang.host.runtime import require_layers, require_plain_pool
     from kascade_sglang.host.server import require_hooks, server_facts
@@ -34,7 +35,15 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     require_supported_host()
     require_hooks(kascade_patches.targets())
     kascade_patches.require_ran("pool_cell_size", "pool_sizes")
-    config = check(server_facts(runner.server_args))
+    facts = server_facts(runner.server_args)
+    config = check(facts)
+    if facts.gpu and config.selection != "topk" and facts.captured_decode:
+        raise KascadeError(
+            f"CUDA graphs: expected none with selection {config.selection}, which runs eagerly, "
+            f"got graphs of up to {facts.captured_decode} requests; call "
+            "sglang.srt.plugins.load_plugins() before ServerArgs(...), or pass "
+            "disable_cuda_graph=True"
+        )
     require_layers(runner.model, config.window_of)
     require_plain_pool(runner.token_to_kv_pool, runner.model_config.dtype)
     return KascadeAttnBackend(runner, config)

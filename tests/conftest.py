@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,11 +11,31 @@ import pytest
 import torch
 
 from kascade_kernels.arena import Arena, Empty
+from kascade_sglang.servers.process import Server
 from tests.support.interpreter import add_bfloat16, leave_out_programs
+from tests.support.servers import Servers, grouped, wanted_by
 from tests.support.shapes import INTERPRETED
 
 # Log handlers that libraries made in one test hold its closed stderr in the next.
 logging.raiseExceptions = False
+
+
+@pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = grouped(items)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    running = Servers(tmp_path_factory.mktemp)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, servers: Servers) -> Server:
+    """The running server that the test's mark ``served`` asks for."""
+    return servers.get(wanted_by(request.node))
 
 
 @pytest.fixture(autouse=True)

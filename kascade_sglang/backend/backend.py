@@ -11,6 +11,7 @@ import torch
 from kascade_sglang.backend.key_counter import KeyCounter
 from kascade_sglang.backend.path import Path, SelectedT, StepT
 from kascade_sglang.backend.paths import build_paths
+from kascade_sglang.backend.published import publish
 from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
@@ -59,6 +60,7 @@ class KascadeAttnBackend(AttentionBackend):
         self.needs_cpu_seq_lens = not decodes_alone or self.dense.needs_cpu_seq_lens
         counts = rank.reports_metrics
         self.counter = KeyCounter(config, rank.layers, self.paths.sizes.context) if counts else None
+        publish(config, metrics=counts)
         anchors = [layer for layer in config.plan.anchors if layer in rank.layers]
         if anchors and config.sparse_prefill and rank.device.startswith("cuda"):
             warm_up(self.paths, anchors[0])

@@ -19,6 +19,7 @@ from kascade_sglang.backend.reference import ReferencePath
 from kascade_sglang.backend.sizes import Sizes, copied_layers, runs_kernels
 from kascade_sglang.config import MB, KascadeConfig
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.runtime import releasable
 from kascade_sglang.host.steps import Rank
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def build_paths(rank: Rank, pool: MHATokenToKVPool, config: KascadeConfig) -> Pa
     kernels = runs_kernels(rank.device, config)
     store = IndexStore(config, rank.heads, rank.device, one_list=kernels and config.pooled)
     copied = copied_layers(config, rank.layers) if kernels else []
-    kv = KeyValues(pool, copied, rank.slots, sizes.kv_heads, sizes.head_dim, rank.device)
+    with releasable(pool):
+        kv = KeyValues(pool, copied, rank.slots, sizes.kv_heads, sizes.head_dim, rank.device)
     runs_on = "Triton kernels" if kernels else "the torch reference"
     scores = f"8-bit copies of layers {copied}" if copied else "exact keys"
     logger.info("kascade: attention runs through %s, scores use %s", runs_on, scores)
@@ -52,7 +54,8 @@ def build_paths(rank: Rank, pool: MHATokenToKVPool, config: KascadeConfig) -> Pa
         reference = ReferencePath(config, rank.table, kv)
         return Paths(reference, reference, store, kv, sizes)
     _require_room(sizes, config)
-    arena = Arena(config.score_memory, rank.device)
+    with releasable(pool):
+        arena = Arena(config.score_memory, rank.device)
     return Paths(
         DecodePath(config, sizes, rank.table, kv, arena),
         ExtendPath(config, sizes, rank.table, kv, arena),

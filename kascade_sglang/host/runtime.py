@@ -1,9 +1,14 @@
 """SGLang's internals that a worker touches: model runner, KV pool, layers, dense backends."""
 
+<<<<<<< HEAD
 from collections.abc import Callable
+=======
+from contextlib import AbstractContextManager
+>>>>>>> main
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -26,8 +31,12 @@ __all__ = [
     "key_value_caches",
     "local_kv_heads",
     "local_layers",
+<<<<<<< HEAD
     "require_layer",
     "require_layers",
+=======
+    "releasable",
+>>>>>>> main
     "require_plain_pool",
     "write_kv",
 ]
@@ -86,6 +95,7 @@ def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
         )
 
 
+<<<<<<< HEAD
 def require_layer(layer: RadixAttention, window: int) -> None:
     """Raise KascadeError unless a layer is causal self-attention with such a window.
 
@@ -110,6 +120,25 @@ def require_layers(model: torch.nn.Module, window_of: Callable[[int], int]) -> N
     for layer in model.modules():
         if isinstance(layer, RadixAttention):
             require_layer(layer, window_of(layer.layer_id))
+=======
+def releasable(pool: Any) -> AbstractContextManager[Any]:
+    """Return a block whose tensors' memory goes and comes back with the KV pool's.
+
+    Under ``--enable-memory-saver``, by ``/release_memory_occupation``; else it does nothing. What
+    the tensors hold is lost as the pool's keys are.
+    """
+    return pool.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE)
+
+
+def is_plain_decoder_layer(layer: "RadixAttention") -> bool:
+    """Whether a layer is full causal self-attention, the only kind that Kascade makes sparse."""
+    return (
+        layer.attn_type == AttentionType.DECODER
+        and not layer.is_cross_attention
+        and layer.sliding_window_size <= -1
+        and not layer.logit_cap
+    )
+>>>>>>> main
 
 
 def key_value_caches(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:

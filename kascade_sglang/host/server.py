@@ -93,6 +93,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def device_kind(device: str) -> str:
+    """Return the kind of a ``--device``, which torch calls ``cuda`` for AMD's GPUs, too."""
+    kind = str(device).partition(":")[0]
+    return "rocm" if kind == "cuda" and torch.version.hip else kind
+
+
 def phases_on_kascade(server_args: Any) -> frozenset[str]:
     """Return which of ``prefill`` and ``decode`` run on the kascade backend."""
     args = resolved(server_args)
@@ -204,6 +210,10 @@ def refused_flags(server_args: Any) -> Iterator[RefusedFlag]:
         if value not in supported:
             flag = "--" + field.replace("_", "-")
             yield RefusedFlag(flag, repr(supported[0]), repr(value))
+    # None until it is resolved.
+    if args.device and (kind := device_kind(args.device)) not in ("cuda", "cpu"):
+        remedy = "serve with another --attention-backend"
+        yield RefusedFlag("--device", "NVIDIA's cuda, or cpu,", kind, remedy)
     # JSON in --cuda-graph-config overrides the flag.
     graphs = args.cuda_graph_config
     by_json = getattr(getattr(graphs, "prefill", None), "backend", None)

@@ -14,7 +14,14 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from kascade_kernels.budget import Budget
-from kascade_sglang.plan.schema import MAX_LAYERS, ONE_HOT, ModelShape, Plan, PlanError
+from kascade_sglang.plan.schema import (
+    MAX_LAYERS,
+    ONE_HOT,
+    ModelShape,
+    Plan,
+    PlanError,
+    require_file,
+)
 
 _ANCHORS_IN_NAME = re.compile(r"_layers_(\d+(?:_\d+)*)$")
 _MAX_BYTES = 2**20
@@ -100,8 +107,7 @@ def _check_anchor_rows(table: np.ndarray, anchors: tuple[int, ...]) -> None:
 def _read_table(path: Path) -> np.ndarray:
     """Return the array, int32 [layers, kv_heads], checked; no pickle is ever loaded."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise PlanError(f"head map: more than the {_MAX_BYTES} bytes one may have")
+        require_file(path, _MAX_BYTES)
         with path.open("rb") as file:
             version = npy_format.read_magic(file)
             if version not in _HEADER_READERS:
@@ -112,9 +118,16 @@ def _read_table(path: Path) -> np.ndarray:
         raise
     except OSError as error:
         raise PlanError(f"cannot read the head map ({error.strerror})") from error
-    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as error:
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError) as error:
         raise PlanError(f"head map: not a valid .npy file ({error})") from error
-    if dtype != np.int32 or len(shape) != 2 or not 1 <= shape[0] <= MAX_LAYERS or shape[1] < 1:
+    whole = all(type(size) is int for size in shape)
+    if (
+        dtype != np.int32
+        or len(shape) != 2
+        or not whole
+        or not 1 <= shape[0] <= MAX_LAYERS
+        or shape[1] < 1
+    ):
         raise PlanError(f"head map: expected int32 [layers, kv_heads], got {dtype} {list(shape)}")
     if len(data) != shape[0] * shape[1] * dtype.itemsize:
         raise PlanError(f"head map: {len(data)} bytes of data do not make {list(shape)} of {dtype}")

@@ -5,6 +5,7 @@ SGLang, so a bad plan is refused before anything large starts.
 """
 
 import json
+import stat
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -20,6 +21,7 @@ VERSION = 1
 MAX_BYTES = 64 * 2**20
 MAX_LAYERS = 4096
 """More layers or KV heads than any model has; a larger count is a damaged file."""
+MAX_NAME = 500
 HEAD_MODES = ("per_head", "pooled")
 ONE_HOT = "one-hot from the map"
 """Value of ``provenance["similarity"]`` where a head map stood in for measured similarities."""
@@ -90,6 +92,11 @@ class Plan:
     prefill_min_k: int | None = None
 
     def __post_init__(self) -> None:
+        if not self.model.isprintable() or len(self.model) > MAX_NAME:
+            raise PlanError(
+                f"plan.model.id: expected a name of at most {MAX_NAME} printable characters, got "
+                f"{self.model[:MAX_NAME]!r}"
+            )
         _check_shape(self.shape)
         _check_windowed(self.windowed, self.shape.layers)
         _check_anchors(self.anchors, self.shape.layers, self.windowed)
@@ -279,13 +286,39 @@ def plan_from_json(raw: Any) -> Plan:
     return plan
 
 
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise PlanError(f"plan: {double!r} stands twice in one object; calibrate again")
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise PlanError(f"plan: expected numbers, got {text}; calibrate again")
+
+
+def require_file(path: Path, most_bytes: int) -> None:
+    """Raise PlanError unless there is a regular file of at most so many bytes; or OSError.
+
+    Reading a device or a pipe may never end.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise PlanError("expected a file, got a folder or device")
+    if found.st_size > most_bytes:
+        raise PlanError(f"{found.st_size} bytes, more than the {most_bytes} it may have")
+
+
 def load_plan(path: Path) -> Plan:
     """Read a plan file; raises PlanError with the file's name for anything that is wrong."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise PlanError(f"plan: {size} bytes, more than the {MAX_BYTES} a plan may have")
-        return plan_from_json(json.loads(path.read_text()))
+        require_file(path, MAX_BYTES)
+        text = path.read_text(encoding="utf-8")
+        return plan_from_json(
+            json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_number)
+        )
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
     except OSError as error:

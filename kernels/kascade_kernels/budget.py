@@ -16,6 +16,8 @@ is imported, before other modules copy it.
 """
 
 PPM = 1_000_000
+MOST_KEYS = 2**31
+"""More than any context holds."""
 
 
 def tile_of(position: int) -> int:
@@ -43,14 +45,16 @@ class Budget:
     min_k: int = 128
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
+        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+        if not number or not 0 < self.ratio <= 1:
             raise ValueError(
                 f"topk_ratio: expected a number in (0, 1], got {self.ratio!r}; "
                 "0.1 attends to a tenth of the context"
             )
-        if not isinstance(self.min_k, int) or self.min_k < 2 * TILE:
+        if not isinstance(self.min_k, int) or not 2 * TILE <= self.min_k < MOST_KEYS:
             raise ValueError(
-                f"min_k: expected a whole number of at least {2 * TILE} keys, got {self.min_k!r}"
+                f"min_k: expected a whole number of at least {2 * TILE} keys, below {MOST_KEYS}, "
+                f"got {self.min_k!r}"
             )
 
     @property

@@ -4,6 +4,7 @@ A module holds ``TARGET`` (the symbol), ``KIND`` (when it runs) and ``hook``; it
 why, how, and when it can be removed. ``README.md`` beside this package is the register.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 from types import ModuleType
@@ -18,6 +19,7 @@ from kascade_patches import (
     grammar_bitmask,
     pool_cell_size,
     pool_sizes,
+    scheduler_internal_state,
     server_args_add_cli_args,
     server_args_from_cli_args,
     server_args_resolve,
@@ -31,6 +33,8 @@ EVERYWHERE = (
     pool_cell_size,
     pool_sizes,
 )
+INFORMING = (scheduler_internal_state,)
+"""Nothing depends on these, so no start is refused where SGLang has lost what they hook."""
 WITHOUT_GPU = (
     support_triton,
     get_last_loc,
@@ -39,11 +43,14 @@ WITHOUT_GPU = (
     grammar_apply_reasoning,
 )
 
+SCHEDULER = scheduler_internal_state.TARGET.rpartition(".Scheduler")[0]
+
 _ran: set[str] = set()
 
 
 def _modules() -> tuple[ModuleType, ...]:
-    return EVERYWHERE if torch.cuda.is_available() else EVERYWHERE + WITHOUT_GPU
+    # Of any kind: on other vendors' GPUs the hooks for a CPU would spoil SGLang's other backends.
+    return EVERYWHERE if torch.accelerator.is_available() else EVERYWHERE + WITHOUT_GPU
 
 
 def targets() -> list[str]:
@@ -55,7 +62,9 @@ def register_hooks() -> None:
     """Register every hook this machine needs; SGLang applies them after loading its plugins."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for module in _modules():
+    # Importing the scheduler for its sake would slow down every other process.
+    informing = INFORMING if SCHEDULER in sys.modules else ()
+    for module in (*_modules(), *informing):
         HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
 
 

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from kascade_sglang.errors import KascadeError
+from kascade_sglang.errors import KascadeError, lines
 from kascade_sglang.host.release import resolves_late
 from kascade_sglang.settings import carry_flags
 
@@ -25,7 +25,7 @@ def hook(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> A
         carry_flags(vars(args))
         server_args = original(cls, args)
     except KascadeError as error:
-        raise SystemExit(f"kascade: {error}") from None
+        raise SystemExit(f"kascade: {lines(error)}") from None
     if resolves_late():
         setattr(server_args, FROM_COMMAND_LINE, True)
     return server_args

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kascade_patches.server_args_from_cli_args import FROM_COMMAND_LINE
-from kascade_sglang.errors import KascadeError
+from kascade_sglang.errors import KascadeError, lines
 from kascade_sglang.host.release import resolves_late
 
 TARGET = (
@@ -28,6 +28,7 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
 
     Arguments of a command line end the process instead, with status 1 and the sentence.
     """
+    from kascade_sglang.backend.in_force import in_force
     from kascade_sglang.checks import check, flag_reasons
     from kascade_sglang.host.release import require_supported_host
     from kascade_sglang.host.server import (
@@ -55,8 +56,11 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
             if flags := list(refused_flags(server_args)):
                 raise KascadeError("\n".join(flag_reasons(flags))) from error
             raise
-        announce(check(server_facts(server_args)).changed)
+        config = check(server_facts(server_args))
+        announce(config.changed)
+        serves = " ".join(f"{name}={value}" for name, value in in_force(config).items())
+        logger.info("kascade: serves with %s", serves)
     except KascadeError as error:
         if getattr(server_args, FROM_COMMAND_LINE, False):
-            raise SystemExit(f"kascade: {error}") from None
+            raise SystemExit(f"kascade: {lines(error)}") from None
         raise

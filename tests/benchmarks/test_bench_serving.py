@@ -5,7 +5,6 @@ import csv
 import gzip
 import json
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -15,26 +14,21 @@ import torch
 
 from benchmarks import bench_serving as bench
 from benchmarks import serving_profile
-from benchmarks.serving_model import make_model
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.servers.process import Server
-from tests.support.models import LLAMA, make_plan
+from tests.support.servers import LOADED
 
 STAMP = ("gpu", "versions", "commit", "date")
 
 
+@LOADED
 @pytest.mark.e2e
-def test_every_request_gets_what_it_asks_for(tmp_path: Path) -> None:
-    model = make_model({**LLAMA, "bos_token_id": 0, "eos_token_id": 1}, make_plan(), tmp_path / "m")
-    options = Namespace(model="tiny", model_path=None, server_flags=["--max-total-tokens", "8192"])
-    if not torch.cuda.is_available():
-        options.server_flags += ["--dtype", "float32", "--mem-fraction-static", "0.5"]
+def test_every_request_gets_what_it_asks_for(server: Server, tmp_path: Path) -> None:
+    model = server.log.parent / "model"
     plain = bench.Workload(2, 300, 4, "itl_p50_ms", 2.0)
     rag = bench.Workload(4, 320, 4, "ttft_p99_ms", 1.2, prefix=256, groups=2, arrivals=0.8)
-    arguments = bench.server_arguments(model, "kascade", options)
-    with Server(arguments, tmp_path / "log") as server:
-        plain_row = bench.measure(server, model, plain, float("inf"), tmp_path)
-        rag_row = bench.measure(server, model, rag, 1.0, tmp_path)
+    plain_row = bench.measure(server, model, plain, float("inf"), tmp_path)
+    rag_row = bench.measure(server, model, rag, 1.0, tmp_path)
     assert (plain_row["input_tokens"], plain_row["output_tokens"]) == (600, 8)
     assert rag_row["input_tokens"] == 4 * 320
     assert rag_row["cache_hit_rate"] > 0.05

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.demo_model import MODEL
 from kascade_sglang.servers.process import Server
 from tests.support.models import LLAMA, make_plan
 from tests.support.requests import (
@@ -20,6 +20,7 @@ from tests.support.requests import (
     shipped_plan,
     tokens_and_logprobs,
 )
+from tests.support.servers import served
 
 pytestmark = pytest.mark.e2e
 
@@ -39,20 +40,15 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_sglang_serve_pooled_at_page_size_one(tmp_path: Path) -> None:
-    flags = ["--kascade-heads", "pooled", "--page-size", "1"]
-    environment = {"KASCADE_TOPK_RATIO": "0.2"}
+@served(
+    *("--kascade-heads", "pooled", "--page-size", "1"), command=SGLANG, KASCADE_TOPK_RATIO="0.2"
+)
+def test_sglang_serve_pooled_at_page_size_one(server: Server) -> None:
     plan = shipped_plan()
     budget = dataclasses.replace(plan.budget, ratio=0.2)
     pooled = dataclasses.replace(plan, heads="pooled", budget=budget)
     ids = prompt_ids(30, 1400)
-    with Server(
-        [*demo_arguments("kascade"), *flags],
-        tmp_path / "log",
-        environment=environment,
-        command=SGLANG,
-    ) as server:
-        replies = [generate(server, ids, 10) for _ in range(2)]
+    replies = [generate(server, ids, 10) for _ in range(2)]
     assert replies[1]["meta_info"]["cached_tokens"] == len(ids) - 1
     for reply in replies:
         assert_equals(tokens_and_logprobs(reply), reference(pooled, ids, 10))

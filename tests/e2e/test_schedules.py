@@ -1,11 +1,9 @@
 """Another schedule, the same results: no prefix cache, small chunks, chunks mixed with decoding."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kascade_sglang.servers.demo_model import demo_arguments
 from kascade_sglang.servers.process import Server
 from tests.support.requests import (
     assert_equals,
@@ -15,16 +13,12 @@ from tests.support.requests import (
     shipped_plan,
     tokens_and_logprobs,
 )
+from tests.support.servers import served
 
-pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    flags = ["--disable-radix-cache", "--chunked-prefill-size", "128", "--enable-mixed-chunk"]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with Server([*demo_arguments("kascade"), *flags], log) as running:
-        yield running
+pytestmark = [
+    pytest.mark.e2e,
+    served("--disable-radix-cache", "--chunked-prefill-size", "128", "--enable-mixed-chunk"),
+]
 
 
 @pytest.mark.parametrize("tokens", [300, 1100, 2300])

@@ -5,7 +5,6 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from openai import OpenAI
 
 from kascade_sglang.cli import main
 from kascade_sglang.config import load_config
-from kascade_sglang.servers.demo_model import MODEL, MODEL_NAME, demo_arguments
+from kascade_sglang.servers.demo_model import MODEL, MODEL_NAME
 from kascade_sglang.servers.process import Server
 from kascade_sglang.sparsity import key_reads
 from kascade_sglang.text.documents import is_correct, messages
@@ -30,18 +29,12 @@ from tests.support.requests import (
     shipped_plan,
     tokens_and_logprobs,
 )
+from tests.support.servers import served
 
-pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    with Server([*demo_arguments("kascade"), "--chunked-prefill-size", "512"], log) as running:
-        yield running
+pytestmark = [pytest.mark.e2e, served("--chunked-prefill-size", "512")]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(server: Server) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key="none")
 

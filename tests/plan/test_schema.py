@@ -118,8 +118,12 @@ REFUSED: list[tuple[str, Damage, str]] = [
     ("row-short", put("similarity.1", [[0.5] * 3] * 2), "layer 1 must hold 3 x 3"),
     ("row-ragged", put("similarity.1", [[1], [1, 2], [1, 2, 3]]), "layer 1 must hold 3 x 3"),
     ("negative", put("similarity.1", [[0.5, -1, 0]] * 3), "layer 1 must hold 3 x 3"),
-    ("nan", put("similarity.1", [[0.5, float("nan"), 0]] * 3), "layer 1 must hold 3 x 3"),
-    ("infinity", put("similarity.1", [[0.5, float("inf"), 0]] * 3), "layer 1 must hold 3 x 3"),
+    ("nan", put("similarity.1", [[0.5, float("nan"), 0]] * 3), "expected numbers, got NaN"),
+    (
+        "infinity",
+        put("similarity.1", [[0.5, float("inf"), 0]] * 3),
+        "expected numbers, got Infinity",
+    ),
     ("too-big", put("similarity.1", [[10**400, 0, 0]] * 3), "wrong form"),
     ("text", put("similarity.1", [["x", 0, 0]] * 3), "wrong form"),
     ("similarity-list", put("similarity", []), "wrong form"),
@@ -184,7 +188,7 @@ def test_refuses_every_cut_of_a_file(plan_file: Path) -> None:
 def test_refuses_missing_folder_and_huge_files(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="No such file"):
         load_plan(tmp_path / "none.json")
-    with pytest.raises(PlanError, match="directory"):
+    with pytest.raises(PlanError, match="got a folder"):
         load_plan(tmp_path)
     huge = tmp_path / "huge.json"
     with huge.open("wb") as file:

@@ -220,7 +220,8 @@ def test_every_patch_is_registered_and_explained() -> None:
     import kascade_patches
 
     register = (ROOT / "patches/README.md").read_text()
-    for module in kascade_patches.EVERYWHERE + kascade_patches.WITHOUT_GPU:
+    patches = kascade_patches
+    for module in patches.EVERYWHERE + patches.WITHOUT_GPU + patches.INFORMING:
         assert f"`{module.TARGET}`" in register
         for word in ("Why:", "How:", "Remove when:"):
             assert word in module.__doc__

@@ -33,7 +33,8 @@ def reserved(make_model: Callable[..., Path]) -> Callable[..., ReservedMemory]:
         **changes: object,
     ) -> ReservedMemory:
         facts = server_facts(parse(make_model(), "--chunked-prefill-size", "256"))
-        config = replace(check(facts), exact=exact, heads=heads, prefill=prefill)
+        budgets = {"budget": Budget(0.1, 128), "prefill": prefill}
+        config = replace(check(facts), exact=exact, heads=heads, **budgets)
         facts = replace(facts, gpu=True, captured_decode=8, eager_decode=0)
         return reserved_memory(replace(facts, **changes), config)
 

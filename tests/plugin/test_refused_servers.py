@@ -12,6 +12,7 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.server_args import ServerArgs
 
 from kascade_sglang import checks
@@ -37,6 +38,7 @@ class Refused:
     plan: dict[str, Any] = field(default_factory=dict)
     environ: dict[str, str] = field(default_factory=dict)
     gpu: bool = False
+    hip: str | None = None  # torch's version of AMD's libraries, where it is built with them
 
 
 def of_flag(name: str, flags: str, words: str = "") -> Refused:
@@ -78,6 +80,16 @@ FLAGS = (
     of_flag("enable_nvidia_megakernel", "--enable-nvidia-megakernel"),
     of_flag(GRAPHS, "--cuda-graph-backend-prefill full"),
     of_flag(GRAPHS, FULL_GRAPHS, words="--cuda-graph-backend-prefill: expected breakable"),
+)
+FLAGS += (
+    of_flag("device", "--device xpu"),
+    of_flag("device", "--device npu"),
+    Refused(
+        "--device: expected NVIDIA's cuda, or cpu, with the kascade backend, got rocm",
+        "--device cuda",
+        flag="device",
+        hip="6.4",
+    ),
 )
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -178,6 +190,7 @@ def test_a_refused_server(
     row: Refused,
 ) -> None:
     monkeypatch.setattr(server, "has_gpu", lambda: row.gpu)
+    monkeypatch.setattr(torch.version, "hip", row.hip)
     for name, value in row.environ.items():
         monkeypatch.setenv(name, value)
     model = make_model(make_plan(**row.plan), **row.model)
@@ -214,9 +227,9 @@ def sentences(function: FunctionType) -> Iterator[str]:
 
 
 def test_every_checked_flag_has_a_row() -> None:
-    checked = {*SUPPORTED_VALUES, *SUPPORTED_VALUES_LATER, "cuda_graph_backend_prefill"}
+    checked = {*SUPPORTED_VALUES, *SUPPORTED_VALUES_LATER, "cuda_graph_backend_prefill", "device"}
     assert {row.flag for row in FLAGS} == checked
-    assert len(list(sentences(server.refused_flags))) == 2, "fields of a table, and graphs"
+    assert len(list(sentences(server.refused_flags))) == 3, "fields of a table, devices, graphs"
 
 
 REFUSING = {

@@ -159,8 +159,8 @@ def test_a_start_logs_what_differs_from_the_defaults(
     monkeypatch.setenv("KASCADE_PHASES", "decode")
     monkeypatch.setenv("KASCADE_HEADS", "per_head")
     monkeypatch.setenv("KASCADE_EXAKT", "1")
-    # The plan says 0.1, 128 and per_head.
-    flags = ("--kascade-topk-ratio", "0.2", "--kascade-min-k", "128")
+    # The plan says 0.1 and per_head, the release 3584.
+    flags = ("--kascade-topk-ratio", "0.2", "--kascade-min-k", "3584")
     args = parse(make_model(kascade={"score_memory_mb": 7}), *flags)
     warning, line = said
     assert warning.startswith("kascade: KASCADE_EXAKT: expected")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_kernels.structs import Lists
@@ -30,6 +31,7 @@ class FakePool:
         self.values = [unwritten.clone() for _ in range(layers)]
         self.start_layer, self.layer_num = 0, layers
         self.size, self.page_size = slots, 0
+        self.memory_saver_adapter = TorchMemorySaverAdapter.create(enable=False)
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         return self.keys[layer_id]

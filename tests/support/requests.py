@@ -96,13 +96,16 @@ def assert_equals(
     assert difference.abs().max() <= TOLERANCE
 
 
-def ask_everything(server: Server) -> dict[str, str]:
-    """Ask the demo's questions, those about one document four at a time."""
+def ask_everything(server: Server, about: list[Document] | None = None) -> dict[str, str]:
+    """Ask the demo's questions, those about one document four at a time.
+
+    about: some of the demo's documents; None for all.
+    """
 
     async def replies() -> dict[str, str]:
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
             answers = []
-            for document in documents():
+            for document in about or documents():
                 answers += await ask_all(client, document, document.questions, 4)
         return {answer.question.text: answer.text for answer in answers}
 

@@ -34,9 +34,10 @@ class TileCase:
         page_size: int = 1,
         dtype: torch.dtype = torch.float16,
         spread: float = 2.0,
+        seed: int = 0,
     ) -> "TileCase":
         """Make requests of (positions that a cache held, length)."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         pages = [-(-length // page_size) for _, length in extends]
         order = torch.randperm(sum(pages), generator=generator) + 1
         table = torch.zeros(len(extends) + 2, max(end for _, end in extends) + 7, dtype=torch.int32)

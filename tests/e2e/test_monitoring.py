@@ -1,0 +1,55 @@
+"""What people watch a server by: ``/server_info``, and every metric that the dashboard names."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kascade_sglang.servers.counters import read_samples
+from kascade_sglang.servers.demo_model import MODEL_NAME, demo_arguments
+from kascade_sglang.servers.process import Server
+from tests.support.documents import ROOT
+from tests.support.requests import shipped_plan
+
+pytestmark = pytest.mark.e2e
+
+DASHBOARD = json.loads((ROOT / "docs/grafana-dashboard.json").read_text())
+
+
+def metrics_named() -> set[str]:
+    """Metrics in the dashboard's panels and variables."""
+    targets = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    variables = [each["query"] for each in DASHBOARD["templating"]["list"]]
+    return set(re.findall(r"\b(?:sglang:|kascade_)\w+", "\n".join([*targets, *variables])))
+
+
+def test_a_server_tells_what_it_serves_with(tmp_path: Path) -> None:
+    flags = ["--kascade-topk-ratio", "0.2", "--kascade-phases", "decode"]
+    with Server([*demo_arguments("kascade"), *flags], tmp_path / "log") as server:
+        chat = {"messages": [{"role": "user", "content": "Hello there. " * 40}], "max_tokens": 8}
+        body = {"model": MODEL_NAME, "stream": True, "ignore_eos": True, **chat}
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+        assert reply.status_code == 200 and "[DONE]" in reply.text
+        info = httpx.get(f"{server.url}/server_info", timeout=60).json()
+        missing, until = metrics_named(), time.monotonic() + 60
+        while missing and time.monotonic() < until:
+            samples = list(read_samples(server.url))
+            missing -= {sample.name for sample in samples}
+            time.sleep(0.5)
+    assert missing == set(), "metrics of the dashboard that no server has"
+    (state,) = info["internal_states"]
+    settings = state["kascade"]
+    plan = shipped_plan()
+    assert settings["anchors"] == ",".join(map(str, plan.anchors))
+    assert (settings["topk_ratio"], settings["phases"]) == ("0.2", "decode")
+    assert settings["min_k"] == str(plan.budget.min_k)
+    (labels,) = [each.labels for each in samples if each.name == "kascade_settings"]
+    assert labels == settings
+
+
+def test_the_dashboard_shows_what_is_kascades_own() -> None:
+    assert {"kascade_key_reads_total", "kascade_settings"} < metrics_named()
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])

@@ -1,0 +1,95 @@
+"""What a worker refuses when its arguments were made before the plugin was loaded."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+import kascade_patches
+from kascade_sglang import plugin
+from kascade_sglang.backend import paths
+from kascade_sglang.config import KascadeConfig
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.host import server
+from kascade_sglang.host.steps import Rank
+from tests.support.harness import FakePool
+from tests.support.models import SHAPE, make_plan, parse
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kascade_patches, "_ran", {"pool_cell_size", "pool_sizes"})
+    assert set(kascade_patches.targets()) <= HookRegistry._patched
+
+
+def test_graphs_of_an_eager_selection(
+    worker: None, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent would have turned them off."""
+    plan = make_plan(shape=replace(SHAPE, head_dim=64))
+    args = parse(make_model(plan, head_dim=64), "--dtype", "float16")
+    monkeypatch.setenv("KASCADE_SELECTION", "quest")
+    monkeypatch.setattr(server, "has_gpu", lambda: True)
+    monkeypatch.setattr(server, "largest_decodes", lambda args: (32, 0))
+    with pytest.raises(KascadeError, match=r"load_plugins\(\) before ServerArgs"):
+        plugin.create_backend(SimpleNamespace(server_args=args))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("enable_mis", True), ("kv_cache_dtype", "fp8_e5m2"), ("device", "xpu")]
+)
+def test_flags_that_the_parent_would_refuse(
+    field: str, value: object, worker: None, make_model: MakeModel
+) -> None:
+    args = parse(make_model())
+    object.__setattr__(args, field, value)  # SGLang keeps what it has resolved
+    with pytest.raises(KascadeError, match=f"--{field.replace('_', '-')}: expected"):
+        plugin.create_backend(SimpleNamespace(server_args=args))
+
+
+def test_what_lives_with_the_pool_is_released_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of keys and the arena come from the memory saver's region of the KV cache."""
+    regions: list[str] = []
+    made: dict[str, list[str]] = {}
+
+    @contextmanager
+    def region(tag: str) -> Iterator[None]:
+        regions.append(tag)
+        yield
+        regions.pop()
+
+    def noted(name: str) -> Callable[..., object]:
+        make = getattr(paths, name)
+
+        def noting(*args: object) -> object:
+            made.setdefault(name, []).extend(regions)
+            return make(*args)
+
+        return noting
+
+    for name in ("KeyValues", "Arena"):
+        monkeypatch.setattr(paths, name, noted(name))
+    pool = FakePool(SHAPE.layers, 4096, SHAPE.kv_heads, torch.float16)
+    pool.memory_saver_adapter = SimpleNamespace(region=region)
+    monkeypatch.setattr(paths, "runs_kernels", lambda device, config: True)
+    plan = make_plan()
+    config = KascadeConfig(plan, plan.budget, "per_head", score_memory=2**22)
+    rank = Rank(
+        device="cpu",
+        table=torch.zeros(2, 4096, dtype=torch.int32),
+        slots=4096,
+        heads=range(SHAPE.kv_heads),
+        layers=range(SHAPE.layers),
+        reports_metrics=False,
+    )
+    built = paths.build_paths(rank, pool, config)
+    assert len(built.kv._copies) == len(plan.anchors)
+    assert made == {"KeyValues": ["kv_cache"], "Arena": ["kv_cache"]}
+    assert regions == []
