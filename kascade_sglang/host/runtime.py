@@ -1,10 +1,7 @@
 """SGLang's internals that a worker touches: model runner, KV pool, layers, dense backends."""
 
-<<<<<<< HEAD
 from collections.abc import Callable
-=======
 from contextlib import AbstractContextManager
->>>>>>> main
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,12 +28,9 @@ __all__ = [
     "key_value_caches",
     "local_kv_heads",
     "local_layers",
-<<<<<<< HEAD
+    "releasable",
     "require_layer",
     "require_layers",
-=======
-    "releasable",
->>>>>>> main
     "require_plain_pool",
     "write_kv",
 ]
@@ -95,7 +89,6 @@ def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
         )
 
 
-<<<<<<< HEAD
 def require_layer(layer: RadixAttention, window: int) -> None:
     """Raise KascadeError unless a layer is causal self-attention with such a window.
 
@@ -120,7 +113,8 @@ def require_layers(model: torch.nn.Module, window_of: Callable[[int], int]) -> N
     for layer in model.modules():
         if isinstance(layer, RadixAttention):
             require_layer(layer, window_of(layer.layer_id))
-=======
+
+
 def releasable(pool: Any) -> AbstractContextManager[Any]:
     """Return a block whose tensors' memory goes and comes back with the KV pool's.
 
@@ -128,17 +122,6 @@ def releasable(pool: Any) -> AbstractContextManager[Any]:
     the tensors hold is lost as the pool's keys are.
     """
     return pool.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE)
-
-
-def is_plain_decoder_layer(layer: "RadixAttention") -> bool:
-    """Whether a layer is full causal self-attention, the only kind that Kascade makes sparse."""
-    return (
-        layer.attn_type == AttentionType.DECODER
-        and not layer.is_cross_attention
-        and layer.sliding_window_size <= -1
-        and not layer.logit_cap
-    )
->>>>>>> main
 
 
 def key_value_caches(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:

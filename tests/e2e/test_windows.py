@@ -151,4 +151,3 @@ def test_a_window_everywhere_is_served_as_full_attention(name: str, tmp_path: Pa
         reply = tokens_and_logprobs(generate(server, ids, NEW))
     assert_equals(reply, own(full, ids))
     assert own(load(folder), ids)[1] != pytest.approx(reply[1], abs=0.01), "the window says nothing"
-
