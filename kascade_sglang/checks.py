@@ -29,13 +29,13 @@ def check(facts: ServerFacts) -> KascadeConfig:
         refused += reasons(facts, config)
     if refused:
         raise KascadeError("\n".join(refused))
-    return replace(config, batch_invariant=facts.deterministic)
+    return replace(config, batch_invariant=facts.deterministic, window=facts.model.window)
 
 
 def reasons(facts: ServerFacts, config: KascadeConfig) -> list[str]:
     """Return why this server cannot be served with a configuration, a sentence each."""
     kernels = facts.gpu and config.selection == "topk"
-    found = [*_refused_plan(config), *_refused_ranks(facts, config)]
+    found = [*_refused_plan(facts, config), *_refused_ranks(facts, config)]
     return [*found, *_refused_on_gpu(facts, config)] if kernels else found
 
 
@@ -73,11 +73,12 @@ def _refused_on_gpu(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
         )
 
 
-def _refused_plan(config: KascadeConfig) -> Iterator[str]:
-    if config.plan.windowed:
+def _refused_plan(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
+    expected, got = facts.model.windowed, config.plan.windowed
+    if expected != got:
         yield (
-            f"plan: expected full attention in every layer, got sliding windows in layers "
-            f"{list(config.plan.windowed)}; serve with another --attention-backend"
+            f"plan.windowed: expected {list(expected)}, the layers that SGLang serves with a "
+            f"sliding window, got {list(got)}; run `kascade calibrate` for the model you serve"
         )
 
 
@@ -95,10 +96,19 @@ def _refused_ranks(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
             f"selection: {config.selection} makes one list for all heads, which works with "
             f"--tp-size 1 alone, got {ranks}; serve on one GPU"
         )
-    orphans = [layer for layer in facts.stage_starts[1:] if layer not in config.plan.anchors]
+    orphans = [layer for layer in _first_layers(facts, config) if layer not in config.plan.anchors]
     if orphans:
         yield (
             f"--pp-size: pipeline stages start at layers {orphans}, whose anchor sits on another "
             f"rank; calibrate with anchors there, or use --tp-size (anchors: "
             f"{list(config.plan.anchors)})"
         )
+
+
+def _first_layers(facts: ServerFacts, config: KascadeConfig) -> list[int]:
+    """Return the first layer with full attention of every stage that has one."""
+    full = config.plan.full_layers
+    ends = (*facts.stage_starts[1:], config.plan.shape.layers)
+    stages = (range(*bounds) for bounds in zip(facts.stage_starts, ends, strict=True))
+    firsts = (next((layer for layer in stage if layer in full), None) for stage in stages)
+    return [layer for layer in firsts if layer is not None]

@@ -30,6 +30,7 @@ class KascadeConfig:
     phases: ``both``, or ``decode`` where prefill attends to every key and only decoding is sparse.
     score_memory: bytes that scores of one launch may take.
     batch_invariant: sums of a request's decoding are in the same order in any batch.
+    window: positions that a query of the plan's windowed layers sees.
     changed: settings that differ from their defaults, for the log.
     """
 
@@ -42,6 +43,7 @@ class KascadeConfig:
     phases: str = "both"
     score_memory: int = SCORE_MEMORY
     batch_invariant: bool = False
+    window: int = 0
     prefill: Budget | None = None
     changed: Mapping[str, object] = field(default_factory=dict, compare=False)
 
@@ -49,6 +51,10 @@ class KascadeConfig:
     def pooled(self) -> bool:
         """Whether one selection serves all KV heads of a layer."""
         return self.heads == "pooled" or self.selection in ONE_LIST
+
+    def window_of(self, layer: int) -> int:
+        """Return the positions that a query of a layer sees; 0 where it sees all before it."""
+        return self.window if layer in self.plan.windowed else 0
 
     @property
     def prefill_budget(self) -> Budget:
@@ -63,7 +69,7 @@ class KascadeConfig:
 
 def every_layer_an_anchor(plan: Plan) -> Plan:
     """Return a plan by which every layer selects for itself."""
-    return replace(plan, anchors=tuple(range(plan.shape.layers)), similarity={})
+    return replace(plan, anchors=tuple(plan.full_layers), similarity={})
 
 
 def load_config(

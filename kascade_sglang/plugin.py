@@ -29,7 +29,7 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     from kascade_sglang.checks import check
     from kascade_sglang.errors import KascadeError
     from kascade_sglang.host.release import require_supported_host
-    from kascade_sglang.host.runtime import require_plain_pool
+    from kascade_sglang.host.runtime import require_layers, require_plain_pool
     from kascade_sglang.host.server import require_hooks, server_facts
 
     require_supported_host()
@@ -44,5 +44,6 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
             "sglang.srt.plugins.load_plugins() before ServerArgs(...), or pass "
             "disable_cuda_graph=True"
         )
+    require_layers(runner.model, config.window_of)
     require_plain_pool(runner.token_to_kv_pool, runner.model_config.dtype)
     return KascadeAttnBackend(runner, config)

@@ -47,22 +47,22 @@ def reads_by_query(
     """Count likewise, query by query: int64 [3, queries], in the order of ``KeyReads``."""
     plan, prefills = config.plan, phase == "prefill"
     budget = config.prefill_budget if prefills else config.budget
-    if prefills and not config.sparse_prefill:
-        seen = len(layers or range(plan.shape.layers)) * (positions + 1)
-        return np.stack([seen, np.zeros_like(seen), seen])
     roles = [plan.role(layer) for layer in layers or range(plan.shape.layers)]
-    dense = roles.count(LayerRole.DENSE)
-    selecting = dense + roles.count(LayerRole.ANCHOR)
+    windowed, dense = roles.count(LayerRole.WINDOW), roles.count(LayerRole.DENSE)
+    in_windows = windowed * np.minimum(positions + 1, config.window)
+    seen = (len(roles) - windowed) * (positions + 1) + in_windows
+    if prefills and not config.sparse_prefill:
+        return np.stack([seen, np.zeros_like(seen), seen])
+    selecting, sparse = dense + roles.count(LayerRole.ANCHOR), len(roles) - dense - windowed
     tiles = positions // TILE
     selected = budget.selected_counts(tiles)
     selects = selected < TILE * tiles
-    visible = positions + 1
     attended = selected + positions - TILE * tiles + 1
     return np.stack(
         [
-            (len(roles) - dense) * attended + dense * visible,
+            sparse * attended + dense * (positions + 1) + in_windows,
             selecting * np.where(selects, _scored(config.selection, positions), 0),
-            len(roles) * visible,
+            seen,
         ]
     )
 

@@ -13,16 +13,11 @@ import torch
 from kascade_kernels.arena import Arena, Empty
 from kascade_sglang.servers.process import Server
 from tests.support.interpreter import add_bfloat16, leave_out_programs
-from tests.support.servers import Servers, grouped, wanted_by
+from tests.support.servers import Servers, wanted_by
 from tests.support.shapes import INTERPRETED
 
 # Log handlers that libraries made in one test hold its closed stderr in the next.
 logging.raiseExceptions = False
-
-
-@pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items[:] = grouped(items)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.runtime import (
     AttentionBackend,
     build_dense_backend,
-    is_plain_decoder_layer,
+    require_layer,
 )
 from kascade_sglang.host.steps import Batch, Layer, Rank
 from kascade_sglang.plan.schema import LayerRole
@@ -38,6 +38,7 @@ class Running(Generic[StepT, SelectedT]):
 class KascadeAttnBackend(AttentionBackend):
     """Anchor layers select keys, reuse layers attend to them, layer 0 attends to everything.
 
+    Layers with a sliding window are the dense backend's, in prefill and in decoding.
     One instance serves one model runner. State between layers lives here for one step: the step
     in ``running`` (None where all of it is dense), the last anchor's selection in ``paths.store``.
     """
@@ -53,6 +54,7 @@ class KascadeAttnBackend(AttentionBackend):
         self.max_context_len = runner.model_config.context_len
         self.paths = build_paths(rank, runner.token_to_kv_pool, config)
         self.running: Running | None = None
+        self.has_windows = any(layer in rank.layers for layer in config.plan.windowed)
         # What decodes without the host needs no lengths there; the delegate may, for prefill.
         decodes_alone = self.paths.decode.attends_densely
         self.needs_cpu_seq_lens = not decodes_alone or self.dense.needs_cpu_seq_lens
@@ -69,7 +71,7 @@ class KascadeAttnBackend(AttentionBackend):
             return
         batch = Batch.of(forward_batch)
         path = self._path(batch)
-        if path is None or not path.attends_densely:
+        if self.has_windows or path is None or not path.attends_densely:
             self.dense.init_forward_metadata(forward_batch)
         if path is not None:
             path.prepare(batch)
@@ -79,6 +81,8 @@ class KascadeAttnBackend(AttentionBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Allocate what captured decode steps of up to ``max_bs`` requests use."""
         self.paths.decode.reserve(max_bs)
+        if self.has_windows:
+            self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Length of a request that pads a batch."""
@@ -92,6 +96,8 @@ class KascadeAttnBackend(AttentionBackend):
         path = self._path(batch)
         if path is not None:
             path.prepare(batch)
+        if self.has_windows:
+            self.dense.init_forward_metadata_out_graph(forward_batch, in_capture)
         if not in_capture:
             self._count(batch)
 
@@ -99,6 +105,13 @@ class KascadeAttnBackend(AttentionBackend):
         """Record the rest of a decode step's preparation."""
         batch = Batch.of(forward_batch)
         self._begin(self._path(batch), batch)
+        if self.has_windows:
+            self.dense.init_forward_metadata_in_graph(forward_batch)
+
+    def on_after_cuda_graph_warmup(self) -> None:
+        """Undo what the warm-up before a capture changed."""
+        if self.has_windows:
+            self.dense.on_after_cuda_graph_warmup()
 
     def _path(self, batch: Batch) -> Path | None:
         """What computes a step; None where the dense backend computes all of it."""
@@ -153,18 +166,20 @@ class KascadeAttnBackend(AttentionBackend):
         save_kv_cache: bool,
         **kwargs: object,
     ) -> torch.Tensor:
-        if not is_plain_decoder_layer(layer) or k is None or kwargs:
+        require_layer(layer, self.config.window_of(layer.layer_id))
+        if k is None or kwargs:
             raise KascadeError(
-                f"layer {layer.layer_id}: expected plain causal self-attention, got "
-                f"{sorted(kwargs) or 'another kind'}; serve with another --attention-backend"
+                f"layer {layer.layer_id}: expected q, k and v alone, got "
+                f"{sorted(kwargs) or 'no k'}; serve with another --attention-backend"
             )
-        if self.running is None:
+        role, facts = self.config.plan.role(layer.layer_id), Layer.of(layer)
+        if self.running is None or role is LayerRole.WINDOW:
             out = dense_forward(q, k, v, layer, batch, save_kv_cache)
             self.paths.kv.copy(layer.layer_id, batch.out_cache_loc)
             return out
-        role, facts = self.config.plan.role(layer.layer_id), Layer.of(layer)
         path, step = self.running.path, self.running.step
-        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        # Gemma 3 turns heads and tokens round, and leaves the numbers where they were.
+        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
         if role is LayerRole.DENSE and not path.attends_densely:
             out = dense_forward(q, k, v, layer, batch, save_kv_cache)
             self._select(queries, facts, batch.out_cache_loc)

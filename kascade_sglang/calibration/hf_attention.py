@@ -30,12 +30,15 @@ _UNSUPPORTED = {
     "softcap": "soft-capped logits",
     "s_aux": "attention sinks",
 }
-_LIMITS = ("sliding_window", "softcap")
 _MASKED_QUERIES_AT_ONCE = 128
 
 
 class LayerAttention(Protocol):
-    """Attention of one layer for one request."""
+    """Attention of one layer for one request.
+
+    What also computes layers with a window or with capped logits has ``attend``, and the names of
+    these options in ``limits``.
+    """
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
@@ -57,9 +60,9 @@ def _forward(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Hand one layer's [1, heads, tokens, D] to the callable in ``kascade``."""
-    limited = isinstance(kascade, DenseAttention)
+    allowed = getattr(kascade, "limits", ())
     for name, what in _UNSUPPORTED.items():
-        if options.get(name) is not None and not (limited and name in _LIMITS):
+        if options.get(name) is not None and name not in allowed:
             raise CalibrationError(f"model: layer {module.layer_idx} has {what}; not supported")
     if kascade is None or attention_mask is not None or query.shape[0] != 1:
         raise CalibrationError(
@@ -144,6 +147,8 @@ class DenseAttention:
     Kinds that do more override ``attend``.
     """
 
+    limits = ("sliding_window", "softcap")
+
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
@@ -160,8 +165,11 @@ class KascadeAttention:
     """Attention of one request under a plan, tile by tile through the reference operations.
 
     Holds each anchor's selection of the forward pass in progress; a layer that reuses one must
-    be called after its anchor, with the same positions, as a decoder does.
+    be called after its anchor, with the same positions, as a decoder does. Layers that the plan
+    names ``windowed`` attend in the model's window.
     """
+
+    limits = ("sliding_window",)
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -171,6 +179,19 @@ class KascadeAttention:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Attend by the layer's role; an anchor first selects, layer 0 attends densely."""
+        return self.attend(LayerCall(layer, q, k, v, scale))
+
+    def attend(self, call: LayerCall) -> torch.Tensor:
+        """The same of a layer that may have a window; CalibrationError for another plan's."""
+        layer, q, k, v, scale, limits = call
+        windowed = self._plan.role(layer) is LayerRole.WINDOW
+        if windowed != (limits.window is not None):
+            raise CalibrationError(
+                f"model: layer {layer}: expected {'a' if windowed else 'no'} sliding window by the "
+                f"plan, got {limits.window}; run `kascade calibrate` for this model"
+            )
+        if windowed:
+            return limited_attention(q, k, v, scale, limits)
         length = k.shape[0]
         if layer in self._plan.anchors:
             self._selected[layer] = {

@@ -20,8 +20,9 @@ class ModelFacts:
     """What a model is.
 
     path: what ``--model-path`` says. options: the ``"kascade"`` key of its config.
-    shape: of the whole model, all ranks. dtype: torch's name of it. unsupported: why Kascade
-    cannot serve it, empty where it can.
+    shape: of the whole model, all ranks. dtype: torch's name of it.
+    windowed: layers whose queries see only the last ``window`` positions, their own included, as
+        SGLang serves the model. unsupported: why Kascade cannot serve it, empty where it can.
     """
 
     path: str
@@ -29,6 +30,8 @@ class ModelFacts:
     shape: ModelShape
     dtype: str
     context: int
+    windowed: tuple[int, ...] = ()
+    window: int = 0
     unsupported: tuple[str, ...] = ()
 
 

@@ -1,5 +1,6 @@
 """SGLang's internals that a worker touches: model runner, KV pool, layers, dense backends."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -7,14 +8,13 @@ import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.dense import default_dense_backend
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -25,11 +25,12 @@ __all__ = [
     "ModelRunner",
     "RadixAttention",
     "build_dense_backend",
-    "is_plain_decoder_layer",
     "key_value_caches",
     "local_kv_heads",
     "local_layers",
     "releasable",
+    "require_layer",
+    "require_layers",
     "require_plain_pool",
     "write_kv",
 ]
@@ -88,6 +89,32 @@ def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
         )
 
 
+def require_layer(layer: RadixAttention, window: int) -> None:
+    """Raise KascadeError unless a layer is causal self-attention with such a window.
+
+    window: positions that a query sees, its own included; 0 where it sees all before it.
+    """
+    # SGLang counts the positions before the query's own, and has -1 where there is no window.
+    found = layer.sliding_window_size + 1
+    if layer.attn_type != AttentionType.DECODER or layer.is_cross_attention or layer.logit_cap:
+        raise KascadeError(
+            f"layer {layer.layer_id}: expected causal self-attention without a cap on its logits, "
+            "got another kind; serve with another --attention-backend"
+        )
+    if found != window:
+        raise KascadeError(
+            f"layer {layer.layer_id}: expected a sliding window of {window} positions by the "
+            f"model's config (0: none), got {found}; serve with another --attention-backend"
+        )
+
+
+def require_layers(model: torch.nn.Module, window_of: Callable[[int], int]) -> None:
+    """Raise KascadeError unless each layer of a loaded model has the window that it should have."""
+    for layer in model.modules():
+        if isinstance(layer, RadixAttention):
+            require_layer(layer, window_of(layer.layer_id))
+
+
 def releasable(pool: Any) -> AbstractContextManager[Any]:
     """Return a block whose tensors' memory goes and comes back with the KV pool's.
 
@@ -97,16 +124,6 @@ def releasable(pool: Any) -> AbstractContextManager[Any]:
     return pool.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE)
 
 
-def is_plain_decoder_layer(layer: "RadixAttention") -> bool:
-    """Whether a layer is full causal self-attention, the only kind that Kascade makes sparse."""
-    return (
-        layer.attn_type == AttentionType.DECODER
-        and not layer.is_cross_attention
-        and layer.sliding_window_size <= -1
-        and not layer.logit_cap
-    )
-
-
 def key_value_caches(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a layer's K and V, [slots, KV heads, head dim]; waits for loads in flight."""
     return pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
@@ -114,7 +131,7 @@ def key_value_caches(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tens
 
 def write_kv(
     pool: Any,
-    layer: "RadixAttention",
+    layer: RadixAttention,
     batch: "ForwardBatch",
     k: torch.Tensor,
     v: torch.Tensor,

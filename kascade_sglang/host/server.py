@@ -53,6 +53,11 @@ SUPPORTED_VALUES_LATER: dict[str, tuple[object, ...]] = {
     "enable_unified_cache_external_linker": (False,),
     "enable_nvidia_megakernel": (False,),
 }
+# Architectures whose configs may name layers with a sliding window, and whose classes in SGLang
+# let every layer attend to everything. (Mistral's and Phi-3's configs name no layers.)
+SERVED_WITHOUT_WINDOWS = frozenset(
+    f"{name}ForCausalLM" for name in ("Mistral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe")
+)
 
 
 def resolved(server_args: Any) -> Any:
@@ -139,6 +144,7 @@ def _model_config(server_args: Any) -> Any:
 
 
 def _model_facts(args: Any, model: Any) -> ModelFacts:
+    windowed, window = _windows(model)
     return ModelFacts(
         path=args.model_path,
         options=getattr(model.hf_config, "kascade", None),
@@ -151,13 +157,30 @@ def _model_facts(args: Any, model: Any) -> ModelFacts:
         ),
         dtype=str(model.dtype).removeprefix("torch."),
         context=model.context_len,
+        windowed=windowed,
+        window=window,
         unsupported=tuple(_unsupported(model)),
     )
+
+
+def _windows(model: Any) -> tuple[tuple[int, ...], int]:
+    """Return the layers with a sliding window, by the model's config, and how much it holds.
+
+    SGLang's classes go by the same field; ``require_layers`` looks at what they made of it.
+    """
+    text, architectures = model.hf_text_config, model.hf_config.architectures or ()
+    if SERVED_WITHOUT_WINDOWS.intersection(architectures):
+        return (), 0
+    # Transformers also makes these of Gemma 3's ``sliding_window_pattern``.
+    kinds = getattr(text, "layer_types", None) or ()
+    windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+    return windowed, text.sliding_window if windowed else 0
 
 
 def _unsupported(model: Any) -> Iterator[str]:
     """Say what about a model Kascade does not serve."""
     text = model.hf_text_config
+    cap = getattr(text, "attn_logit_softcapping", None)
     if model.attention_arch.name == "MLA":
         yield "multi-head latent attention (MLA) has no KV heads to select for"
     if model.is_encoder_decoder or getattr(text, "add_cross_attention", False):
@@ -167,11 +190,13 @@ def _unsupported(model: Any) -> Iterator[str]:
     if model.is_multimodal:
         yield "multimodal models are not supported"
     if model.is_hybrid_swa:
-        yield "sliding-window layers are not supported"
+        yield "sliding-window layers with a KV pool of their own are not supported"
+    elif len(_windows(model)[0]) == model.num_hidden_layers:
+        yield "every layer has a sliding window, so none is left to make sparse"
     if model.has_attention_sinks:
         yield "attention sinks are not supported"
-    if getattr(text, "attn_logit_softcapping", None):
-        yield "soft-capped attention logits are not supported"
+    if cap:
+        yield f"every layer caps its logits at {cap}, so none is left to make sparse"
     if model.head_dim != model.v_head_dim:
         yield "expected one head_dim for K and V"
 

@@ -18,7 +18,7 @@ from sglang.srt.server_args import ServerArgs
 from kascade_sglang import checks
 from kascade_sglang.host import server
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
-from tests.support.models import make_plan, parse
+from tests.support.models import GEMMA_3, WINDOWED_PLAN, make_plan, parse
 
 MakeModel = Callable[..., Path]
 
@@ -105,8 +105,6 @@ SINKS = {
     "add_swa_attention_sink_bias": True,
     "hybrid_layer_pattern": [1, 0, 1, 0],
 }
-ROW = (0.1, 0.9, 0.2, 0.3)
-WINDOWED = {"windowed": (0, 2), "anchors": (1,), "similarity": {3: (ROW,) * 4}}
 ONE_LIST = "makes one list for all heads, which works with --tp-size 1 alone"
 OTHERS = (
     Refused("model: multi-head latent attention (MLA) has no KV heads to select for", model=MLA),
@@ -129,16 +127,30 @@ OTHERS = (
             "vision_config": {},
         },
     ),
-    Refused("model: sliding-window layers are not supported", model={"is_hybrid_swa": True}),
+    Refused(
+        "model: sliding-window layers with a KV pool of their own are not supported",
+        model={"is_hybrid_swa": True},
+    ),
+    Refused(
+        "model: every layer has a sliding window, so none is left to make sparse",
+        model={**GEMMA_3, "layer_types": ["sliding_attention"] * 4},
+    ),
     Refused("model: attention sinks are not supported", model=SINKS),
     Refused(
-        "model: soft-capped attention logits are not supported",
+        "model: every layer caps its logits at 50.0, so none is left to make sparse",
         model={"attn_logit_softcapping": 50.0},
     ),
     Refused("model: expected one head_dim for K and V", model={"v_head_dim": 8}),
     Refused(
-        "plan: expected full attention in every layer, got sliding windows in layers [0, 2]",
-        plan=WINDOWED,
+        "plan.windowed: expected [], the layers that SGLang serves with a sliding window, got [0, ",
+        plan=WINDOWED_PLAN,
+    ),
+    Refused("plan.windowed: expected [0, 2], the layers that SGLang serves with", model=GEMMA_3),
+    Refused(
+        "--pp-size: pipeline stages start at layers [3], whose anchor sits on another rank",
+        "--pp-size 2",
+        model=GEMMA_3,
+        plan=WINDOWED_PLAN,
     ),
     Refused("--tp-size: expected a divisor of the model's 4 KV heads, got 3", "--tp-size 3"),
     Refused("--tp-size: expected a divisor of the model's 4 KV heads, got 8", "--tp-size 8"),
@@ -202,6 +214,8 @@ def test_the_same_server_without_what_is_refused(
     assert checks.check(server.server_facts(parse(make_model())))
     assert checks.check(server.server_facts(parse(make_model(), "--tp-size", "2")))
     assert checks.check(server.server_facts(parse(make_model(), "--pp-size", "2")))
+    windowed = make_model(make_plan(**WINDOWED_PLAN), **GEMMA_3)
+    assert checks.check(server.server_facts(parse(windowed))).window_of(2) == 8
 
 
 def sentences(function: FunctionType) -> Iterator[str]:

@@ -133,3 +133,15 @@ def test_a_new_release_is_tried_by_one_command(tmp_path: Path) -> None:
     exec((tmp_path / host / "release.py").read_text(), values)
     assert values["VERIFIED"] == (*VERIFIED, "9.8.7")
     assert f"sglang>={VERIFIED[0]},<=9.8.7\n" in (tmp_path / "setup.cfg").read_text()
+
+
+def test_the_guide_to_the_kernels_has_every_call() -> None:
+    """Each operation of the register has a row, and stands in an example."""
+    register = (ROOT / "kernels/README.md").read_text().split("| operation |")[1].split("\n\n")[0]
+    operations = [line.split("|")[2].strip(" `") for line in register.splitlines()[2:]]
+    guide = (ROOT / "docs/kernels.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", guide, re.M)
+    assert sorted(rows) == sorted([*operations, "count_high"])
+    shown = "".join(block.text for block in blocks(guide))
+    # Which the calls that attend make themselves.
+    assert all(f"{name}(" in shown for name in rows if name != "merge_parts")

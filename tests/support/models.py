@@ -22,15 +22,25 @@ LLAMA = {
 }
 SHAPE = ModelShape(layers=4, q_heads=8, kv_heads=4, head_dim=16, hidden=64)
 
+ROWS = ((0.1, 0.9, 0.2, 0.3),) * 4
+# Changes that make LLAMA a Gemma 3 with windows in layers 0 and 2, and its plan that model's.
+GEMMA_3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "sliding_window": 8,
+    "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 16,
+}
+WINDOWED_PLAN = {"windowed": (0, 2), "anchors": (1,), "similarity": {3: ROWS}}
+
 
 def make_plan(**changes: Any) -> Plan:
     """A valid plan for LLAMA."""
-    row = (0.1, 0.9, 0.2, 0.3)
     fields = {
         "model": "test",
         "shape": SHAPE,
         "anchors": (0, 2),
-        "similarity": {1: (row,) * 4, 3: (row,) * 4},
+        "similarity": {1: ROWS, 3: ROWS},
     }
     return Plan(**{**fields, **changes})
 

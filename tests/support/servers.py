@@ -1,39 +1,23 @@
 """Real servers, each started once for all tests that want one like it.
 
-A test says so by a mark, ``@served("--page-size", "1")``, and takes the fixture ``server``. The
-mark also puts tests of one server next to each other, and into one process: see ``grouped``.
+A test says so by a mark, ``@served("--page-size", "1")``, and takes the fixture ``server``. Tests
+of one server belong into one file: a file's tests run one after the other, in one process.
 """
 
-import re
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks.bench_serving import server_arguments
-from benchmarks.serving_model import make_model
 from kascade_sglang.servers.demo_model import demo_arguments
 from kascade_sglang.servers.process import Server
-from tests.support.models import LLAMA, make_plan
 
 
 def demo(folder: Path) -> list[str]:
     """Serve the shipped model."""
     return demo_arguments("kascade")
-
-
-def tiny(folder: Path) -> list[str]:
-    """Serve four layers of random weights, which know 1024 words of one token each."""
-    config = {**LLAMA, "vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 1}
-    flags = ["--max-total-tokens", "8192"]
-    if not torch.cuda.is_available():
-        flags += ["--dtype", "float32", "--mem-fraction-static", "0.5", "--sleep-on-idle"]
-    model = make_model(config, make_plan(), folder / "model")
-    return server_arguments(model, "kascade", Namespace(model_path=None, server_flags=flags))
 
 
 @dataclass(frozen=True)
@@ -67,10 +51,6 @@ def wanted_by(item: pytest.Item) -> Wanted | None:
     return mark.args[0] if mark else None
 
 
-LOADED = served(model=tiny, SGLANG_TEST_RETRACT="true")
-"""What benchmarks ask: every third step takes a request of several out again."""
-
-
 class Servers:
     """One server at a time: it ends when a test wants another, or at the end."""
 
@@ -99,26 +79,3 @@ class Servers:
         if self._server:
             self._server.stop()
         self._server = self._wanted = None
-
-
-def group_of(item: pytest.Item) -> str:
-    """What runs in one process: tests of a server, one that starts its own, or a file's others."""
-    wanted = wanted_by(item)
-    if wanted:
-        return re.sub(r"\W+", "-", " ".join((wanted.model.__name__, *wanted.flags)))
-    return item.name if item.get_closest_marker("e2e") else item.nodeid.split("::")[0]
-
-
-def grouped(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Order tests by group, those that start servers first: they take longest.
-
-    ``pytest -n 2 --dist loadgroup`` runs each group in one process.
-    """
-    first: dict[str, int] = {}
-    for index, item in enumerate(items):
-        group = group_of(item)
-        first.setdefault(group, index)
-        item.add_marker(pytest.mark.xdist_group(group))
-    return sorted(
-        items, key=lambda item: (not item.get_closest_marker("e2e"), first[group_of(item)])
-    )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import bounded, of_mapped_list
+from kascade_kernels._triton._primitives import bounded, of_mapped_list, soften, store_part
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def decode_attention_kernel(
     q_rows = row.to(tl.int64) * stride_q + (head * GROUP + group) * D
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
 
-    m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    largest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, D], tl.float32)
     for start in tl.range(lo, hi, BLOCK):
@@ -58,14 +58,8 @@ def decode_attention_kernel(
         keys = tl.load(k + address, mask=visible[:, None], other=0.0)
         s = tl.dot(queries, tl.trans(keys)) * scale_log2
         s = tl.where(visible[None, :], bounded(s), float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        rescale = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
-        total = total * rescale + tl.sum(p, 1)
+        weights, shrink, largest, total = soften(s, tl.max(s, 1), largest, total)
         values = tl.load(v + address, mask=visible[:, None], other=0.0)
-        acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None])
-        m = m_new
+        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
 
-    tl.store(part_lse + part, m + tl.log2(total), mask=real)
-    out = acc / total[:, None]
-    tl.store(part_out + part[:, None] * D + dim[None, :], out, mask=real[:, None])
+    store_part(part_lse, part_out, part, acc, largest, total, real, D)

@@ -13,7 +13,9 @@ from kascade_kernels._triton._primitives import (
     load_slots,
     own_tile_start,
     power_of_2,
+    soften,
     store_counts,
+    store_part,
 )
 
 
@@ -94,7 +96,7 @@ def decode_scores_kernel(
         queries, q_scales = _quantise_rows(queries.to(tl.float32))
     row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
 
-    m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    largest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, D], tl.float32)
     for start in tl.range(lo, hi, BLOCK):
@@ -119,19 +121,15 @@ def decode_scores_kernel(
             # Rows have room for whole blocks, so that every store is as wide as it can be.
             tl.store(logits + offsets, less, mask=scored[:, None])
             tl.store(block_max + where // BLOCK, m_block, mask=scored)
-        m_new = tl.maximum(m, m_block)
-        rescale = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
-        total = total * rescale + tl.sum(p, 1)
-        m = m_new
+        weights, shrink, largest, total = soften(s, m_block, largest, total)
         if ATTEND:
             values = tl.load(v + address, mask=visible[:, None], other=0.0)
-            acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None])
+            acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
 
-    tl.store(part_lse + part, m + tl.log2(total), mask=real)
     if ATTEND:
-        out = acc / total[:, None]
-        tl.store(part_out + part[:, None] * D + dim[None, :], out, mask=real[:, None])
+        store_part(part_lse, part_out, part, acc, largest, total, real, D)
+    else:
+        tl.store(part_lse + part, largest + tl.log2(total), mask=real)
 
 
 @triton.jit

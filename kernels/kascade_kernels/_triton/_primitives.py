@@ -58,6 +58,28 @@ def bounded(logits):
 
 
 @triton.jit
+def soften(logits, block_largest, largest, total):
+    """Take logits [M, N], at most block_largest [M] in a row, into a running softmax.
+
+    largest, total: [M], the largest logit and the sum of weights so far. Returns the logits'
+    weights, the factor that earlier weights shrink by, and the new largest and total.
+    """
+    previous = largest
+    largest = tl.maximum(previous, block_largest)
+    shrink = tl.exp2(previous - largest)
+    weights = tl.exp2(logits - largest[:, None])
+    return weights, shrink, largest, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def store_part(part_lse, part_out, part, acc, largest, total, real, D: tl.constexpr):
+    """Store a softmax's mean [M, D] and log-sum-exp [M] as parts that merge_parts can join."""
+    tl.store(part_lse + part, largest + tl.log2(total), mask=real)
+    at = part[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(part_out + at, acc / total[:, None], mask=real[:, None])
+
+
+@triton.jit
 def encode_score(score):
     """Score in [0, 2^16) -> uint16 that orders like it, rounded by at most 0.05 %."""
     bits = score.to(tl.int32, bitcast=True) + CODE_HALF

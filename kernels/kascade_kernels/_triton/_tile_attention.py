@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import TILE, VARY, of_mapped_list, own_tile_start
+from kascade_kernels._triton._primitives import TILE, VARY, of_mapped_list, own_tile_start, soften
 from kascade_kernels._triton._tiles import (
     block_count,
     block_rows,
@@ -22,11 +22,8 @@ def attend(queries, keys, values, hidden, acc, largest, total, scale_log2, MASKE
     products = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # [ROWS, N]
     if MASKED:
         products = tl.where(hidden, float("-inf"), products)
-    previous = largest
-    largest = tl.maximum(largest, tl.max(products, axis=1) * scale_log2)
-    shrink = tl.exp2(previous - largest)
-    weights = tl.exp2(products * scale_log2 - largest[:, None])
-    total = total * shrink + tl.sum(weights, axis=1)
+    block_largest = tl.max(products, axis=1) * scale_log2
+    weights, shrink, largest, total = soften(products * scale_log2, block_largest, largest, total)
     acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
     return acc, largest, total
 

@@ -1,0 +1,70 @@
+"""SGLang's benchmark tools, which start SGLang in their own process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kascade_sglang.servers.demo_model import MODEL
+from tests.e2e.test_commands import KASCADE, run
+from tests.support.models import LLAMA, make_plan
+
+pytestmark = pytest.mark.e2e
+
+
+def bench(tool: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", "kascade_sglang.bench", tool, *KASCADE, *flags])
+
+
+def test_bench_one_batch(tmp_path: Path) -> None:
+    """The tool draws token ids up to 10,000, so it gets a model of random weights."""
+    config = {**LLAMA, "vocab_size": 16384}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    make_plan().save(tmp_path / "kascade_plan.json")
+    flags = [
+        "--tokenizer-path",
+        str(MODEL),
+        "--load-format",
+        "dummy",
+        "--dtype",
+        "float32",
+        "--max-total-tokens",
+        "4096",
+        "--mem-fraction-static",
+        "0.5",
+    ]
+    shape = ["--batch-size", "2", "--input-len", "300", "--output-len", "4", "--run-name", "test"]
+    result = bench(
+        "one_batch", "--model-path", str(tmp_path), *flags, *shape,
+        "--result-filename", str(tmp_path / "out.jsonl"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    row = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[-1])
+    assert row["batch_size"] == 2 and row["median_decode_throughput"] > 0
+
+
+def test_bench_offline_throughput(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Where does the keeper live? " * 40}]
+    turns.append({"from": "gpt", "value": "The keeper lives in room 4412. " * 4})
+    dataset = tmp_path / "sharegpt.json"
+    dataset.write_text(json.dumps([{"conversations": turns}] * 20))
+    out = tmp_path / "out.jsonl"
+    result = bench(
+        "offline_throughput", "--model-path", str(MODEL), "--dataset-path", str(dataset),
+        "--num-prompts", "4", "--dtype", "float32", "--max-total-tokens", "16384",
+        "--mem-fraction-static", "0.5", "--skip-warmup", "--result-filename", str(out),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(out.read_text().splitlines()[-1])["successful_requests"] == 4
+
+
+def test_doctor_proves_in_a_fresh_process_that_hooks_run() -> None:
+    doctor = [sys.executable, "-m", "kascade_sglang.cli", "doctor"]
+    well = run([*doctor, "--model", str(MODEL), "--", "--page-size", "32"])
+    assert well.returncode == 0, well.stdout + well.stderr
+    assert "ready to serve" in well.stdout and "live on SGLang's symbols" in well.stdout
+    kept_out = run(doctor, SGLANG_PLUGINS="another")
+    assert kept_out.returncode == 1
+    assert "unset SGLANG_PLUGINS" in kept_out.stdout and "Traceback" not in kept_out.stderr

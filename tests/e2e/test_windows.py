@@ -1,0 +1,153 @@
+"""Real servers of tiny random models with sliding windows, against transformers' own attention."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kascade_kernels.budget import Budget
+from kascade_sglang.calibration.hf_attention import kascade_generate
+from kascade_sglang.calibration.hf_model import shape_of
+from kascade_sglang.cli import main
+from kascade_sglang.config import KascadeConfig
+from kascade_sglang.plan.library import PLAN_NAME
+from kascade_sglang.plan.presets import identity_plan
+from kascade_sglang.plan.schema import Plan, load_plan
+from kascade_sglang.servers.demo_model import demo_arguments
+from kascade_sglang.servers.process import Server
+from kascade_sglang.sparsity import key_reads
+from tests.support.requests import (
+    assert_equals,
+    generate,
+    prompt_ids,
+    tokenizer,
+    tokens_and_logprobs,
+)
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compares with float32 on a CPU"),
+]
+
+WINDOW, COVERED, NEW = 96, 320, 12
+"""Positions of a window; tokens that the budget covers; tokens asked for."""
+SMALL = {
+    "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.2,
+    "max_position_embeddings": 4096, "sliding_window": WINDOW,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def save(folder: Path, name: str, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, **changes: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes).eval()
+
+
+@torch.inference_mode()
+def own(model: PreTrainedModel, ids: list[int]) -> tuple[list[int], list[float]]:
+    """What the model itself says, greedily, without a cache: tokens and log probabilities."""
+    logprobs = []
+    for _ in range(NEW):
+        row = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1], dim=-1)
+        ids = [*ids, int(row.argmax())]
+        logprobs.append(float(row.max()))
+    return ids[-NEW:], logprobs
+
+
+def serve(folder: Path, plan: Plan, log: Path) -> Server:
+    least = ["--kascade-min-k", str(plan.budget.min_k)]
+    least += ["--kascade-prefill-min-k", str(plan.budget.min_k)]
+    plan.save(folder / PLAN_NAME)
+    arguments = [*demo_arguments("kascade"), "--model-path", str(folder), *least]
+    return Server([*arguments, "--chunked-prefill-size", "512"], log)
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 3 with full attention in layers 1, 3 and 5."""
+    folder = tmp_path_factory.mktemp("models") / "gemma3"
+    gemma3 = {"sliding_window_pattern": 2, "query_pre_attn_scalar": 64}
+    return save(folder, "Gemma3Text", **gemma3)
+
+
+@pytest.fixture(scope="module")
+def plan(gemma: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Calibrated for that model."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "dev.txt").write_text(tokenizer().decode(prompt_ids(1, 700)))
+    out = folder / "plan.json"
+    arguments = ["--model", str(gemma), "--prompts", str(folder / "dev.txt"), "--out", str(out)]
+    arguments += ["--anchors", "1,3", "--min-k", str(COVERED), "--device", "cpu"]
+    assert main(["calibrate", *arguments]) == 0
+    found = load_plan(out)
+    assert (found.windowed, found.reuse_layers) == ((0, 2, 4), [5])
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(gemma: Path, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(gemma, plan, tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
+
+
+def test_gemma_3_within_the_budget_is_transformers_own(server: Server, gemma: Path) -> None:
+    ids = prompt_ids(2, 900)[: COVERED - NEW]
+    assert_equals(tokens_and_logprobs(generate(server, ids, NEW)), own(load(gemma), ids))
+
+
+@pytest.mark.parametrize("tokens", [700, 1500])
+def test_gemma_3_beyond_it_is_the_reference(
+    server: Server, gemma: Path, plan: Plan, tokens: int
+) -> None:
+    ids, model = prompt_ids(3, tokens), load(gemma)
+    cold, warm = (generate(server, ids, NEW) for _ in range(2))
+    expected = kascade_generate(model, plan, ids, NEW)
+    for reply in (cold, warm):
+        assert_equals(tokens_and_logprobs(reply), expected)
+    assert warm["meta_info"]["cached_tokens"] >= (len(ids) - 1) // 32 * 32
+    assert own(model, ids)[1] != pytest.approx(expected[1], abs=0.01), "nothing was left out"
+
+
+def test_windows_are_counted_as_what_they_hold(server: Server, plan: Plan) -> None:
+    ids = prompt_ids(4, 1200)
+    config = KascadeConfig(plan, plan.budget, plan.heads, window=WINDOW)
+    before = server.key_counters()
+    generate(server, ids, NEW)
+    time.sleep(1)
+    grown = {key: value - before.get(key, 0) for key, value in server.key_counters().items()}
+    prefill = key_reads(config, np.arange(len(ids)))
+    for kind in ("attended", "scored", "dense"):
+        assert grown["prefill", kind] == getattr(prefill, kind)
+        steps = (np.arange(len(ids), len(ids) + NEW - 1 + ahead) for ahead in (0, 1))
+        least, most = (getattr(key_reads(config, step), kind) for step in steps)
+        assert least <= grown["decode", kind] <= most
+    assert prefill.attended < 0.8 * prefill.dense
+    assert prefill.dense < 0.6 * 6 * sum(range(1, len(ids) + 1))
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Phi3"])
+def test_a_window_everywhere_is_served_as_full_attention(name: str, tmp_path: Path) -> None:
+    """As SGLang's own backends do: its classes for these models know no windows."""
+    folder, ids = save(tmp_path / "model", name), prompt_ids(5, 900)[: COVERED - NEW]
+    full = load(folder, sliding_window=None)
+    plan = identity_plan(name, shape_of(full.config), (0, 2, 4), "test")
+    plan = replace(plan, budget=Budget(0.1, COVERED))
+    with serve(folder, plan, tmp_path / "log") as server:
+        reply = tokens_and_logprobs(generate(server, ids, NEW))
+    assert_equals(reply, own(full, ids))
+    assert own(load(folder), ids)[1] != pytest.approx(reply[1], abs=0.01), "the window says nothing"
