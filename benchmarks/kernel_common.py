@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 from tqdm import tqdm
 
 from benchmarks.plot_kernels import plot
@@ -60,6 +61,7 @@ class Pool:
     ) -> None:
         own = [length - shared for length in lengths]
         self.size = shared + sum(own)
+        self.memory_saver_adapter = TorchMemorySaverAdapter.create(enable=False)
         order = torch.randperm(self.size, device=DEVICE, dtype=torch.int32)
         prefix, *rest = order.split([shared, *own])
         positions = context or max(lengths)

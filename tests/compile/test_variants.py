@@ -7,6 +7,7 @@ import pytest
 import sglang.srt.utils.common  # noqa: F401
 import torch
 import triton
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from kascade_kernels.budget import Budget
 from kascade_sglang.backend.paths import build_paths
@@ -22,6 +23,7 @@ ANCHOR, REUSE = Layer(0, 1.0), Layer(1, 1.0)
 
 class Pool:
     keys = torch.zeros(SLOTS, HEADS, DIM, dtype=torch.bfloat16)
+    memory_saver_adapter = TorchMemorySaverAdapter.create(enable=False)
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         return self.keys
