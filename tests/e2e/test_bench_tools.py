@@ -58,13 +58,3 @@ def test_bench_offline_throughput(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(out.read_text().splitlines()[-1])["successful_requests"] == 4
-
-
-def test_doctor_proves_in_a_fresh_process_that_hooks_run() -> None:
-    doctor = [sys.executable, "-m", "kascade_sglang.cli", "doctor"]
-    well = run([*doctor, "--model", str(MODEL), "--", "--page-size", "32"])
-    assert well.returncode == 0, well.stdout + well.stderr
-    assert "ready to serve" in well.stdout and "live on SGLang's symbols" in well.stdout
-    kept_out = run(doctor, SGLANG_PLUGINS="another")
-    assert kept_out.returncode == 1
-    assert "unset SGLANG_PLUGINS" in kept_out.stdout and "Traceback" not in kept_out.stderr

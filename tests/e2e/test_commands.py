@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kascade_sglang.servers.demo_model import MODEL
 from kascade_sglang.servers.process import Server
 from tests.support.models import LLAMA
 from tests.support.requests import (
@@ -67,3 +68,13 @@ def test_refusal_is_one_sentence_and_status_one(tmp_path: Path) -> None:
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(f"kascade: no Kascade plan for {tmp_path}: no kascade_plan.json beside")
     assert "make one with `kascade calibrate" in last
+
+
+def test_doctor_proves_in_a_fresh_process_that_hooks_run() -> None:
+    doctor = [sys.executable, "-m", "kascade_sglang.cli", "doctor"]
+    well = run([*doctor, "--model", str(MODEL), "--", "--page-size", "32"])
+    assert well.returncode == 0, well.stdout + well.stderr
+    assert "ready to serve" in well.stdout and "live on SGLang's symbols" in well.stdout
+    kept_out = run(doctor, SGLANG_PLUGINS="another")
+    assert kept_out.returncode == 1
+    assert "unset SGLANG_PLUGINS" in kept_out.stdout and "Traceback" not in kept_out.stderr
