@@ -182,7 +182,7 @@ class KascadeAttention:
         return self.attend(LayerCall(layer, q, k, v, scale))
 
     def attend(self, call: LayerCall) -> torch.Tensor:
-        """The same of a layer that may have a window; raises CalibrationError for another plan's."""
+        """Likewise; raises CalibrationError where plan and model differ in which have windows."""
         layer, q, k, v, scale, limits = call
         windowed = self._plan.role(layer) is LayerRole.WINDOW
         if windowed != (limits.window is not None):
