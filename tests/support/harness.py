@@ -44,16 +44,22 @@ class FakePool:
         self.values[layer.layer_id][location.loc] = v.view(-1, *self.values[0].shape[1:])
 
 
-def make_plan(layers: int, kv_heads: int, group: int, anchors: tuple[int, ...]) -> Plan:
+def make_plan(
+    layers: int,
+    kv_heads: int,
+    group: int,
+    anchors: tuple[int, ...],
+    windowed: tuple[int, ...] = (),
+) -> Plan:
     """A plan whose head maps differ from layer to layer."""
     generator = torch.Generator().manual_seed(7)
     similarity = {
         layer: tuple(map(tuple, torch.rand(kv_heads, kv_heads, generator=generator).tolist()))
         for layer in range(layers)
-        if layer not in anchors
+        if layer not in (*anchors, *windowed)
     }
     shape = ModelShape(layers, kv_heads * group, kv_heads, HEAD_DIM, 64)
-    return Plan("test", shape, anchors, similarity)
+    return Plan("test", shape, anchors, similarity, windowed=windowed)
 
 
 class Harness:
@@ -71,6 +77,8 @@ class Harness:
         kv_heads: int = 2,
         group: int = 4,
         anchors: tuple[int, ...] = (0, 2),
+        windowed: tuple[int, ...] = (),
+        window: int = 0,
         budget: Budget | None = None,
         heads: str = "per_head",
         selection: str = "topk",
@@ -83,7 +91,7 @@ class Harness:
         slot_seed: int = 0,
         data_seed: int = 1,
     ) -> None:
-        plan = make_plan(layers, kv_heads, group, anchors)
+        plan = make_plan(layers, kv_heads, group, anchors, windowed)
         budget = budget or Budget(0.1, 64)
         self.config = KascadeConfig(
             plan,
@@ -95,6 +103,7 @@ class Harness:
             score_memory=score_memory,
             batch_invariant=batch_invariant,
             phases=phases,
+            window=window,
         )
         self.runs_kernels = runs_kernels(DEVICE, self.config)
         self.lengths, self.layers, self.group, self.kv_heads = lengths, layers, group, kv_heads
@@ -182,7 +191,7 @@ class Harness:
             v_head_dim=HEAD_DIM,
             attn_type=AttentionType.DECODER,
             is_cross_attention=False,
-            sliding_window_size=-1,
+            sliding_window_size=self.config.window_of(layer_id) - 1,
             logit_cap=0.0,
         )
 
@@ -196,7 +205,7 @@ class Harness:
         lengths = [end - begin for _, begin, end in spans]
         for (request, begin, end), part in zip(spans, out.split(lengths), strict=True):
             self.outputs[layer_id][request][begin:end] = part
-        if self.backend.running is not None:
+        if self.backend.running is not None and layer_id not in self.config.plan.windowed:
             self._record(layer_id, spans)
 
     def _record(self, layer_id: int, spans: list[tuple[int, int, int]]) -> None:
@@ -231,11 +240,14 @@ class Harness:
 
 def attended(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
     """Which keys each query attends to by the recorded selections: bool [H, length, length]."""
-    length = len(harness.qkv[layer_id][request][0])
+    length, plan = len(harness.qkv[layer_id][request][0]), harness.config.plan
+    if layer_id in plan.windowed:
+        seen = torch.ones(length, length, dtype=torch.bool).tril_().triu_(1 - harness.config.window)
+        return seen.expand(harness.kv_heads, -1, -1)
     mask = torch.zeros(harness.kv_heads, length, length, dtype=torch.bool)
     for (tile, first), positions in harness.selections[layer_id][request].items():
         for position in range(first, min(32 * (tile + 1), length)):
-            if layer_id == 0:
+            if layer_id == plan.anchors[0]:
                 mask[:, position, : position + 1] = True
                 continue
             for head in range(harness.kv_heads):
