@@ -18,7 +18,7 @@ from kascade_sglang.errors import KascadeError
 from kascade_sglang.host import server
 from kascade_sglang.host.steps import Rank
 from tests.support.harness import FakePool
-from tests.support.models import SHAPE, make_plan, parse
+from tests.support.models import SHAPE, make_plan, overwrite, parse
 
 MakeModel = Callable[..., Path]
 
@@ -49,7 +49,7 @@ def test_flags_that_the_parent_would_refuse(
     field: str, value: object, worker: None, make_model: MakeModel
 ) -> None:
     args = parse(make_model())
-    object.__setattr__(args, field, value)  # SGLang keeps what it has resolved
+    overwrite(args, field, value)
     with pytest.raises(KascadeError, match=f"--{field.replace('_', '-')}: expected"):
         plugin.create_backend(SimpleNamespace(server_args=args))
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from kascade_sglang.plan.schema import ModelShape, Plan
@@ -56,3 +57,12 @@ def parse(model: Path, *flags: str) -> ServerArgs:
     """Read a command line as every server command does."""
     command = ["--model-path", str(model), "--attention-backend", "kascade", *flags]
     return resolve(prepare_server_args(command))
+
+
+def overwrite(args: ServerArgs, field: str, value: Any) -> None:
+    """Change what SGLang keeps once it is resolved: a field, and in later releases a decision."""
+    struct = isinstance(args, msgspec.Struct)
+    put = msgspec.Struct.__setattr__ if struct else object.__setattr__
+    put(args, field, value)
+    if decided := getattr(args, "_resolved_overrides", None):
+        put(args, "_resolved_overrides", [*decided, ("test", {field: value})])
