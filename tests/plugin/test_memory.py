@@ -12,7 +12,7 @@ from kascade_sglang.backend.memory import ReservedMemory, reserved_memory
 from kascade_sglang.checks import check
 from kascade_sglang.config import MB
 from kascade_sglang.host.server import largest_decodes, server_facts
-from tests.support.models import parse
+from tests.support.models import GEMMA_3, WINDOWED_PLAN, make_plan, parse
 
 LISTS, ROOM = 4, 409 - 32 + 32
 """KV heads; a tenth of the 4096 positions, in which the own tile is counted, and a tile."""
@@ -63,6 +63,13 @@ def test_copies_are_counted_by_the_token(reserved: Callable[..., ReservedMemory]
     assert reserved().per_token == anchors * kv_heads * (head_dim + 4)
     assert reserved(exact=True).per_token == 0
     assert reserved(stages=4).per_token == kv_heads * (head_dim + 4)
+
+
+def test_layers_that_never_select_have_no_copies(make_model: Callable[..., Path]) -> None:
+    """Of a Gemma 3 with two windowed layers of four, and one anchor."""
+    facts = server_facts(parse(make_model(make_plan(**WINDOWED_PLAN), **GEMMA_3)))
+    found = reserved_memory(replace(facts, gpu=True), check(facts))
+    assert found.per_token == 1 * 4 * (16 + 4)
 
 
 def test_ranks_hold_their_share(reserved: Callable[..., ReservedMemory]) -> None:
