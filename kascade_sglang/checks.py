@@ -17,7 +17,7 @@ def check(facts: ServerFacts) -> KascadeConfig:
 
     Raises KascadeError that says all that is refused, a line each.
     """
-    refused = [*flag_reasons(facts.refused_flags), *_refused_model(facts)]
+    refused = [*flag_reasons(facts.refused_flags), *model_reasons(facts.model.unsupported)]
     config = None
     if not facts.model.unsupported:
         try:
@@ -48,8 +48,9 @@ def flag_reasons(flags: Iterable[RefusedFlag]) -> Iterator[str]:
         )
 
 
-def _refused_model(facts: ServerFacts) -> Iterator[str]:
-    for reason in facts.model.unsupported:
+def model_reasons(unsupported: Iterable[str]) -> Iterator[str]:
+    """Yield the sentence of each reason why a model is not served."""
+    for reason in unsupported:
         yield f"model: {reason}; serve it with another --attention-backend"
 
 

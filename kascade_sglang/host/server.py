@@ -163,6 +163,11 @@ def _model_facts(args: Any, model: Any) -> ModelFacts:
     )
 
 
+def unsupported(server_args: Any) -> list[str]:
+    """Say what about a server's model Kascade does not serve; ServerArgs need not be resolved."""
+    return list(_unsupported(_model_config(server_args)))
+
+
 def _windows(model: Any) -> tuple[tuple[int, ...], int]:
     """Return the layers with a sliding window, by the model's config, and how much it holds.
 

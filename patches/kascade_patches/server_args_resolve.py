@@ -9,6 +9,7 @@ Remove when: SGLang has a validation hook.
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from kascade_patches.server_args_from_cli_args import FROM_COMMAND_LINE
@@ -29,12 +30,11 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
     Arguments of a command line end the process instead, with status 1 and the sentence.
     """
     from kascade_sglang.backend.in_force import in_force
-    from kascade_sglang.checks import check, flag_reasons
+    from kascade_sglang.checks import check
     from kascade_sglang.host.release import require_supported_host
     from kascade_sglang.host.server import (
         has_gpu,
         phases_on_kascade,
-        refused_flags,
         server_facts,
     )
     from kascade_sglang.settings import announce, read_settings
@@ -52,9 +52,9 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
         try:
             original(server_args)
         except Exception as error:
-            # SGLang may stumble over a flag that is refused anyway; our sentence is clearer.
-            if flags := list(refused_flags(server_args)):
-                raise KascadeError("\n".join(flag_reasons(flags))) from error
+            # SGLang may stumble over what is refused anyway; our sentences are clearer.
+            if reasons := _reasons_known_early(server_args):
+                raise KascadeError("\n".join(reasons)) from error
             raise
         config = check(server_facts(server_args))
         announce(config.changed)
@@ -64,3 +64,15 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
         if getattr(server_args, FROM_COMMAND_LINE, False):
             raise SystemExit(f"kascade: {lines(error)}") from None
         raise
+
+
+def _reasons_known_early(server_args: Any) -> list[str]:
+    """Return what ServerArgs that SGLang could not resolve are refused for."""
+    from kascade_sglang.checks import flag_reasons, model_reasons
+    from kascade_sglang.host.server import refused_flags, unsupported
+
+    reasons = list(flag_reasons(refused_flags(server_args)))
+    # Where SGLang cannot read the model's config, that is the error to show.
+    with suppress(Exception):
+        reasons += model_reasons(unsupported(server_args))
+    return reasons

@@ -105,6 +105,13 @@ SINKS = {
     "add_swa_attention_sink_bias": True,
     "hybrid_layer_pattern": [1, 0, 1, 0],
 }
+# SGLang itself refuses this one with an AssertionError, by the backend's name.
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 ONE_LIST = "makes one list for all heads, which works with --tp-size 1 alone"
 OTHERS = (
     Refused("model: multi-head latent attention (MLA) has no KV heads to select for", model=MLA),
@@ -136,6 +143,7 @@ OTHERS = (
         model={**GEMMA_3, "layer_types": ["sliding_attention"] * 4},
     ),
     Refused("model: attention sinks are not supported", model=SINKS),
+    Refused("model: attention sinks are not supported", model=GPT_OSS),
     Refused(
         "model: every layer caps its logits at 50.0, so none is left to make sparse",
         model={"attn_logit_softcapping": 50.0},
