@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from kascade_sglang.errors import KascadeError
 
-VERIFIED = ("0.5.17", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
+VERIFIED = ("0.5.17", "0.5.18", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
 """Releases that the tests have run on."""
 
 
