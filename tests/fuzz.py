@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from kascade_kernels import reference
 from kascade_kernels.budget import TILE, Budget, tile_of
@@ -162,7 +163,7 @@ def schedules(draw: random.Random) -> None:
     }
     alone = Harness(lengths, **options)
     for request, end in enumerate(lengths):
-        alone.prefill(request, end)
+        alone.step([(request, 0, end)], ForwardMode.EXTEND)
     other = Harness(lengths, slot_seed=draw.getrandbits(20), score_memory=2**17, **options)
     begins = [0] * len(lengths)
     while begins != lengths:
@@ -173,7 +174,8 @@ def schedules(draw: random.Random) -> None:
             end = min(begins[n] + TILE * draw.randint(1, 4), lengths[n])
             spans.append((n, begins[n], end))
             begins[n] = end
-        other.step(spans)
+        # Single tokens are a prompt's end here, too: decode steps sum in another order.
+        other.step(spans, ForwardMode.EXTEND)
     for request in range(len(lengths)):
         assert_same(alone, other, request)
 
