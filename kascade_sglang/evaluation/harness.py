@@ -93,12 +93,18 @@ class Harness:
                     f"--lengths {length}: the server's context is {context} tokens; ask for at "
                     "most that, or serve the model with a longer --context-length"
                 )
-        for task, length in orders:
-            self._make(task, length, 1 if task.by_length else self._settings.samples)
+        count = self._settings.samples
+        tried = [
+            self._make(task, length, 1 if task.by_length else count) for task, length in orders
+        ]
         # One thread: tokenizers of transformers do not bear several at a time.
-        samples = self._settings.samples
         with ThreadPoolExecutor(1) as maker:
-            made = [maker.submit(self._make, task, length, samples) for task, length in orders]
+            made = [
+                maker.submit(self._make, task, length, count)
+                if task.by_length
+                else maker.submit(list, samples)  # These are all of them.
+                for (task, length), samples in zip(orders, tried, strict=True)
+            ]
             try:
                 return [
                     self._run_one(task, length, _next(made, number))
