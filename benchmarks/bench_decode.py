@@ -37,7 +37,7 @@ from benchmarks.rivals import (
 )
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget, tile_of
-from kascade_kernels.decode_lists import Spans, decode_lists
+from kascade_kernels.decode_lists import Budgets, Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.merge_parts import Parts
@@ -126,7 +126,8 @@ def measure_rivals(
     count, budget, context = len(q), Budget(), int(batch.ends.max())
     rows, lists = Rows(batch.requests, batch.ends), layers.step.lists
     spans = Spans.allocate(count, KV_HEADS, DEVICE)
-    decode_lists(rows.ends, KV_HEADS, budget, spans, lists.counts)
+    budgets = Budgets.of([budget] * count, DEVICE)
+    decode_lists(rows.ends, KV_HEADS, budgets, spans, lists.counts)
     shared = SharedPrefix.allocate(count, Q_HEADS // KV_HEADS, DEVICE)
     find_shared_prefixes(pool.table, rows, spans, shared)
     parts = Parts.allocate(spans, Q_HEADS, DIM)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kascade_kernels.budget import Budget
+from kascade_kernels.budget import Budget, tile_of
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import find_plan
 from kascade_sglang.plan.schema import ModelShape, Plan
@@ -31,6 +31,8 @@ class KascadeConfig:
     score_memory: bytes that scores of one launch may take.
     batch_invariant: sums of a request's decoding are in the same order in any batch.
     window: positions that a query of the plan's windowed layers sees.
+    max_ratio: the largest share of the context that one request may ask for; None: no longer
+        lists than the server's own.
     changed: settings that differ from their defaults, for the log.
     """
 
@@ -45,6 +47,7 @@ class KascadeConfig:
     batch_invariant: bool = False
     window: int = 0
     prefill: Budget | None = None
+    max_ratio: float | None = None
     changed: Mapping[str, object] = field(default_factory=dict, compare=False)
 
     @property
@@ -60,6 +63,15 @@ class KascadeConfig:
     def prefill_budget(self) -> Budget:
         """How many keys a tile attends to in prefill."""
         return self.prefill or self.budget
+
+    def most_selected(self, phase: str, context: int) -> int:
+        """Return how many keys a list may hold in a phase, own tile apart; 'prefill' or 'decode'.
+
+        context: positions that a request may have.
+        """
+        own = self.prefill_budget if phase == "prefill" else self.budget
+        largest = Budget(max(own.ratio, self.max_ratio or 0), own.min_k)
+        return largest.selected(tile_of(context - 1))
 
     @property
     def sparse_prefill(self) -> bool:
@@ -95,6 +107,8 @@ def load_config(
         "prefill_min_k": prefill_default.min_k,
         "heads": plan.heads,
     }
+    if settings.max_topk_ratio is not None:
+        _budget("max_", budget, settings.max_topk_ratio, None)
     return KascadeConfig(
         # Quest hands nothing from layer to layer.
         plan=every_layer_an_anchor(plan) if settings.selection == "quest" else plan,
@@ -106,6 +120,7 @@ def load_config(
         phases=settings.phases,
         score_memory=settings.score_memory_mb * MB,
         prefill=prefill,
+        max_ratio=settings.max_topk_ratio,
         changed=changed(settings, defaults),
     )
 

@@ -25,6 +25,7 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     All checks run again: ServerArgs may have been made before the plugin was loaded.
     """
     import kascade_patches
+    from kascade_sglang.asks import AskReader, accept
     from kascade_sglang.backend.backend import KascadeAttnBackend
     from kascade_sglang.checks import check
     from kascade_sglang.errors import KascadeError
@@ -46,4 +47,5 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
         )
     require_layers(runner.model, config.window_of)
     require_plain_pool(runner.token_to_kv_pool, runner.model_config.dtype)
+    accept(AskReader(config, facts.phases, facts.model.context))
     return KascadeAttnBackend(runner, config)

@@ -93,6 +93,14 @@ class Settings(BaseModel):
         int | None,
         About("least number of keys in prefill", f"the plan's, {PREFILL_MIN_K}", **COUNT),
     ] = None
+    max_topk_ratio: Annotated[
+        float | None,
+        About(
+            "largest share that a single request may ask for; lists have room for it",
+            "no longer lists than the server's own",
+            **RATIO,
+        ),
+    ] = None
     heads: Annotated[
         Literal["per_head", "pooled"] | None,
         About("one selection per KV head, or one for all heads of a layer", "the plan's"),

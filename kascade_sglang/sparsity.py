@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kascade_kernels.budget import TILE
+from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.plan.schema import LayerRole
 
@@ -43,10 +43,14 @@ def reads_by_query(
     positions: np.ndarray,
     layers: range | None = None,
     phase: str = "prefill",
+    budget: Budget | None = None,
 ) -> np.ndarray:
-    """Count likewise, query by query: int64 [3, queries], in the order of ``KeyReads``."""
+    """Count likewise, query by query: int64 [3, queries], in the order of ``KeyReads``.
+
+    budget: what the queries' request asked for; None is the configuration's.
+    """
     plan, prefills = config.plan, phase == "prefill"
-    budget = config.prefill_budget if prefills else config.budget
+    budget = budget or (config.prefill_budget if prefills else config.budget)
     roles = [plan.role(layer) for layer in layers or range(plan.shape.layers)]
     windowed, dense = roles.count(LayerRole.WINDOW), roles.count(LayerRole.DENSE)
     in_windows = windowed * np.minimum(positions + 1, config.window)

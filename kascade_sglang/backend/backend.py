@@ -20,7 +20,7 @@ from kascade_sglang.host.runtime import (
     build_dense_backend,
     require_layer,
 )
-from kascade_sglang.host.steps import Batch, Layer, Rank
+from kascade_sglang.host.steps import Batch, Layer, Rank, asks_of
 from kascade_sglang.plan.schema import LayerRole
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class KascadeAttnBackend(AttentionBackend):
     def __init__(self, runner: ModelRunner, config: KascadeConfig) -> None:
         super().__init__()
         rank = Rank.of(runner)
-        self.config = config
+        self.config, self._runner = config, runner
         self.dense = build_dense_backend(runner, config.dense_backend)
         # SGLang reads these off a backend.
         self.req_to_token_pool = runner.req_to_token_pool
@@ -69,7 +69,7 @@ class KascadeAttnBackend(AttentionBackend):
         """Prepare an eager step; once a step, before any layer."""
         if forward_batch.forward_mode.is_idle():
             return
-        batch = Batch.of(forward_batch)
+        batch = Batch.of(forward_batch, asks_of(self._runner))
         path = self._path(batch)
         if self.has_windows or path is None or not path.attends_densely:
             self.dense.init_forward_metadata(forward_batch)
@@ -92,7 +92,7 @@ class KascadeAttnBackend(AttentionBackend):
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
         """Take from SGLang's slot table what a replay needs; the graph reads lengths itself."""
-        batch = Batch.of(forward_batch)
+        batch = Batch.of(forward_batch, () if in_capture else asks_of(self._runner))
         path = self._path(batch)
         if path is not None:
             path.prepare(batch)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 
 from kascade_kernels.arena import Arena
+from kascade_kernels.budget import Budget
 from kascade_kernels.copy_row_slots import allocate_row_slots, copy_row_slots
 from kascade_kernels.decode_attention import decode_attention
-from kascade_kernels.decode_lists import Spans, decode_lists
+from kascade_kernels.decode_lists import Budgets, Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.merge_parts import Parts, most_parts
@@ -27,15 +29,22 @@ class DecodeBuffers:
     """What a step of up to ``rows`` requests writes, at addresses that a graph may keep.
 
     Steps of fewer requests use the same: they run one after the other.
+    table: int32 [rows, context padded], the rows' own slots. It lies at the beginning of
+        ``lists.slots``, so that it can be the list of a request that asked for every key.
     """
 
     def __init__(self, rows: int, sizes: Sizes, config: KascadeConfig, device: str) -> None:
         self.rows = rows
         count, room = rows * sizes.lists, sizes.longest_list
-        lists = torch.arange(count, device=device).view(rows, sizes.lists)
-        slots = torch.empty(count * room, dtype=torch.int32, device=device)
-        self.lists = Lists(slots, lists * room, torch.empty_like(lists, dtype=torch.int32))
-        self.table = allocate_row_slots(rows, sizes.context, device)
+        behind = -(-count * room // sizes.context)
+        slots = allocate_row_slots(rows + behind, sizes.context, device)
+        self.table, self._room, self._budget = slots[:rows], room, config.budget
+        offsets = torch.from_numpy(self._offsets(sizes.lists)).to(device)
+        counts = torch.empty_like(offsets, dtype=torch.int32)
+        self.lists = Lists(slots.view(-1), offsets, counts)
+        columns = (config.budget.ratio_ppm, config.budget.min_k)
+        self.budgets = Budgets(*(torch.full_like(counts[:, 0], value) for value in columns))
+        self._asked: tuple[Budget | None, ...] = ()
         self.requests = torch.arange(rows, device=device)
         self.shared = SharedPrefix.allocate(rows, sizes.group, device)
         self.steps = torch.empty(2, rows, dtype=torch.int32, device=device)
@@ -45,9 +54,37 @@ class DecodeBuffers:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        tensors = (self.table, self.requests, self.steps, *self.lists, *self.shared, *self.parts)
+        """Bytes of all buffers; the table is a part of the lists' slots."""
+        single = (self.requests, self.steps)
+        tensors = (*single, *self.lists, *self.budgets, *self.shared, *self.parts)
         return sum(tensor.nbytes for tensor in tensors)
+
+    def _offsets(self, lists: int) -> np.ndarray:
+        """Where each row's lists begin, int64 [rows, lists]."""
+        numbers = np.arange(self.rows * lists).reshape(self.rows, lists)
+        return self.table.numel() + self._room * numbers
+
+    def ask(self, budgets: tuple[Budget | None, ...]) -> None:
+        """Give the first rows the budgets that their requests asked for, None: the server's.
+
+        The other rows have the server's. Outside a graph, which reads what is in force then.
+        A budget that is not of everything must fit the lists' room.
+        """
+        if budgets == self._asked:
+            return
+        self._asked = budgets
+        offsets = self._offsets(self.lists.per_row)
+        columns = np.empty((2, self.rows), np.int32)
+        columns[:] = [[self._budget.ratio_ppm], [self._budget.min_k]]
+        for row, budget in enumerate(budgets):
+            if budget is not None:
+                columns[:, row] = budget.ratio_ppm, budget.min_k
+                if budget.is_everything:
+                    offsets[row] = row * self.table.shape[1]
+        written = (*self.budgets, self.lists.offsets)
+        for buffer, values in zip(written, (*columns, offsets), strict=True):
+            host = torch.from_numpy(values)
+            buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -104,7 +141,9 @@ class DecodePath:
     def prepare(self, batch: Batch) -> None:
         """Copy the requests' slots, before SGLang lets the scheduler go on: outside a graph."""
         rows = Rows(batch.requests, batch.ends)
-        copy_row_slots(self._table, rows, self._buffers_for(len(rows.ends)).table)
+        buffers = self._buffers_for(len(rows.ends))
+        buffers.ask(batch.budgets)
+        copy_row_slots(self._table, rows, buffers.table)
 
     def record(self, batch: Batch) -> DecodeStep:
         """Decide how long lists are and how rows are cut, from lengths on the device alone."""
@@ -117,8 +156,8 @@ class DecodePath:
         rows = Rows(buffers.requests[:count], batch.ends)
         lists = buffers.lists.rows(0, count)
         spans = Spans.within(buffers.steps, count, heads, batch_invariant=invariant)
-        budget = self._config.budget
-        decode_lists(rows.ends, heads, budget, spans, lists.counts, batch_invariant=invariant)
+        budgets = buffers.budgets.rows(count)
+        decode_lists(rows.ends, heads, budgets, spans, lists.counts, batch_invariant=invariant)
         groups = tuple(self._cut(rows, lists, spans, buffers.shared))
         for group in groups:
             find_shared_prefixes(buffers.table, group.rows, group.spans, group.shared)

@@ -17,6 +17,7 @@ from kascade_kernels.tile_scores import tile_scores
 from kascade_kernels.tiles import cut_tiles
 from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.sizes import Sizes
+from kascade_sglang.backend.tile_lists import lay_out_lists, selected_counts
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.steps import Batch, Layer
@@ -84,10 +85,10 @@ class ExtendPath:
     def record(self, batch: Batch) -> ExtendStep:
         """Cut the new tokens into tiles and decide how long their lists are."""
         tiles = cut_tiles(*batch.spans)
-        selected = self._config.prefill_budget.selected_counts(tiles.index)
+        selected = selected_counts(tiles, self._config.prefill_budget, batch.budgets)
         lists, device = self._sizes.lists, str(self._table.device)
         counts = np.repeat(selected[:, None], lists, axis=1)
-        offsets = counts.cumsum().reshape(counts.shape) - counts
+        offsets, total = lay_out_lists(tiles, counts, batch.budgets)
         flat = np.concatenate([*tiles, counts.ravel(), offsets.ravel()])
         host = torch.from_numpy(flat)
         if len(flat) and device.startswith("cuda"):
@@ -98,7 +99,7 @@ class ExtendPath:
         _, ends, starts, tokens = small[: 4 * count].view(4, count)
         rows = Rows(batch.requests[on_device[:count]], ends, starts, tokens)
         where = Lists(
-            allocate_lists(int(counts.sum()), device),
+            allocate_lists(total, device),
             on_device[count * (4 + lists) :].view(count, lists),
             small[4 * count :].view(count, lists),
         )

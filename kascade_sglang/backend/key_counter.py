@@ -10,6 +10,7 @@ from dataclasses import fields
 import numpy as np
 from prometheus_client import Counter
 
+from kascade_kernels.budget import Budget
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.host.steps import Batch
 from kascade_sglang.sparsity import KeyReads, reads_by_query
@@ -33,6 +34,7 @@ class KeyCounter:
     """
 
     def __init__(self, config: KascadeConfig, layers: range, context: int) -> None:
+        self._config, self._layers = config, layers
         positions = np.arange(context)
         self._reads_before = {}  # int64 [3, context + 1] each
         for phase in ("prefill", "decode"):
@@ -48,6 +50,20 @@ class KeyCounter:
         begins, ends = batch.spans
         phase = "decode" if batch.decode else "prefill"
         real, before = len(ends) - batch.padding, self._reads_before[phase]
-        reads = (before[:, ends[:real]] - before[:, begins[:real]]).sum(axis=1)
+        begins, ends = begins[:real], ends[:real]
+        asked = {budget for budget in batch.budgets if budget is not None}
+        reads = sum(self._asked_reads(batch, phase, budget, begins, ends) for budget in asked)
+        if asked:
+            usual = np.array([budget is None for budget in batch.budgets])
+            begins, ends = begins[usual], ends[usual]
+        reads = reads + (before[:, ends] - before[:, begins]).sum(axis=1)
         for counter, count in zip(self._counters[phase], reads.tolist(), strict=True):
             counter.inc(count)
+
+    def _asked_reads(
+        self, batch: Batch, phase: str, budget: Budget, begins: np.ndarray, ends: np.ndarray
+    ) -> np.ndarray:
+        """Count the reads of the requests that asked for a budget, int64 [3]."""
+        mine = [row for row, own in enumerate(batch.budgets) if own == budget]
+        positions = np.concatenate([np.arange(begins[row], ends[row]) for row in mine])
+        return reads_by_query(self._config, positions, self._layers, phase, budget).sum(axis=1)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kascade_kernels.budget import TILE, tile_of
+from kascade_kernels.budget import TILE
 from kascade_kernels.copy_keys import allocate_key_copy
 from kascade_sglang.backend.decode import DecodeBuffers
 from kascade_sglang.backend.extend import allocate_lists
@@ -30,8 +30,8 @@ def reserved_memory(facts: ServerFacts, config: KascadeConfig) -> ReservedMemory
     batches = (facts.captured_decode, facts.eager_decode)
     decode = sum(DecodeBuffers(rows, sizes, config, NO_MEMORY).nbytes for rows in batches if rows)
     tiles = -(-facts.largest_prefill // TILE) if config.sparse_prefill else 0
-    longest = config.prefill_budget.selected(tile_of(sizes.context - 1))
-    prefill = allocate_lists(tiles * sizes.lists * longest, NO_MEMORY)
+    slots = tiles * sizes.lists * sizes.longest_prefill_list
+    prefill = allocate_lists(slots, NO_MEMORY)
     # A rank holds as many anchors as the layers of a stage at most.
     layers = -(-config.plan.shape.layers // facts.stages)
     copies = min(len(copied_layers(config, range(config.plan.shape.layers))), layers)

@@ -12,6 +12,7 @@ from kascade_kernels.reference import tile_attention
 from kascade_kernels.tiles import Tiles, cut_tiles
 from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.selectors import SELECTORS, Case
+from kascade_sglang.backend.tile_lists import selected_counts
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.steps import Batch, Layer
@@ -77,7 +78,7 @@ class ReferencePath:
         begins, ends = batch.spans
         tiles = cut_tiles(begins, ends)
         budget = self._config.budget if batch.decode else self._config.prefill_budget
-        selected = budget.selected_counts(tiles.index)
+        selected = selected_counts(tiles, budget, batch.budgets)
         rows = zip(batch.requests.tolist(), ends.tolist(), strict=True)
         slots = tuple(self._table[row, :end].to(torch.int64) for row, end in rows)
         return ReferenceStep(tiles, tuple(selected.tolist()), slots)

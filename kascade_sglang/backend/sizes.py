@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import triton
 
-from kascade_kernels.budget import TILE, tile_of
+from kascade_kernels.budget import TILE
 from kascade_sglang.config import KascadeConfig
 
 
@@ -17,7 +17,8 @@ class Sizes:
     kv_heads, q_heads: heads of a layer on this rank. context: positions a request may have.
     lists: selections per query tile: one for each KV head, or 1 where they are pooled.
     longest_list: slots on the list of the context's last position in decoding, own tile
-        included.
+        included. longest_prefill_list: those of the last tile in prefill, without its own.
+        Both also hold what one request may ask for (``max_topk_ratio``).
     """
 
     kv_heads: int
@@ -26,6 +27,7 @@ class Sizes:
     context: int
     lists: int
     longest_list: int
+    longest_prefill_list: int
 
     @staticmethod
     def of(config: KascadeConfig, kv_heads: int, context: int) -> Sizes:
@@ -37,7 +39,8 @@ class Sizes:
             head_dim=model.head_dim,
             context=context,
             lists=1 if config.pooled else kv_heads,
-            longest_list=config.budget.selected(tile_of(context - 1)) + TILE,
+            longest_list=config.most_selected("decode", context) + TILE,
+            longest_prefill_list=config.most_selected("prefill", context),
         )
 
     @property

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kascade_kernels.budget import Budget
 from kascade_sglang.host.runtime import local_kv_heads, local_layers
 
 if TYPE_CHECKING:
+    from kascade_sglang.asks import Ask
     from kascade_sglang.host.runtime import ForwardBatch, ModelRunner, RadixAttention
 
 
@@ -58,6 +60,8 @@ class Batch:
     ends_cpu: int [requests]; None while a graph is captured.
     prefixes_cpu: keys before the new tokens, on the host; None in decoding.
     padding: last requests, which only fill a graph's batch.
+    budgets: by request, what some asked for in this phase; None is the server's budget. Empty
+        where nobody asked; it may be shorter than ``requests``.
     """
 
     decode: bool
@@ -67,10 +71,11 @@ class Batch:
     ends_cpu: np.ndarray | None = None
     prefixes_cpu: Sequence[int] | None = None
     padding: int = 0
+    budgets: tuple[Budget | None, ...] = ()
 
     @staticmethod
-    def of(batch: ForwardBatch) -> Batch:
-        """Read a forward batch."""
+    def of(batch: ForwardBatch, asks: Sequence[Ask | None] = ()) -> Batch:
+        """Read a forward batch. asks: by request, what some asked for."""
         decode = batch.forward_mode.is_decode()
         prefixes = None if decode else [int(prefix) for prefix in batch.extend_prefix_lens_cpu]
         if decode:
@@ -87,6 +92,7 @@ class Batch:
             ends_cpu=ends,
             prefixes_cpu=prefixes,
             padding=getattr(batch, "num_padding", 0),
+            budgets=tuple(ask and (ask.decode if decode else ask.prefill) for ask in asks),
         )
 
     @property
@@ -107,3 +113,17 @@ class Layer:
     def of(layer: RadixAttention) -> Layer:
         """Read SGLang's layer."""
         return Layer(layer.layer_id, layer.scaling)
+
+
+ASKS = "kascade_asks"
+"""Attribute of a model runner: what the requests of its latest batch asked for, in their order."""
+
+
+def set_asks(runner: ModelRunner, asks: Sequence[Ask | None]) -> None:
+    """Say what each request of the step to come asked for; empty where nobody did."""
+    setattr(runner, ASKS, asks)
+
+
+def asks_of(runner: ModelRunner) -> Sequence[Ask | None]:
+    """Return what the requests of the current step asked for."""
+    return getattr(runner, ASKS, ())

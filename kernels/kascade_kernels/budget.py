@@ -58,6 +58,11 @@ class Budget:
             )
 
     @property
+    def is_everything(self) -> bool:
+        """Whether every tile attends to all keys that it may see."""
+        return self.ratio_ppm == PPM
+
+    @property
     def ratio_ppm(self) -> int:
         """The ratio in millionths, so that host and device round alike."""
         return round(self.ratio * PPM)

@@ -7,6 +7,7 @@ device, once a step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,23 @@ class Spans(NamedTuple):
         return self._replace(score=self.score[first:last], attend=self.attend[first:last])
 
 
+class Budgets(NamedTuple):
+    """Each row's budget, on the device: int32 [rows] each."""
+
+    ratios_ppm: torch.Tensor
+    min_ks: torch.Tensor
+
+    @staticmethod
+    def of(budgets: Sequence[Budget], device: torch.device | str) -> Budgets:
+        """Put one budget a row on a device."""
+        columns = [[each.ratio_ppm for each in budgets], [each.min_k for each in budgets]]
+        return Budgets(*torch.tensor(columns, dtype=torch.int32, device=device))
+
+    def rows(self, count: int) -> Budgets:
+        """Return the budgets of the first rows."""
+        return Budgets(self.ratios_ppm[:count], self.min_ks[:count])
+
+
 def most_splits(
     rows: int, heads: int, device: torch.device, *, batch_invariant: bool
 ) -> tuple[int, int]:
@@ -72,13 +90,13 @@ def _splits(cut: tuning.Cut, lists: int) -> int:
 def decode_lists(
     ends: torch.Tensor,
     heads: int,
-    budget: Budget,
+    budgets: Budgets,
     spans: Spans,
     counts: torch.Tensor,
     *,
     batch_invariant: bool = False,
 ) -> None:
-    """Fill ``spans`` and ``counts`` for one step: the only kernel that knows the budget.
+    """Fill ``spans`` and ``counts`` for one step: the only kernel that knows budgets.
 
     ends: [rows], keys that each row's query sees. heads: KV heads.
     counts: int32 [rows, lists], becomes the keys on each list, own tile included.
@@ -87,15 +105,19 @@ def decode_lists(
     require_shape("counts", counts, (rows, None))
     require_dtype("counts", counts, torch.int32)
     require_contiguous("counts", counts)
+    for name, values in zip(Budgets._fields, budgets, strict=True):
+        require_shape(f"budgets.{name}", values, (rows,))
+        require_dtype(f"budgets.{name}", values, torch.int32)
+        require_contiguous(f"budgets.{name}", values)
     device = counts.device
     decode_lists_kernel[(1,)](
         ends=ends,
         score_spans=spans.score,
         attend_spans=spans.attend,
         counts=counts,
+        ratios_ppm=budgets.ratios_ppm,
+        min_ks=budgets.min_ks,
         rows=rows,
-        ratio_ppm=budget.ratio_ppm,
-        min_k=budget.min_k,
         ROWS=triton.next_power_of_2(rows),
         LISTS=counts.shape[1],
         SCORE_PROGRAMS=max(1, tuning.cut("score", device).programs // heads),

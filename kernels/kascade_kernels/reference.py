@@ -150,9 +150,9 @@ def merge_parts(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     return torch.softmax(lse * math.log(2), dim=0) @ out
 
 
-def decode_lists(ends: list[int], budget: Budget) -> list[int]:
-    """How many keys the list of a row holds whose query sees ``ends`` keys, own tile included."""
-    return [budget.attended(end - 1) for end in ends]
+def decode_lists(ends: list[int], budgets: list[Budget]) -> list[int]:
+    """How many keys each row's list holds, own tile included; its query sees ``ends`` keys."""
+    return [budget.attended(end - 1) for end, budget in zip(ends, budgets, strict=True)]
 
 
 def copy_keys(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 
 from kascade_patches import (
+    forward_batch_init_new,
     get_last_loc,
     grammar_apply,
     grammar_apply_reasoning,
     grammar_bitmask,
     pool_cell_size,
     pool_sizes,
+    req_init,
+    sampling_params_verify,
     scheduler_internal_state,
     server_args_add_cli_args,
     server_args_from_cli_args,
@@ -32,7 +35,10 @@ EVERYWHERE = (
     *ARGUMENTS,
     pool_cell_size,
     pool_sizes,
+    sampling_params_verify,
 )
+IN_SCHEDULERS = (req_init, forward_batch_init_new)
+"""Importing their modules would slow down processes that serve no requests."""
 INFORMING = (scheduler_internal_state,)
 """Nothing depends on these, so no start is refused where SGLang has lost what they hook."""
 WITHOUT_GPU = (
@@ -50,7 +56,8 @@ _ran: set[str] = set()
 
 def _modules() -> tuple[ModuleType, ...]:
     # Of any kind: on other vendors' GPUs the hooks for a CPU would spoil SGLang's other backends.
-    return EVERYWHERE if torch.accelerator.is_available() else EVERYWHERE + WITHOUT_GPU
+    without_gpu = () if torch.accelerator.is_available() else WITHOUT_GPU
+    return EVERYWHERE + without_gpu + (IN_SCHEDULERS if SCHEDULER in sys.modules else ())
 
 
 def targets() -> list[str]:
@@ -62,7 +69,7 @@ def register_hooks() -> None:
     """Register every hook this machine needs; SGLang applies them after loading its plugins."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    # Importing the scheduler for its sake would slow down every other process.
+    # Like IN_SCHEDULERS, but nothing depends on them.
     informing = INFORMING if SCHEDULER in sys.modules else ()
     for module in (*_modules(), *informing):
         HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])

@@ -5,7 +5,7 @@ import torch
 
 from kascade_kernels import reference
 from kascade_kernels.budget import Budget, tile_of
-from kascade_kernels.decode_lists import Spans, decode_lists
+from kascade_kernels.decode_lists import Budgets, Spans, decode_lists
 from kascade_kernels.tuning import STEP
 from tests.support.shapes import DEVICE, needs_kernels
 
@@ -23,7 +23,8 @@ def cut(lengths: list[int], heads: int, batch_invariant: bool = False) -> Spans:
     spans = Spans.allocate(len(lengths), heads, DEVICE, batch_invariant=batch_invariant)
     ends = torch.tensor(lengths, device=DEVICE)
     counts = torch.empty(len(lengths), 1, dtype=torch.int32, device=DEVICE)
-    decode_lists(ends, heads, BUDGET, spans, counts, batch_invariant=batch_invariant)
+    budgets = Budgets.of([BUDGET] * len(lengths), DEVICE)
+    decode_lists(ends, heads, budgets, spans, counts, batch_invariant=batch_invariant)
     return spans
 
 
@@ -41,16 +42,40 @@ def test_counts_are_the_host_s_budget(budget: Budget, per_row: int) -> None:
     ends = torch.tensor(lengths, device=DEVICE)
     spans = Spans.allocate(len(lengths), 8, DEVICE)
     counts = torch.empty(len(lengths), per_row, dtype=torch.int32, device=DEVICE)
-    decode_lists(ends, 8, budget, spans, counts)
-    expected = torch.tensor(reference.decode_lists(lengths, budget))
+    budgets = [budget] * len(lengths)
+    decode_lists(ends, 8, Budgets.of(budgets, DEVICE), spans, counts)
+    expected = torch.tensor(reference.decode_lists(lengths, budgets))
     assert torch.equal(counts.cpu().long(), expected[:, None].expand(-1, per_row))
+
+
+@pytest.mark.memcheck
+def test_each_row_has_its_own_budget() -> None:
+    budgets = [BUDGET, Budget(1.0, 64), Budget(0.25, 96), Budget(0.01, 4096)] * 3
+    lengths = [5000, 5000, 5000, 5000, 70, 70, 70, 70, 2**20, 2**20 - 1, 2**20, 9000]
+    ends = torch.tensor(lengths, device=DEVICE)
+    spans = Spans.allocate(len(lengths), 8, DEVICE)
+    counts = torch.empty(len(lengths), 2, dtype=torch.int32, device=DEVICE)
+    decode_lists(ends, 8, Budgets.of(budgets, DEVICE), spans, counts)
+    expected = reference.decode_lists(lengths, budgets)
+    assert counts.tolist() == [[count, count] for count in expected]
+    for row, listed in enumerate(expected):
+        assert STEP * int(spans.attend[row]) * spans.attend_splits >= listed
+
+
+def test_budgets_of_fewer_rows_are_refused() -> None:
+    spans = Spans.allocate(2, 8, DEVICE)
+    counts = torch.empty(2, 1, dtype=torch.int32, device=DEVICE)
+    ends, budgets = torch.ones(2, device=DEVICE), Budgets.of([BUDGET], DEVICE)
+    with pytest.raises(ValueError, match=r"budgets.ratios_ppm: expected shape \[2\], got \[1\]"):
+        decode_lists(ends, 8, budgets, spans, counts)
 
 
 def test_counts_of_another_shape_are_refused() -> None:
     spans = Spans.allocate(2, 8, DEVICE)
     counts = torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match=r"counts: expected shape \[2, any\], got \[3, 1\]"):
-        decode_lists(torch.ones(2, device=DEVICE), 8, BUDGET, spans, counts)
+        budgets = Budgets.of([BUDGET] * 2, DEVICE)
+        decode_lists(torch.ones(2, device=DEVICE), 8, budgets, spans, counts)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8, 2000])

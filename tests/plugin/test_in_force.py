@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from kascade_patches import (
+    IN_SCHEDULERS,
     INFORMING,
     register_hooks,
     scheduler_internal_state,
@@ -74,6 +75,7 @@ def test_hooks_that_inform_are_registered_in_a_scheduler_and_never_required(
     registered.clear()
     monkeypatch.setattr("kascade_patches.SCHEDULER", "sys")
     register_hooks()
+    assert {module.TARGET for module in IN_SCHEDULERS} <= set(targets())
     assert registered == [*targets(), *(module.TARGET for module in INFORMING)]
 
 

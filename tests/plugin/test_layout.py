@@ -20,6 +20,7 @@ LAYERS = """
     files provenance
     plan text
     config servers
+    asks
     host sparsity
     backend checks calibration
     kascade_patches evaluation
@@ -221,7 +222,8 @@ def test_every_patch_is_registered_and_explained() -> None:
 
     register = (ROOT / "patches/README.md").read_text()
     patches = kascade_patches
-    for module in patches.EVERYWHERE + patches.WITHOUT_GPU + patches.INFORMING:
+    scheduler = patches.IN_SCHEDULERS + patches.INFORMING
+    for module in patches.EVERYWHERE + patches.WITHOUT_GPU + scheduler:
         assert f"`{module.TARGET}`" in register
         for word in ("Why:", "How:", "Remove when:"):
             assert word in module.__doc__

@@ -6,7 +6,7 @@ import torch
 
 from kascade_kernels import reference
 from kascade_kernels.budget import TILE, Budget, tile_of
-from kascade_kernels.decode_lists import Spans, decode_lists
+from kascade_kernels.decode_lists import Budgets, Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.merge_parts import Parts
@@ -82,7 +82,8 @@ class DecodeCase:
         heads, invariant = self.k.shape[1], batch_invariant
         spans = Spans.allocate(len(self.lengths), heads, DEVICE, batch_invariant=invariant)
         counts = torch.empty(len(self.lengths), heads, dtype=torch.int32, device=DEVICE)
-        decode_lists(self.rows.ends, heads, budget, spans, counts, batch_invariant=batch_invariant)
+        budgets = Budgets.of([budget] * len(self.lengths), DEVICE)
+        decode_lists(self.rows.ends, heads, budgets, spans, counts, batch_invariant=invariant)
         return spans
 
     def shared(self, spans: Spans) -> SharedPrefix:

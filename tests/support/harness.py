@@ -9,11 +9,12 @@ from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_kernels.structs import Lists
+from kascade_sglang.asks import Ask
 from kascade_sglang.backend.backend import KascadeAttnBackend
 from kascade_sglang.backend.reference import ReferencePath, Tile
 from kascade_sglang.backend.sizes import runs_kernels
 from kascade_sglang.config import KascadeConfig
-from kascade_sglang.host.steps import Batch
+from kascade_sglang.host.steps import Batch, set_asks
 from kascade_sglang.plan.schema import ModelShape, Plan
 from tests.support.shapes import DEVICE
 
@@ -66,7 +67,7 @@ class Harness:
     """Requests with fixed Q, K, V of every layer; each ``step`` runs some of their tokens.
 
     outputs[layer][request]: [length, Hq, D], filled as steps run.
-    selections[layer][request]: {(tile, first position): int64 [H, selected] positions}.
+    asks: by request, what it asked for. selections[layer][request]: {(tile, first position): int64 [H, selected] positions}.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Harness:
         score_memory: int = 2**24,
         slot_seed: int = 0,
         data_seed: int = 1,
+        max_ratio: float | None = None,
     ) -> None:
         plan = make_plan(layers, kv_heads, group, anchors, windowed)
         budget = budget or Budget(0.1, 64)
@@ -104,12 +106,14 @@ class Harness:
             batch_invariant=batch_invariant,
             phases=phases,
             window=window,
+            max_ratio=max_ratio,
         )
+        self.asks: dict[int, Ask] = {}
         self.runs_kernels = runs_kernels(DEVICE, self.config)
         self.lengths, self.layers, self.group, self.kv_heads = lengths, layers, group, kv_heads
         self._place(lengths, page_size, slot_seed)
         self.pool = FakePool(layers, self.slots, kv_heads, dtype)
-        runner = SimpleNamespace(
+        self.runner = SimpleNamespace(
             device=DEVICE,
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
             token_to_kv_pool=self.pool,
@@ -119,7 +123,7 @@ class Harness:
             server_args=SimpleNamespace(tp_size=1, enable_metrics=False),
             ps=SimpleNamespace(tp_rank=0),
         )
-        self.backend = KascadeAttnBackend(runner, self.config)
+        self.backend = KascadeAttnBackend(self.runner, self.config)
         self.qkv = [
             [
                 self._tensors(data_seed + 100 * layer + request, length, dtype)
@@ -175,7 +179,9 @@ class Harness:
             ),
         )
         reference = ReferencePath(self.config, self.req_to_token, self.backend.paths.kv)
-        self.batch_tiles = list(reference.record(Batch.of(batch)))
+        asks = tuple(self.asks.get(request) for request, _, _ in spans)
+        set_asks(self.runner, asks if any(asks) else ())
+        self.batch_tiles = list(reference.record(Batch.of(batch, asks)))
         self.backend.init_forward_metadata(batch)
         for layer_id in range(self.layers):
             self._layer(layer_id, spans, batch)

@@ -30,9 +30,9 @@ def decode_lists_kernel(
     score_spans,  # int32 [rows], in steps
     attend_spans,  # int32 [rows], in steps
     counts,  # int32 [rows, LISTS]
+    ratios_ppm,  # int32 [rows]
+    min_ks,  # int32 [rows]
     rows,
-    ratio_ppm,
-    min_k,
     ROWS: tl.constexpr,
     LISTS: tl.constexpr,
     SCORE_PROGRAMS: tl.constexpr,
@@ -46,6 +46,8 @@ def decode_lists_kernel(
     row = tl.arange(0, ROWS)
     real = row < rows
     end = tl.load(ends + row, mask=real, other=0).to(tl.int32)
+    ratio_ppm = tl.load(ratios_ppm + row, mask=real, other=0)
+    min_k = tl.load(min_ks + row, mask=real, other=0)
     listed = selected_count(end, ratio_ppm, min_k) + end - own_tile_start(end)
     listed = tl.where(real, listed, 0)
     list_ = tl.arange(0, power_of_2(LISTS))

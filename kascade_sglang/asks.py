@@ -1,0 +1,156 @@
+"""What a single request may ask for: budgets of its own, or dense attention in a phase or in both.
+
+It is the entry ``kascade`` of ``custom_params``, which SGLang's sampling parameters carry.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kascade_kernels.budget import TILE, Budget
+from kascade_sglang.config import KascadeConfig
+from kascade_sglang.errors import KascadeError, sentence
+
+NAME = "kascade"
+"""The entry of ``custom_params``."""
+EVERYTHING = Budget(1.0, 2 * TILE)
+SPARSE = {"both": ("prefill", "decode"), "decode": ("decode",), "none": ()}
+"""Which phases are sparse, by what ``phases`` says."""
+PHASES_OF = {
+    "topk_ratio": ("prefill", "decode"),
+    "min_k": ("decode",),
+    "prefill_topk_ratio": ("prefill",),
+    "prefill_min_k": ("prefill",),
+}
+"""Budgets that a request may ask for, and the phases that they are about."""
+MARK = "\x1fkascade:"
+"""Begins what we add to a request's ``extra_key``; no user's key may hold it."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request's budgets; a dense phase has ``EVERYTHING``."""
+
+    prefill: Budget
+    decode: Budget
+
+    @property
+    def key(self) -> str:
+        """What the radix cache tells such requests' KV by."""
+        budgets = (self.prefill, self.decode)
+        return MARK + ",".join(f"{each.ratio_ppm}/{each.min_k}" for each in budgets)
+
+
+class AskReader:
+    """Reads what requests ask for, on a server with a configuration.
+
+    phases: those of ``prefill`` and ``decode`` that run on the kascade backend.
+    context: positions that a request may have.
+    """
+
+    def __init__(self, config: KascadeConfig, phases: frozenset[str], context: int) -> None:
+        self._config, self._context = config, context
+        sparse = phases if config.sparse_prefill else phases - {"prefill"}
+        self._server = {
+            "prefill": config.prefill_budget if "prefill" in sparse else EVERYTHING,
+            "decode": config.budget if "decode" in sparse else EVERYTHING,
+        }
+        self._sparse = sparse
+        self._usual = Ask(*map(_canonical, self._server.values()))
+
+    def read(self, asked: object) -> Ask | None:
+        """Return what a request asks for; None where that is what the server does anyway.
+
+        Raises KascadeError with one sentence.
+        asked: the value of ``custom_params["kascade"]``.
+        """
+        try:
+            return self._read(_given(asked))
+        except KascadeError as error:
+            raise KascadeError(f"custom_params.{NAME}: {sentence(error)}") from error
+
+    def _read(self, values: Mapping[str, Any]) -> Ask | None:
+        sparse = self._sparse_phases(values)
+        for name, phases in PHASES_OF.items():
+            if name in values and not sparse.intersection(phases):
+                raise KascadeError(
+                    f"{name}: expected no budget where attention is dense, got {values[name]!r} "
+                    f"and sparse phases {sorted(sparse) or 'none'}; drop it, or ask for other "
+                    "phases"
+                )
+        budgets = (
+            self._budget(phase, values) if phase in sparse else EVERYTHING
+            for phase in ("prefill", "decode")
+        )
+        ask = Ask(*map(_canonical, budgets))
+        return None if ask.key == self._usual.key else ask
+
+    def _sparse_phases(self, values: Mapping[str, Any]) -> frozenset[str]:
+        if "phases" not in values:
+            return self._sparse
+        asked = values["phases"]
+        if not isinstance(asked, str) or asked not in SPARSE:
+            known = ", ".join(map(repr, SPARSE))
+            raise KascadeError(f"phases: expected one of {known}, got {asked!r}")
+        sparse = frozenset(SPARSE[asked])
+        if not sparse <= self._sparse:
+            raise KascadeError(
+                f"phases: expected no more than this server's, {sorted(self._sparse)}, got "
+                f"{asked!r}; start it with --kascade-phases both"
+            )
+        return sparse
+
+    def _budget(self, phase: str, values: Mapping[str, Any]) -> Budget:
+        own, prefix = self._server[phase], "prefill_" if phase == "prefill" else ""
+        ratio = values.get("topk_ratio", own.ratio)
+        try:
+            budget = Budget(
+                values.get(f"{prefix}topk_ratio", ratio), values.get(f"{prefix}min_k", own.min_k)
+            )
+        except ValueError as error:
+            raise KascadeError(f"{prefix}{error}") from error
+        last = (self._context - 1) // TILE
+        wanted, room = budget.selected(last), self._config.most_selected(phase, self._context)
+        if wanted > room and not budget.is_everything:
+            raise KascadeError(
+                f"{prefix}topk_ratio and {prefix}min_k: expected at most {room} keys of this "
+                f"server's {self._context} in {phase}, got {wanted}; ask for less, for "
+                "phases 'none', or start the server with --kascade-max-topk-ratio"
+            )
+        return budget
+
+
+def _given(asked: object) -> dict[str, Any]:
+    """Return what is asked for by name, without what is null."""
+    if not isinstance(asked, Mapping):
+        raise KascadeError(
+            f'expected an object like {{"topk_ratio": 0.2}} or {{"phases": "none"}}, got {asked!r}'
+        )
+    known = ("phases", *PHASES_OF)
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise KascadeError(f"unknown {unknown[0]!r}; a request may ask for {', '.join(known)}")
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _canonical(budget: Budget) -> Budget:
+    """Return one budget for all that attend to everything."""
+    return EVERYTHING if budget.is_everything else budget
+
+
+_here: dict[str, AskReader] = {}
+
+
+def accept(reader: AskReader) -> None:
+    """Let requests that this process serves ask from now on."""
+    _here[NAME] = reader
+
+
+def reader_here() -> AskReader | None:
+    """Return what reads requests in this process; None where it runs no kascade backend."""
+    return _here.get(NAME)
+
+
+def asked_in(custom_params: object) -> object:
+    """Return what a request asks for, not read yet; None where it asks for nothing."""
+    return custom_params.get(NAME) if isinstance(custom_params, Mapping) else None
