@@ -11,7 +11,7 @@ import triton
 
 from kascade_kernels.arena import Arena
 from kascade_kernels.budget import Budget
-from kascade_kernels.copy_row_slots import allocate_row_slots, copy_row_slots
+from kascade_kernels.copy_row_slots import copy_row_slots, row_width
 from kascade_kernels.decode_attention import decode_attention
 from kascade_kernels.decode_lists import Budgets, Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
@@ -36,12 +36,13 @@ class DecodeBuffers:
     def __init__(self, rows: int, sizes: Sizes, config: KascadeConfig, device: str) -> None:
         self.rows = rows
         count, room = rows * sizes.lists, sizes.longest_list
-        behind = -(-count * room // sizes.context)
-        slots = allocate_row_slots(rows + behind, sizes.context, device)
-        self.table, self._room, self._budget = slots[:rows], room, config.budget
+        width = row_width(sizes.context)
+        slots = torch.zeros(rows * width + count * room, dtype=torch.int32, device=device)
+        self.table, self._room = slots[: rows * width].view(rows, width), room
+        self._budget = config.budget
         offsets = torch.from_numpy(self._offsets(sizes.lists)).to(device)
         counts = torch.empty_like(offsets, dtype=torch.int32)
-        self.lists = Lists(slots.view(-1), offsets, counts)
+        self.lists = Lists(slots, offsets, counts)
         columns = (config.budget.ratio_ppm, config.budget.min_k)
         self.budgets = Budgets(*(torch.full_like(counts[:, 0], value) for value in columns))
         self._asked: tuple[Budget | None, ...] = ()

@@ -6,9 +6,7 @@ from kascade_kernels.budget import Budget
 from kascade_kernels.tiles import Tiles
 
 
-def selected_counts(
-    tiles: Tiles, budget: Budget, asked: tuple[Budget | None, ...]
-) -> np.ndarray:
+def selected_counts(tiles: Tiles, budget: Budget, asked: tuple[Budget | None, ...]) -> np.ndarray:
     """Return how many keys each tile selects, int64 [tiles].
 
     asked: by request of the batch, the budgets that some asked for; None is ``budget``.

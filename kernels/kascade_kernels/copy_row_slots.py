@@ -10,10 +10,14 @@ from kascade_kernels.structs import Rows
 ALIGNMENT = 64
 
 
+def row_width(context: int) -> int:
+    """Return the entries of a row of up to ``context`` keys, padded so that rows begin aligned."""
+    return -(-context // ALIGNMENT) * ALIGNMENT
+
+
 def allocate_row_slots(rows: int, context: int, device: torch.device | str) -> torch.Tensor:
     """Allocate for ``rows`` requests of up to ``context`` keys; rows begin aligned."""
-    width = -(-context // ALIGNMENT) * ALIGNMENT
-    return torch.zeros(rows, width, dtype=torch.int32, device=device)
+    return torch.zeros(rows, row_width(context), dtype=torch.int32, device=device)
 
 
 def copy_row_slots(req_to_token: torch.Tensor, rows: Rows, copy: torch.Tensor) -> None:

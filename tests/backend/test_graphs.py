@@ -7,6 +7,8 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from kascade_kernels.budget import Budget
+from kascade_sglang.asks import EVERYTHING, Ask
+from kascade_sglang.host.steps import set_asks
 from tests.support.harness import DEVICE, HEAD_DIM, Harness
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
@@ -62,6 +64,8 @@ class CapturedDecode:
             for layer_id, tensors in enumerate(self.inputs):
                 for into, whole in zip(tensors, harness.qkv[layer_id][request], strict=True):
                     into[row] = whole[position]
+        asks = tuple(harness.asks.get(request) for request in positions)
+        set_asks(harness.runner, asks if any(asks) else ())
         harness.backend.init_forward_metadata_out_graph(batch)
         # From here on SGLang may give the rows to others.
         table = harness.req_to_token.clone()
@@ -85,6 +89,27 @@ def test_replays_equal_eager_steps(exact: bool, heads: str) -> None:
     decode = CapturedDecode(captured, rows=3)
     # 60 to 66 crosses the length up to which the budget covers everything.
     for offset in range(6):
+        steps = {0: 300 + offset, 1: 60 + offset, 2: 20 + offset}
+        eager.step([(request, at, at + 1) for request, at in steps.items()])
+        outputs = decode.replay(steps)
+        for layer in range(eager.layers):
+            for row, (request, at) in enumerate(steps.items()):
+                assert torch.equal(outputs[layer][row], eager.outputs[layer][request][at])
+
+
+def test_what_requests_ask_for_changes_between_replays() -> None:
+    """One graph: nobody asks, then two do, then another one, then nobody."""
+    dense, more = Ask(EVERYTHING, EVERYTHING), Ask(Budget(0.1, 64), Budget(0.4, 96))
+
+    def prefilled() -> Harness:
+        harness = Harness(LENGTHS, budget=Budget(0.1, 64), exact=False, max_ratio=0.5)
+        harness.step([(0, 0, 300), (1, 0, 60), (2, 0, 20)])
+        return harness
+
+    eager, captured = prefilled(), prefilled()
+    decode = CapturedDecode(captured, rows=3)
+    for offset, asks in enumerate([{}, {0: dense, 1: more}, {0: more}, {}]):
+        eager.asks = captured.asks = asks
         steps = {0: 300 + offset, 1: 60 + offset, 2: 20 + offset}
         eager.step([(request, at, at + 1) for request, at in steps.items()])
         outputs = decode.replay(steps)

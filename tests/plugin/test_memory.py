@@ -30,10 +30,11 @@ def reserved(make_model: Callable[..., Path]) -> Callable[..., ReservedMemory]:
         exact: bool = False,
         heads: str = "per_head",
         prefill: Budget | None = None,
+        max_ratio: float | None = None,
         **changes: object,
     ) -> ReservedMemory:
         facts = server_facts(parse(make_model(), "--chunked-prefill-size", "256"))
-        budgets = {"budget": Budget(0.1, 128), "prefill": prefill}
+        budgets = {"budget": Budget(0.1, 128), "prefill": prefill, "max_ratio": max_ratio}
         config = replace(check(facts), exact=exact, heads=heads, **budgets)
         facts = replace(facts, gpu=True, captured_decode=8, eager_decode=0)
         return reserved_memory(replace(facts, **changes), config)
@@ -41,8 +42,8 @@ def reserved(make_model: Callable[..., Path]) -> Callable[..., ReservedMemory]:
     return count
 
 
-SMALL = 2 * 8 * 8 + 4 * (8 + 8 * 8 + 2 * 8 + 8 + 8 * 8) + 8 * 8 * LISTS
-"""At most: requests, counts, spans and shared prefixes of eight requests."""
+SMALL = 2 * 8 * 8 + 4 * (8 + 8 * 8 + 2 * 8 + 2 * 8 + 8 + 8 * 8) + 8 * 8 * LISTS
+"""At most: requests, counts, spans, budgets and shared prefixes of eight requests."""
 
 
 def test_scores_and_lists_are_counted(reserved: Callable[..., ReservedMemory]) -> None:
@@ -56,6 +57,13 @@ def test_scores_and_lists_are_counted(reserved: Callable[..., ReservedMemory]) -
 def test_longer_lists_in_prefill_are_counted(reserved: Callable[..., ReservedMemory]) -> None:
     more = reserved(prefill=Budget(0.1, 1024)).scratch - reserved().scratch
     assert more == 4 * LISTS * 256 // 32 * (1024 - 409)
+
+
+def test_longer_lists_that_a_request_may_ask_for_are_counted(
+    reserved: Callable[..., ReservedMemory],
+) -> None:
+    more = reserved(max_ratio=0.2).scratch - reserved().scratch
+    assert more == 4 * LISTS * (8 + 256 // 32) * (819 - 409)
 
 
 def test_copies_are_counted_by_the_token(reserved: Callable[..., ReservedMemory]) -> None:

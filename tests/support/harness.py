@@ -67,7 +67,8 @@ class Harness:
     """Requests with fixed Q, K, V of every layer; each ``step`` runs some of their tokens.
 
     outputs[layer][request]: [length, Hq, D], filled as steps run.
-    asks: by request, what it asked for. selections[layer][request]: {(tile, first position): int64 [H, selected] positions}.
+    asks: by request, what it asked for.
+    selections[layer][request]: {(tile, first position): int64 [H, selected] positions}.
     """
 
     def __init__(
