@@ -20,7 +20,8 @@ import torch
 from kascade_kernels.budget import TILE, Budget
 
 
-def _working_dtype(tensor: torch.Tensor) -> torch.dtype:
+def working_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The type that arithmetic on a tensor is in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -28,7 +29,7 @@ def _rows_by_kv_head(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """[n, Hq, D] -> [H, group * n, D]: all query rows that read one KV head."""
     n, q_heads, dim = q.shape
     grouped = q.reshape(n, kv_heads, q_heads // kv_heads, dim)
-    return grouped.permute(1, 2, 0, 3).reshape(kv_heads, -1, dim).to(_working_dtype(q))
+    return grouped.permute(1, 2, 0, 3).reshape(kv_heads, -1, dim).to(working_dtype(q))
 
 
 def _causal_penalty(n: int, own: int, rows: int, like: torch.Tensor) -> torch.Tensor:
@@ -164,7 +165,7 @@ def decode_lists(ends: list[int], budget: Budget) -> list[int]:
 
 def copy_keys(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [..., D] in steps of their largest magnitude / 127: int8 [..., D], steps [...]."""
-    keys = k.to(_working_dtype(k))
+    keys = k.to(working_dtype(k))
     scales = keys.abs().amax(dim=-1).clamp(min=1e-30) / 127
     return torch.floor(keys / scales.unsqueeze(-1) + 0.5).to(torch.int8), scales
 

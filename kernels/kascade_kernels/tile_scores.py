@@ -40,10 +40,8 @@ def tile_scores(
 ) -> torch.Tensor:
     """Score all candidates of every row: codes that order like the attention mass on a key.
 
-    q: [tokens, Hq, D]. keys: [slots, H, D], in q's type or in fp8, or their 8-bit copy; then q is
-        rounded to 8 bits too.
+    q: [tokens, Hq, D]. keys: [slots, H, D], in q's type or fp8, or a copy; q is then rounded, too.
     lse: float32 [rows, H, 32 * group], from ``tile_lse``.
-    scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
     out: uint16 [rows, H, keys], or [rows, 1, keys] where ``pooled``, summed over KV heads.
         out[r, h, j] = encode_score(sum over queries and group of exp2(logit - lse)), j a
         candidate. Not written: entries from the own tile on, and lists that hold all candidates.

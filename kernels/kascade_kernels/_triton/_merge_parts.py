@@ -14,7 +14,7 @@ def merge_parts_kernel(
     spans,  # int32 [rows], steps of one part
     head_map,  # int32 [H], which of a row's lengths a KV head has; read where LISTS > 1
     out,  # [rows, Hq, D]
-    v_scale,  # None where values are not scaled
+    v_scale,
     STEP: tl.constexpr,
     Q_HEADS: tl.constexpr,
     GROUP: tl.constexpr,

@@ -43,7 +43,7 @@ def tile_attention_kernel(
     counts,  # int32 [rows, LISTS]
     head_map,  # int32 [H]
     out,  # [tokens, Hq, D]
-    v_scale,  # None where values are not scaled
+    v_scale,
     scale_log2,
     stride_q,
     stride_q_head,
