@@ -124,7 +124,7 @@ def test_compiles_with_keys_in_fp8(
             launch(dtype, dim, group, stored)
     for kernel in compiled:
         assert kernel.metadata.shared <= SHARED_MEMORY[capability], kernel.metadata.name
-        # To bfloat16 one value at a time, at an eighth of the rate.
+        # To bfloat16 one value at a time.
         assert "cvt.bf16.f16" not in kernel.asm["ptx"], kernel.metadata.name
 
 

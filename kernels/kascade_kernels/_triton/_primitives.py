@@ -56,7 +56,7 @@ def widen(keys):
     """Keys or values as products take them: fp8 in half precision, which holds it exactly.
 
     Not in bfloat16: Hopper converts two values to half precision in one instruction, and to
-    bfloat16 in three, two of which run at an eighth of the rate.
+    bfloat16 in three.
     """
     return keys.to(tl.float16) if keys.dtype.is_fp8() else keys
 
