@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import bounded, of_mapped_list, soften, store_part
+from kascade_kernels._triton._primitives import (
+    LOGIT_BOUND,
+    bounded,
+    of_mapped_list,
+    soften,
+    store_part,
+)
 
 
 @triton.jit
@@ -47,7 +53,7 @@ def decode_attention_kernel(
     q_rows = row.to(tl.int64) * stride_q + (head * GROUP + group) * D
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
 
-    largest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    largest = tl.full([GROUP_PAD], -LOGIT_BOUND, tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, D], tl.float32)
     for start in tl.range(lo, hi, BLOCK):
