@@ -109,6 +109,7 @@ class Harness:
         self.lengths, self.layers, self.group, self.kv_heads = lengths, layers, group, kv_heads
         self._place(lengths, page_size, slot_seed)
         self.pool = FakePool(layers, self.slots, kv_heads, dtype)
+        graphs = SimpleNamespace(backend="full", max_bs=len(self.req_to_token), bs=None)
         runner = SimpleNamespace(
             device=DEVICE,
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
@@ -116,7 +117,12 @@ class Harness:
             model_config=SimpleNamespace(
                 context_len=max(lengths), get_num_kv_heads=lambda ranks: kv_heads
             ),
-            server_args=SimpleNamespace(tp_size=1, enable_metrics=False),
+            server_args=SimpleNamespace(
+                tp_size=1,
+                enable_metrics=False,
+                cuda_graph_config=SimpleNamespace(decode=graphs),
+                max_running_requests=None,
+            ),
             ps=SimpleNamespace(tp_rank=0),
         )
         self.backend = KascadeAttnBackend(runner, self.config)
