@@ -108,9 +108,11 @@ class Server:
         # Worker threads spin at barriers: one core must stay free for the server's own processes.
         threads = str(max(1, (os.cpu_count() or 1) - 1))
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **self._environment}
+        # SGLang's own processes end with the first of them, which ends with this one.
+        watched = [sys.executable, "-m", "kascade_sglang.servers.child", str(os.getpid())]
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
-                self._command,
+                [*watched, *self._command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
