@@ -11,7 +11,7 @@ import triton
 from kascade_kernels.arena import Arena
 from kascade_kernels.copy_row_slots import allocate_row_slots, copy_row_slots
 from kascade_kernels.decode_attention import decode_attention
-from kascade_kernels.decode_lists import Spans, decode_lists
+from kascade_kernels.decode_lists import Spans, decode_lists, most_splits
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.merge_parts import Parts, most_parts
@@ -21,6 +21,9 @@ from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.sizes import Sizes
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.host.steps import Batch, Layer
+
+ALIGNED_ROWS = 4
+"""Numbers of so many rows fill 16 bytes: kernels are compiled again for other alignments."""
 
 
 class DecodeBuffers:
@@ -101,6 +104,19 @@ class DecodePath:
         """Allocate what graphs of up to ``rows`` requests use."""
         self._graph_buffers = self._allocate(rows)
 
+    def sizes_apart(self, least: int, most: int) -> list[int]:
+        """Numbers of requests from ``least`` to ``most`` with all variants of the kernels."""
+        sizes: dict[tuple[int, ...], int] = {}
+        invariant = self._config.batch_invariant
+        for count in range(least, most + 1):
+            groups = {triton.next_power_of_2(last - first) for first, last in self._ranges(count)}
+            splits = most_splits(
+                count, self._sizes.kv_heads, self._table.device, batch_invariant=invariant
+            )
+            kind = (triton.next_power_of_2(count), *splits, *sorted(groups))
+            sizes[kind] = count
+        return list(sizes.values())
+
     def prepare(self, batch: Batch) -> None:
         """Copy the requests' slots, before SGLang lets the scheduler go on: outside a graph."""
         rows = Rows(batch.requests, batch.ends)
@@ -127,10 +143,7 @@ class DecodePath:
     def _cut(
         self, rows: Rows, lists: Lists, spans: Spans, shared: SharedPrefix
     ) -> Iterator[RowGroup]:
-        count = len(rows.ends)
-        step = -(-count // -(-count // self._rows_scored_at_once))
-        for first in range(0, count, step):
-            last = min(first + step, count)
+        for first, last in self._ranges(len(rows.ends)):
             yield RowGroup(
                 first,
                 last,
@@ -139,6 +152,14 @@ class DecodePath:
                 spans.rows(first, last),
                 shared.rows(first, last),
             )
+
+    def _ranges(self, count: int) -> Iterator[tuple[int, int]]:
+        """Cut rows into as few ranges as have room, that begin where memory is aligned."""
+        most = self._rows_scored_at_once
+        step = -(-count // -(-count // most))
+        if step < count and most >= ALIGNED_ROWS:
+            step = min(-(-step // ALIGNED_ROWS), most // ALIGNED_ROWS) * ALIGNED_ROWS
+        return ((first, min(first + step, count)) for first in range(0, count, step))
 
     def _buffers_for(self, rows: int) -> DecodeBuffers:
         if self._graph_buffers is not None and rows <= self._graph_buffers.rows:

@@ -1,4 +1,4 @@
-"""A server compiles its prefill kernels once: no length and no batch asks for another variant."""
+"""A server compiles kernels before it serves: no length and no batch asks for another variant."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from kascade_kernels.budget import Budget
 from kascade_sglang.backend.paths import build_paths
-from kascade_sglang.backend.warm_up import warm_up
+from kascade_sglang.backend.warm_up import warm_up, warm_up_decode
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.steps import Batch, Layer, Rank
@@ -69,4 +69,46 @@ def test_warming_up_compiles_all_that_prefill_launches(
             selected = paths.extend.select(step, q, anchor)
             paths.extend.attend(step, q, reuse, selected, torch.zeros(HEADS, dtype=torch.int32))
     assert len(launched) >= (8 if config.fp8 else 9)
+    assert launched - compiled == set()
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["default", "exact"])
+@pytest.mark.parametrize("invariant", [False, True], ids=["any", "invariant"])
+@pytest.mark.parametrize("score_memory", [2**24, 2**27], ids=["in_groups", "together"])
+def test_warming_up_compiles_all_that_eager_decoding_launches(
+    exact: bool, invariant: bool, score_memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches above the largest graph once waited 2.5 s for a compiler in the middle of serving."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    shape = ModelShape(2, HEADS * GROUP, HEADS, DIM, 64)
+    plan = Plan("test", shape, (0,), {1: ((0.1, 0.9), (0.8, 0.2))})
+    config = KascadeConfig(
+        plan,
+        Budget(),
+        "per_head",
+        exact=exact,
+        score_memory=score_memory,
+        batch_invariant=invariant,
+    )
+    captured, eager = 5, 150
+    table = torch.zeros(eager + 1, 4096, dtype=torch.int32)
+    rank = Rank(range(HEADS), range(2), table, slots=SLOTS, device="cpu")
+    paths = build_paths(rank, Pool(torch.bfloat16), config)
+    paths.decode.reserve(captured)
+    with launched_variants(90) as compiled:
+        warm_up_decode(paths, 0, captured, eager, torch.bfloat16, fp8=False)
+    head_map = torch.zeros(HEADS, dtype=torch.int32)
+    with launched_variants(90) as launched:
+        for count in range(captured + 1, eager + 1):
+            requests = torch.arange(count)
+            batch = Batch(True, requests, 100 + requests, torch.zeros(count, dtype=torch.int64))
+            q = torch.zeros(count, HEADS * GROUP, DIM, dtype=torch.bfloat16)
+            paths.kv.copy(0, batch.written)
+            paths.decode.prepare(batch)
+            step = paths.decode.record(batch)
+            anchor, reuse = Layer(0, 1.0), Layer(1, 1.0)
+            paths.decode.select(step, q, anchor, torch.empty_like(q))
+            selected = paths.decode.select(step, q, anchor)
+            paths.decode.attend(step, q, reuse, selected, head_map)
+    assert len(launched) >= 12
     assert launched - compiled == set()

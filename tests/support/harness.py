@@ -124,6 +124,7 @@ class Harness:
         self._place(lengths, page_size, slot_seed)
         stored = FP8_TYPES.get(kv_cache_dtype, dtype)
         self.pool = FakePool(layers, self.slots, kv_heads, stored)
+        graphs = SimpleNamespace(backend="full", max_bs=len(self.req_to_token), bs=None)
         runner = SimpleNamespace(
             device=DEVICE,
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
@@ -131,7 +132,12 @@ class Harness:
             model_config=SimpleNamespace(
                 context_len=max(lengths), get_num_kv_heads=lambda ranks: kv_heads, dtype=dtype
             ),
-            server_args=SimpleNamespace(tp_size=1, enable_metrics=False),
+            server_args=SimpleNamespace(
+                tp_size=1,
+                enable_metrics=False,
+                cuda_graph_config=SimpleNamespace(decode=graphs),
+                max_running_requests=None,
+            ),
             ps=SimpleNamespace(tp_rank=0),
         )
         self.backend = KascadeAttnBackend(runner, self.config)

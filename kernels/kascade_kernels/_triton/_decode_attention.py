@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
+    LOGIT_BOUND,
     bounded,
     of_mapped_list,
     soften,
@@ -55,7 +56,7 @@ def decode_attention_kernel(
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
     queries = to_meet(queries, k)
 
-    largest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    largest = tl.full([GROUP_PAD], -LOGIT_BOUND, tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, D], tl.float32)
     for start in tl.range(lo, hi, BLOCK):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import of_mapped_list
+from kascade_kernels._triton._primitives import LEAST_TOTAL, LOGIT_BOUND, of_mapped_list
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def merge_parts_kernel(
     dim = tl.arange(0, D)
     split = tl.arange(0, SPLITS)
     lse = tl.load(part_lse + index * SPLITS + split, mask=split < used, other=float("-inf"))
-    top = tl.max(lse, 0)
-    total = tl.sum(tl.exp2(lse - top), 0)
+    top = tl.maximum(tl.max(lse, 0), -LOGIT_BOUND)
+    total = tl.maximum(tl.sum(tl.exp2(lse - top), 0), LEAST_TOTAL)
     merged = tl.zeros([D], tl.float32)
     for first in range(0, used, BLOCK):
         part = first + tl.arange(0, BLOCK)
