@@ -19,7 +19,7 @@ UNIT_TESTS := tests/project tests/plan tests/plugin tests/kernels tests/backend 
 unexport PYTHONDONTWRITEBYTECODE
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: demo serve test test-fast fuzz test-host try-host test-serving test-kernels test-gpu check eval bench \
+.PHONY: demo serve test test-fast fuzz test-host try-host test-serving test-kernels test-gpu sanitize check eval bench \
 	bench-decode bench-prefill bench-quality bench-serving soak readme-tables wheel clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml
@@ -69,10 +69,14 @@ test-gpu: $(STAMP)  ## kernels, backend and servers on a GPU, then tests of ever
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "make: test-gpu needs a CUDA GPU, and torch sees none; make test needs none"; exit 1; }
 	$(PYTEST) tests/kernels tests/backend tests/e2e/test_gpu.py tests/e2e/test_parallel.py
+	@$(MAKE) --no-print-directory sanitize
+
+sanitize: $(STAMP)  ## tests of every kernel under compute-sanitizer: memory, races, barriers; TOOLS="memcheck"
 	@test -n "$(SANITIZER)" || { echo "make: no compute-sanitizer found (it is part of the CUDA \
 	toolkit); name it with SANITIZER=..."; exit 1; }
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 1 \
-		--report-api-errors no $(PYTEST) -m memcheck tests/kernels
+	for tool in $(or $(TOOLS),memcheck racecheck synccheck); do \
+		echo "$$tool"; PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
+			--report-api-errors no $(PYTEST) -m memcheck tests/kernels || exit 1; done
 
 check: $(STAMP)  ## lint, and links between the documents
 	$(BIN)/python -m ruff check .
@@ -97,8 +101,9 @@ bench-quality: $(STAMP)  ## answers of pretrained models, dense and sparse side 
 bench-serving: $(STAMP)  ## real servers beside SGLang's own backends, on a GPU
 	$(BIN)/python -m benchmarks.bench_serving
 
-soak: $(STAMP)  ## twenty minutes of mixed load on one server, on a GPU, every reply checked
-	$(BIN)/python -m benchmarks.soak
+soak: $(STAMP)  ## mixed load on one server, on a GPU, every reply checked; MODEL=folder SECONDS=1200
+	$(BIN)/python -m benchmarks.soak $(if $(MODEL),--model $(MODEL)) --seconds $(or $(SECONDS),1200) $(if $(MODEL),--longest 24000 \
+		-- --max-total-tokens 100000 --mem-fraction-static 0.5 --schedule-conservativeness 0.05)
 
 wheel: $(STAMP)  ## an sdist and a wheel, in dist/
 	$(BIN)/python -m build --no-isolation

@@ -12,7 +12,7 @@ import torch
 
 from kascade_kernels.arena import Arena, Empty
 from kascade_sglang.servers.process import Server
-from tests.support.interpreter import add_bfloat16, leave_out_programs
+from tests.support.interpreter import add_bfloat16, leave_out_nan, leave_out_programs
 from tests.support.servers import Servers, wanted_by
 from tests.support.shapes import INTERPRETED
 
@@ -67,9 +67,10 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         add_bfloat16(monkeypatch)
+        leave_out_nan(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

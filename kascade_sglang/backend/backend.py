@@ -12,7 +12,7 @@ from kascade_sglang.backend.key_counter import KeyCounter
 from kascade_sglang.backend.path import Path, SelectedT, StepT
 from kascade_sglang.backend.paths import build_paths
 from kascade_sglang.backend.published import publish
-from kascade_sglang.backend.warm_up import warm_up
+from kascade_sglang.backend.warm_up import warm_up, warm_up_decode
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.runtime import (
@@ -62,8 +62,11 @@ class KascadeAttnBackend(AttentionBackend):
         self.counter = KeyCounter(config, rank.layers, self.paths.sizes.context) if counts else None
         publish(config, metrics=counts)
         anchors = [layer for layer in config.plan.anchors if layer in rank.layers]
+        dtype = runner.model_config.dtype
         if anchors and config.sparse_prefill and rank.device.startswith("cuda"):
-            warm_up(self.paths, anchors[0])
+            warm_up(self.paths, anchors[0], dtype, fp8=config.fp8)
+        if anchors and rank.eager and rank.device.startswith("cuda") and decodes_alone:
+            warm_up_decode(self.paths, anchors[0], rank.captured, rank.eager, dtype, fp8=config.fp8)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""
@@ -172,7 +175,7 @@ class KascadeAttnBackend(AttentionBackend):
                 f"layer {layer.layer_id}: expected q, k and v alone, got "
                 f"{sorted(kwargs) or 'no k'}; serve with another --attention-backend"
             )
-        role, facts = self.config.plan.role(layer.layer_id), Layer.of(layer)
+        role, facts = self.config.plan.role(layer.layer_id), Layer.of(layer, self.config.fp8)
         if self.running is None or role is LayerRole.WINDOW:
             out = dense_forward(q, k, v, layer, batch, save_kv_cache)
             self.paths.kv.copy(layer.layer_id, batch.out_cache_loc)

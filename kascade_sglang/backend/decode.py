@@ -13,7 +13,7 @@ from kascade_kernels.arena import Arena
 from kascade_kernels.budget import Budget
 from kascade_kernels.copy_row_slots import copy_row_slots, row_width
 from kascade_kernels.decode_attention import decode_attention
-from kascade_kernels.decode_lists import Budgets, Spans, decode_lists
+from kascade_kernels.decode_lists import Budgets, Spans, decode_lists, most_splits
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.merge_parts import Parts, most_parts
@@ -23,6 +23,9 @@ from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.sizes import Sizes
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.host.steps import Batch, Layer
+
+ALIGNED_ROWS = 4
+"""Numbers of so many rows fill 16 bytes: kernels are compiled again for other alignments."""
 
 
 class DecodeBuffers:
@@ -139,6 +142,19 @@ class DecodePath:
         """Allocate what graphs of up to ``rows`` requests use."""
         self._graph_buffers = self._allocate(rows)
 
+    def sizes_apart(self, least: int, most: int) -> list[int]:
+        """Numbers of requests from ``least`` to ``most`` with all variants of the kernels."""
+        sizes: dict[tuple[int, ...], int] = {}
+        invariant = self._config.batch_invariant
+        for count in range(least, most + 1):
+            groups = {triton.next_power_of_2(last - first) for first, last in self._ranges(count)}
+            splits = most_splits(
+                count, self._sizes.kv_heads, self._table.device, batch_invariant=invariant
+            )
+            kind = (triton.next_power_of_2(count), *splits, *sorted(groups))
+            sizes[kind] = count
+        return list(sizes.values())
+
     def prepare(self, batch: Batch) -> None:
         """Copy the requests' slots, before SGLang lets the scheduler go on: outside a graph."""
         rows = Rows(batch.requests, batch.ends)
@@ -167,10 +183,7 @@ class DecodePath:
     def _cut(
         self, rows: Rows, lists: Lists, spans: Spans, shared: SharedPrefix
     ) -> Iterator[RowGroup]:
-        count = len(rows.ends)
-        step = -(-count // -(-count // self._rows_scored_at_once))
-        for first in range(0, count, step):
-            last = min(first + step, count)
+        for first, last in self._ranges(len(rows.ends)):
             yield RowGroup(
                 first,
                 last,
@@ -179,6 +192,14 @@ class DecodePath:
                 spans.rows(first, last),
                 shared.rows(first, last),
             )
+
+    def _ranges(self, count: int) -> Iterator[tuple[int, int]]:
+        """Cut rows into as few ranges as have room, that begin where memory is aligned."""
+        most = self._rows_scored_at_once
+        step = -(-count // -(-count // most))
+        if step < count and most >= ALIGNED_ROWS:
+            step = min(-(-step // ALIGNED_ROWS), most // ALIGNED_ROWS) * ALIGNED_ROWS
+        return ((first, min(first + step, count)) for first in range(0, count, step))
 
     def _buffers_for(self, rows: int) -> DecodeBuffers:
         if self._graph_buffers is not None and rows <= self._graph_buffers.rows:
@@ -218,6 +239,7 @@ class DecodePath:
                 step.buffers.parts,
                 values=values,
                 out=None if out is None else out[mine],
+                v_scale=layer.v_scale,
             )
             select_slots(scratch.codes, table, group.rows, group.lists, append_own=True)
         return step.lists
@@ -232,5 +254,5 @@ class DecodePath:
     ) -> torch.Tensor:
         """Attend every request to the lists of its anchor."""
         keys, values = self._kv.of(layer.index)
-        parts = step.buffers.parts
-        return decode_attention(q, keys, values, selected, step.spans, head_map, layer.scale, parts)
+        where = (selected, step.spans, head_map, layer.scale, step.buffers.parts)
+        return decode_attention(q, keys, values, *where, v_scale=layer.v_scale)

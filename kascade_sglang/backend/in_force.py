@@ -14,6 +14,7 @@ FIELDS = (
     "phases",
     "selection",
     "exact",
+    "kv_cache_dtype",
     "dense_backend",
 )
 
@@ -32,6 +33,7 @@ def in_force(config: KascadeConfig) -> dict[str, str]:
         config.phases,
         config.selection,
         config.exact,
+        config.kv_cache_dtype,
         config.dense_backend or default_dense_backend(),
     )
     return dict(zip(FIELDS, map(str, values), strict=True))

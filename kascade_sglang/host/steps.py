@@ -10,11 +10,15 @@ import numpy as np
 import torch
 
 from kascade_kernels.budget import Budget
-from kascade_sglang.host.runtime import local_kv_heads, local_layers
+from kascade_sglang.host.runtime import key_value_scales, local_kv_heads, local_layers
+from kascade_sglang.host.server import largest_decodes
 
 if TYPE_CHECKING:
     from kascade_sglang.asks import Ask
     from kascade_sglang.host.runtime import ForwardBatch, ModelRunner, RadixAttention
+
+LIKELY = 64
+"""Requests that run together at least now and then, where SGLang chooses how many may."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class Rank:
     table: int32 [requests, context], the KV slot of every position of every request.
     slots: tokens of the KV pool, padding included.
     reports_metrics: whether this rank counts for ``/metrics``.
+    captured: most requests of a decode step that runs as a graph.
+    eager: most of one that does not, 0 where all do; where nobody set a limit, those that are
+        likely.
     """
 
     heads: range
@@ -33,19 +40,27 @@ class Rank:
     slots: int
     device: str
     reports_metrics: bool = False
+    captured: int = 0
+    eager: int = 0
 
     @staticmethod
     def of(runner: ModelRunner) -> Rank:
         """Read a model runner whose pools exist."""
         heads, pool = local_kv_heads(runner), runner.token_to_kv_pool
+        table = runner.req_to_token_pool.req_to_token
+        captured, given = largest_decodes(runner.server_args)
+        # The table has a row for padding.
+        likely = min(max(2 * captured, LIKELY), len(table) - 1)
         return Rank(
             heads=heads,
             layers=local_layers(runner),
-            table=runner.req_to_token_pool.req_to_token,
+            table=table,
             slots=pool.size + pool.page_size,
             device=runner.device,
             # Tensor-parallel ranks read alike, so the first one counts for all.
             reports_metrics=runner.server_args.enable_metrics and 0 in heads,
+            captured=captured,
+            eager=given or (likely if likely > captured else 0),
         )
 
 
@@ -104,15 +119,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layer:
-    """What attention needs of a layer. scale: a logit is q.k * scale."""
+    """What attention needs of a layer.
+
+    scale: a logit is q.k * scale, with k as it is stored.
+    v_scale: a value is what is stored times that; None where the pool holds values themselves.
+    """
 
     index: int
     scale: float
+    v_scale: float | None = None
 
     @staticmethod
-    def of(layer: RadixAttention) -> Layer:
-        """Read SGLang's layer."""
-        return Layer(layer.layer_id, layer.scaling)
+    def of(layer: RadixAttention, fp8: bool) -> Layer:
+        """Read SGLang's layer; fp8: whether the pool holds its keys and values in 8 bits."""
+        if not fp8:
+            return Layer(layer.layer_id, layer.scaling)
+        k_scale, v_scale = key_value_scales(layer)
+        return Layer(layer.layer_id, layer.scaling * k_scale, v_scale)
 
 
 ASKS = "kascade_asks"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -22,6 +23,8 @@ START_TIMEOUT = 600
 DYING = 20
 """Seconds that a server which answers no more may take to end, once one of its processes has."""
 PORTS = range(20_000, 32_000)
+CAUSE = re.compile(r"^(kascade: |[\w.]*(Error|Exception): )|crashed with exit code")
+"""What SGLang ends for is an exception's last line, after it lines of its own ending."""
 
 _running: set["Server"] = set()
 
@@ -108,9 +111,11 @@ class Server:
         # Worker threads spin at barriers: one core must stay free for the server's own processes.
         threads = str(max(1, (os.cpu_count() or 1) - 1))
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **self._environment}
+        # SGLang's own processes end with the first of them, which ends with this one.
+        watched = [sys.executable, "-m", "kascade_sglang.servers.child", str(os.getpid())]
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
-                self._command,
+                [*watched, *self._command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -161,7 +166,13 @@ class Server:
         """
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process.wait(seconds)
-            raise ServerError(f"the server ended (status {status}): {self.tail()}")
+            raise ServerError(f"the server ended (status {status}): {self.cause()}")
+
+    def cause(self) -> str:
+        """Return the line of the log that says what ended the server, or else the last ones."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        said = next((line for line in reversed(lines) if CAUSE.search(line)), None)
+        return self.tail() if said is None else f"{said.strip()}; its log: {self.log}"
 
     def tail(self, lines: int = 5) -> str:
         """Return the last lines of the server's log."""

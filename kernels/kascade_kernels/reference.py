@@ -7,6 +7,17 @@ Arithmetic is float32, or float64 for float64 inputs.
 Shapes: ``n`` queries of a tile at consecutive positions, ``Hq`` query heads, ``H`` KV heads
 (query head ``i`` reads KV head ``i // (Hq / H)``), ``D`` head dimension, ``L`` keys visible to
 the tile's last query. Query ``j`` sits at position ``L - n + j`` and sees the keys up to its own.
+
+Keys and values may be fp8, as a pool stores them: a key is then what is stored times the layer's
+k_scale, a value that times its v_scale. Logits are linear in the keys, so k_scale is a part of
+``scale``; v_scale is an argument of its own.
+
+Infinite logits, beyond 1e30 in base 2: keys of -inf have no weight, also where a query sees no
+others; its output is then zero, and it adds nothing to scores. Keys of +inf share all of a
+query's weight, here evenly (decode kernels split a row, and weigh the parts evenly), and are
+selected before any others. In attention a logit of NaN counts as -inf; what a tile selects that
+scores one is any valid list. Neither reaches another tile, nor another request. Values are not
+looked at: weights of zero times NaN or infinity are NaN.
 """
 
 import math
@@ -15,8 +26,31 @@ import torch
 
 from kascade_kernels.budget import TILE, Budget
 
+LOGIT_BOUND = 1e30
+"""A logit beyond it, in base 2, is as good as infinite."""
 
-def _working_dtype(tensor: torch.Tensor) -> torch.dtype:
+
+LARGEST = 3e38
+"""What an infinite key counts as in 8 bits, so that its step is finite."""
+
+
+def softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension of [..., N], with infinite logits as said above."""
+    weights = torch.softmax(logits, dim=-1)
+    if _is_finite(weights):
+        return weights
+    most = min(LOGIT_BOUND, torch.finfo(logits.dtype).max)
+    bounded = logits.nan_to_num(nan=-math.inf, posinf=most, neginf=-math.inf)
+    return torch.softmax(bounded, dim=-1).nan_to_num(nan=0.0)
+
+
+def _is_finite(weights: torch.Tensor) -> bool:
+    """Whether softmax met no NaN, no +inf and no row of -inf: each makes its whole row NaN."""
+    return not weights[..., :1].isnan().any()
+
+
+def working_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The type that arithmetic on a tensor is in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -24,15 +58,18 @@ def _rows_by_kv_head(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """[n, Hq, D] -> [H, group * n, D]: all query rows that read one KV head."""
     n, q_heads, dim = q.shape
     grouped = q.reshape(n, kv_heads, q_heads // kv_heads, dim)
-    return grouped.permute(1, 2, 0, 3).reshape(kv_heads, -1, dim).to(_working_dtype(q))
+    return grouped.permute(1, 2, 0, 3).reshape(kv_heads, -1, dim).to(working_dtype(q))
 
 
-def _causal_penalty(n: int, own: int, rows: int, like: torch.Tensor) -> torch.Tensor:
-    """[rows, own] of 0 and -inf: query j of n sees the first ``own - n + 1 + j`` own keys."""
-    query = torch.arange(n, device=like.device).repeat(rows // n).unsqueeze(1)
-    key = torch.arange(own, device=like.device).unsqueeze(0)
-    penalty = torch.zeros(rows, own, dtype=like.dtype, device=like.device)
-    return penalty.masked_fill_(key > query + own - n, float("-inf"))
+def _hide_later(logits: torch.Tensor, n: int) -> None:
+    """Make logits [H, rows, own] of n queries with their own tile -inf where the key is later.
+
+    Query j sees the first ``own - n + 1 + j``.
+    """
+    _, rows, own = logits.shape
+    query = torch.arange(n, device=logits.device).repeat(rows // n).unsqueeze(1)
+    key = torch.arange(own, device=logits.device).unsqueeze(0)
+    logits.masked_fill_(key > query + own - n, -math.inf)
 
 
 def _tile_start(k: torch.Tensor) -> int:
@@ -44,8 +81,7 @@ def _tile_logits(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor
     """[H, group * n, L]: logits of a tile's query rows, -inf where the key comes later."""
     start, rows = _tile_start(k), _rows_by_kv_head(q, k.shape[1])
     logits = rows @ k.permute(1, 2, 0).to(rows.dtype) * scale
-    own = logits[:, :, start:]
-    own += _causal_penalty(q.shape[0], k.shape[0] - start, rows.shape[1], own)
+    _hide_later(logits[:, :, start:], q.shape[0])
     return logits
 
 
@@ -55,12 +91,14 @@ def tile_lse(
     """Log-sum-exp in base 2 of every query row over all keys that it sees.
 
     q: [n, Hq, D]. k: [L, H, D]. weight: [L], the logarithm of how many keys each stands for.
-    Returns [H, n * group]: of each KV head the group's heads of one query side by side.
+    Returns [H, n * group]: of each KV head the group's heads of one query side by side, within
+    +-1e30.
     """
     logits = _tile_logits(q, k, scale)
     if weight is not None:
         logits = logits + weight * math.log(2)
     lse = torch.logsumexp(logits, dim=-1) / math.log(2)
+    lse = lse.clamp(-LOGIT_BOUND, LOGIT_BOUND)
     return lse.view(k.shape[1], -1, q.shape[0]).transpose(1, 2).flatten(1)
 
 
@@ -68,11 +106,16 @@ def tile_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """Post-softmax attention mass of every candidate key, summed over the tile and the group.
 
     q: [n, Hq, D] the tile's queries. k: [L, H, D] the keys up to the last query's own.
-    Returns [H, C], C = the number of keys before the tile, in float32 (float64 for float64).
+    Returns [H, C], C = the number of keys before the tile, in float32 (float64 for float64); +inf
+    for keys whose logit is.
     Source: section 3.3, "post-softmax pooling".
     """
     logits = _tile_logits(q, k, scale)
-    return torch.softmax(logits, dim=-1)[:, :, : _tile_start(k)].sum(dim=1)
+    start = _tile_start(k)
+    weights = torch.softmax(logits, dim=-1)
+    if not _is_finite(weights):
+        weights = softmax(logits).masked_fill_(logits == math.inf, math.inf)
+    return weights[:, :, :start].sum(dim=1)
 
 
 def pool_heads(scores: torch.Tensor) -> torch.Tensor:
@@ -108,6 +151,7 @@ def tile_attention(
     selected: torch.Tensor,
     own: torch.Tensor,
     scale: float,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention of one tile to its selected keys and, causally, to its own tile.
 
@@ -124,9 +168,8 @@ def tile_attention(
     keys = k_cache[slots, heads].to(rows.dtype)  # [H, count + m, D]
     values = v_cache[slots, heads].to(rows.dtype)
     logits = rows @ keys.transpose(1, 2) * scale
-    own_logits = logits[:, :, selected.shape[1] :]
-    own_logits += _causal_penalty(n, own.shape[0], rows.shape[1], own_logits)
-    out = torch.softmax(logits, dim=-1) @ values  # [H, group * n, D]
+    _hide_later(logits[:, :, selected.shape[1] :], n)
+    out = softmax(logits) @ values * v_scale  # [H, group * n, D]
     out = out.reshape(kv_heads, -1, n, values.shape[-1]).permute(2, 0, 1, 3)
     return out.reshape(n, q_heads, -1).to(q.dtype)
 
@@ -137,9 +180,11 @@ def decode_attention(
     v_cache: torch.Tensor,
     listed: torch.Tensor,
     scale: float,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention of one new query, [Hq, D], to the slots [H, count] on its KV heads' lists."""
-    return tile_attention(q.unsqueeze(0), k_cache, v_cache, listed, listed[0, :0], scale)[0]
+    own = listed[0, :0]
+    return tile_attention(q.unsqueeze(0), k_cache, v_cache, listed, own, scale, v_scale)[0]
 
 
 def merge_parts(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -147,7 +192,7 @@ def merge_parts(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
 
     lse: of each part's logits, in base 2.
     """
-    return torch.softmax(lse * math.log(2), dim=0) @ out
+    return softmax(lse * math.log(2)) @ out
 
 
 def decode_lists(ends: list[int], budgets: list[Budget]) -> list[int]:
@@ -156,8 +201,11 @@ def decode_lists(ends: list[int], budgets: list[Budget]) -> list[int]:
 
 
 def copy_keys(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [..., D] in steps of their largest magnitude / 127: int8 [..., D], steps [...]."""
-    keys = k.to(_working_dtype(k))
+    """Keys [..., D] in steps of their largest magnitude / 127: int8 [..., D], steps [...].
+
+    Infinite ones count as 3e38, which keeps steps finite; NaN as the negative of it.
+    """
+    keys = k.to(working_dtype(k)).nan_to_num(-LARGEST, LARGEST, -LARGEST)
     scales = keys.abs().amax(dim=-1).clamp(min=1e-30) / 127
     return torch.floor(keys / scales.unsqueeze(-1) + 0.5).to(torch.int8), scales
 

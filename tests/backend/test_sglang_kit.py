@@ -1,4 +1,7 @@
-"""SGLang's own attention cases, with a budget that covers everything."""
+"""SGLang's own attention cases, with a budget that covers everything.
+
+``tests/plugin/test_sglang_kit_parts.py`` names the parts of the kit that do not apply.
+"""
 
 import unittest
 from typing import Any
@@ -22,10 +25,14 @@ from sglang.test.kits.attention_unittest.attention_methods.dense_attention impor
 from sglang.test.kits.attention_unittest.runner_modes.cuda_graph_decode_runner import (
     run_dense_cuda_graph_decode_case,
 )
+from sglang.test.kits.attention_unittest.runner_modes.split_op_runner import (
+    run_dense_split_op_extend_case,
+)
 
 HEAD_DIM = 64
 CASES = make_dense_cases("kascade")
 DECODE_CASES = [case for case in CASES if case.forward_mode.is_decode()]
+EXTEND_CASES = [case for case in CASES if case.forward_mode.is_extend()]
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +60,8 @@ def test_eager(case: Any) -> None:
 @pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
 def test_captured_decode(case: Any) -> None:
     run_dense_cuda_graph_decode_case(unittest.TestCase(), case, head_dim=HEAD_DIM)
+
+
+@pytest.mark.parametrize("case", EXTEND_CASES, ids=lambda case: case.name)
+def test_prefill_between_captured_pieces(case: Any) -> None:
+    run_dense_split_op_extend_case(unittest.TestCase(), case, head_dim=HEAD_DIM, breakable=True)

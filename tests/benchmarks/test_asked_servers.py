@@ -47,7 +47,7 @@ def test_a_short_soak(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "ABORT_SHARE", 0.5)
     draw = random.Random(0)
     prompts = [soak.Prompt(draw, 300, 16) for _ in range(3)]
-    options = Namespace(minutes=0.1, clients=3, deterministic=False)
+    options = Namespace(seconds=6, clients=3, deterministic=False, weights=None)
     row = asyncio.run(soak.soak(server, prompts, options))
     assert server.is_healthy()
     assert set(soak.COLUMNS) >= set(row)

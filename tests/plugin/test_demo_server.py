@@ -31,13 +31,20 @@ with server:
 """
 
 
-def test_sigterm_ends_the_server_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
+    ids=["SIGTERM", "SIGKILL"],
+)
+def test_what_ends_the_command_ends_the_server_too(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
         assert parent.stdout.readline() == b"up\n"
         children = psutil.Process(parent.pid).children()
-        parent.send_signal(signal.SIGTERM)
-        assert parent.wait(30) == 128 + signal.SIGTERM
+        parent.send_signal(number)
+        assert parent.wait(30) == status
     assert len(children) == 1
     assert not psutil.wait_procs(children, timeout=10)[1]
 

@@ -1,5 +1,6 @@
-"""What Triton's interpreter lacks to run the kernels on a CPU: bfloat16, and speed."""
+"""What Triton's interpreter lacks to run the kernels on a CPU: bfloat16, NaN, and speed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,16 @@ def add_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter multiply bfloat16, and round to it."""
     monkeypatch.setattr(InterpreterBuilder, "create_dot", _create_dot)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", _cast_impl)
+
+
+def leave_out_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the greater of NaN and a number be the number, as on GPUs; so the lesser."""
+    for name, of_two in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
+        monkeypatch.setattr(InterpreterBuilder, name, _pairwise(of_two))
+
+
+def _pairwise(of_two: np.ufunc) -> Callable[..., TensorHandle]:
+    return lambda self, left, right: self.binary_op(left, right, of_two)
 
 
 def leave_out_programs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+LARGEST = tl.constexpr(3e38)
+"""What infinite keys count as, so that a scale is finite."""
+
 
 @triton.jit
 def copy_keys_kernel(
@@ -22,6 +25,7 @@ def copy_keys_kernel(
     inside = (head < HEADS)[:, None]
     address = head[:, None] * D + dim[None, :]
     key = tl.load(k + slot * stride_k + address, mask=inside, other=0.0).to(tl.float32)
+    key = tl.minimum(tl.maximum(key, -LARGEST), LARGEST)
     scale = tl.maximum(tl.max(tl.abs(key), 1), 1e-30) / 127.0
     tl.store(k_scales + slot * HEADS + head, scale, mask=head < HEADS)
     rounded = tl.floor(key / scale[:, None] + 0.5).to(tl.int8)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import TILE, own_tile_start, power_of_2
+from kascade_kernels._triton._primitives import TILE, VARY, own_tile_start, power_of_2
 
 PPM = tl.constexpr(1_000_000)
 
@@ -24,7 +24,7 @@ def _spans(keys, total, PROGRAMS: tl.constexpr, MOST: tl.constexpr, STEP: tl.con
     return tl.cdiv(share, STEP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def decode_lists_kernel(
     ends,  # [rows]
     score_spans,  # int32 [rows], in steps

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
+    LOGIT_BOUND,
     bounded,
     encode_score,
     list_of,
@@ -16,6 +17,8 @@ from kascade_kernels._triton._primitives import (
     soften,
     store_counts,
     store_part,
+    to_meet,
+    widen,
 )
 
 
@@ -92,11 +95,12 @@ def decode_scores_kernel(
         return
     q_rows = lane_row.to(tl.int64) * stride_q + lane_head * D
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
+    queries = to_meet(queries, k)
     if EIGHT_BIT:
         queries, q_scales = _quantise_rows(queries.to(tl.float32))
     row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
 
-    largest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    largest = tl.full([GROUP_PAD], -LOGIT_BOUND, tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, D], tl.float32)
     for start in tl.range(lo, hi, BLOCK):
@@ -104,7 +108,7 @@ def decode_scores_kernel(
         visible = position < hi
         slot = load_slots(row_slots, position, visible)
         address = slot[:, None] * stride_k + head * D + dim[None, :]
-        keys = tl.load(k + address, mask=visible[:, None], other=0)
+        keys = widen(tl.load(k + address, mask=visible[:, None], other=0.0))
         if EIGHT_BIT:
             k_scale = tl.load(k_scales + slot * HEADS + head, mask=visible, other=0.0)
             products = tl.dot(queries, tl.trans(keys), out_dtype=tl.int32).to(tl.float32)
@@ -112,7 +116,7 @@ def decode_scores_kernel(
         else:
             s = tl.dot(queries, tl.trans(keys)) * scale_log2
         s = tl.where(visible[None, :], bounded(s), float("-inf"))
-        m_block = tl.max(s, 1)
+        m_block = tl.maximum(tl.max(s, 1), -LOGIT_BOUND)
         if any_scored:
             # The block's maximum apart: half precision is then finest where scores are largest.
             where = q_heads * stride_logits_head + start
@@ -123,7 +127,7 @@ def decode_scores_kernel(
             tl.store(block_max + where // BLOCK, m_block, mask=scored)
         weights, shrink, largest, total = soften(s, m_block, largest, total)
         if ATTEND:
-            values = tl.load(v + address, mask=visible[:, None], other=0.0)
+            values = widen(tl.load(v + address, mask=visible[:, None], other=0.0))
             acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
 
     if ATTEND:
@@ -161,8 +165,10 @@ def pool_scores_kernel(
     head = list_index * PER_LIST + member
     address = head[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
     parts = tl.load(part_lse + address, mask=member[:, None] < PER_LIST, other=0.0)
-    top = tl.max(parts, 1)
+    top = tl.maximum(tl.max(parts, 1), -LOGIT_BOUND)
     lse = top + tl.log2(tl.sum(tl.exp2(parts - top[:, None]), 1))  # [PER_LIST padded]
+    # Finite also where no key has weight, and so that keys of +inf get more mass than any others.
+    lse = tl.minimum(tl.maximum(lse, -LOGIT_BOUND), LOGIT_BOUND / 2)
     for chunk in tl.range(program, chunks, tl.num_programs(0)):
         block = chunk * (CHUNK // BLOCK) + tl.arange(0, CHUNK // BLOCK)
         position = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import power_of_2
+from kascade_kernels._triton._primitives import VARY, power_of_2
 
 NO_KEY = tl.constexpr(2**31 - 1)
 """Behind every position."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def group_rows_kernel(
     table,  # int32 [requests, max_context]
     requests,  # [rows]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import of_mapped_list
+from kascade_kernels._triton._primitives import LEAST_TOTAL, LOGIT_BOUND, of_mapped_list
 
 
 @triton.jit
@@ -14,6 +14,7 @@ def merge_parts_kernel(
     spans,  # int32 [rows], steps of one part
     head_map,  # int32 [H], which of a row's lengths a KV head has; read where LISTS > 1
     out,  # [rows, Hq, D]
+    v_scale,
     STEP: tl.constexpr,
     Q_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -30,8 +31,8 @@ def merge_parts_kernel(
     dim = tl.arange(0, D)
     split = tl.arange(0, SPLITS)
     lse = tl.load(part_lse + index * SPLITS + split, mask=split < used, other=float("-inf"))
-    top = tl.max(lse, 0)
-    total = tl.sum(tl.exp2(lse - top), 0)
+    top = tl.maximum(tl.max(lse, 0), -LOGIT_BOUND)
+    total = tl.maximum(tl.sum(tl.exp2(lse - top), 0), LEAST_TOTAL)
     merged = tl.zeros([D], tl.float32)
     for first in range(0, used, BLOCK):
         part = first + tl.arange(0, BLOCK)
@@ -39,4 +40,6 @@ def merge_parts_kernel(
         address = (index * SPLITS + part)[:, None] * D + dim[None, :]
         values = tl.load(part_out + address, mask=(part < used)[:, None], other=0.0)
         merged += tl.sum(values * tl.exp2(one - top)[:, None], 0)
+    if v_scale is not None:
+        merged *= v_scale
     tl.store(out + index * D + dim, (merged / total).to(out.dtype.element_ty))

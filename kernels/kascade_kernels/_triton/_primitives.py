@@ -10,6 +10,10 @@ CODE_OFFSET = tl.constexpr(79 << 10)
 """Codes are the upper bits of float32: 10 bits of mantissa, exponents from 2^-48 to 2^16."""
 
 LOGIT_BOUND = tl.constexpr(1e30)
+"""A logit beyond it is as good as infinite. Softmaxes start at its negative as the largest so far:
+keys of -inf then have no weight, also where there are no others."""
+LEAST_TOTAL = tl.constexpr(1e-30)
+"""Less than the sum of weights of any key: what divides where no key has weight, for zeros."""
 
 VARY = ["requests", "ends", "starts", "tokens", "offsets", "counts", "head_map", "rows", "room"]
 """Arguments that differ from step to step in alignment or size: a server must not compile again
@@ -52,9 +56,32 @@ def of_mapped_list(values, row, head_map, head, LISTS: tl.constexpr):
 
 
 @triton.jit
+def widen(keys):
+    """Keys or values as products take them: fp8 in half precision, which holds it exactly.
+
+    Not in bfloat16: Hopper converts two values to half precision in one instruction, and to
+    bfloat16 in three.
+    """
+    return keys.to(tl.float16) if keys.dtype.is_fp8() else keys
+
+
+@triton.jit
+def to_meet(queries, k):
+    """Queries as they are multiplied with the keys that ``k`` points at, once widened."""
+    return queries.to(tl.float16) if k.dtype.element_ty.is_fp8() else queries
+
+
+@triton.jit
 def bounded(logits):
-    """Logits whose differences are finite also where q.k overflows."""
-    return tl.minimum(tl.maximum(logits, -LOGIT_BOUND), LOGIT_BOUND)
+    """Logits whose differences are finite: +inf are alike, -inf and NaN get no weight."""
+    return tl.minimum(tl.maximum(logits, -2 * LOGIT_BOUND), LOGIT_BOUND)
+
+
+@triton.jit
+def bounded_lse(largest, total):
+    """Log-sum-exp of a softmax: LOGIT_BOUND where it met +inf, its negative where nothing else."""
+    lse = tl.maximum(largest + tl.log2(total), -LOGIT_BOUND)
+    return tl.where(largest >= LOGIT_BOUND, LOGIT_BOUND, lse)
 
 
 @triton.jit
@@ -76,7 +103,8 @@ def store_part(part_lse, part_out, part, acc, largest, total, real, D: tl.conste
     """Store a softmax's mean [M, D] and log-sum-exp [M] as parts that merge_parts can join."""
     tl.store(part_lse + part, largest + tl.log2(total), mask=real)
     at = part[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(part_out + at, acc / total[:, None], mask=real[:, None])
+    mean = acc / tl.maximum(total, LEAST_TOTAL)[:, None]
+    tl.store(part_out + at, mean, mask=real[:, None])
 
 
 @triton.jit

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import TILE, VARY, of_mapped_list, own_tile_start, soften
+from kascade_kernels._triton._primitives import (
+    LEAST_TOTAL,
+    LOGIT_BOUND,
+    TILE,
+    VARY,
+    bounded,
+    of_mapped_list,
+    own_tile_start,
+    soften,
+)
 from kascade_kernels._triton._tiles import (
     block_count,
     block_rows,
@@ -28,6 +37,49 @@ def attend(queries, keys, values, hidden, acc, largest, total, scale_log2, MASKE
     return acc, largest, total
 
 
+@triton.jit
+def attend_bounded(
+    queries,
+    k,
+    v,
+    row_slots,
+    list_slots,
+    selected,
+    end,
+    newest,
+    head,
+    scale_log2,
+    stride_k,
+    stride_k_head,
+    stride_v,
+    stride_v_head,
+    BLOCK: tl.constexpr,
+):
+    """Attention of query rows that met a logit of +inf or NaN, with all logits bounded.
+
+    newest: [ROWS], the last position that each sees. Returns acc [ROWS, D] and total [ROWS].
+    """
+    acc = tl.zeros(queries.shape, tl.float32)
+    total = tl.zeros(newest.shape, tl.float32)
+    largest = tl.full(newest.shape, -LOGIT_BOUND, tl.float32)
+    for first in tl.range(0, selected + TILE, BLOCK, num_stages=1):
+        index = first + tl.arange(0, BLOCK)
+        own = own_tile_start(end) + index
+        listed = (index >= TILE) & (index < selected + TILE)
+        # Hidden keys are the last own one, too: values of others might be NaN.
+        slot = clamped_slots(row_slots, own, end - 1)
+        slot = tl.where(listed, tl.load(list_slots + index - TILE, mask=listed, other=0), slot)
+        keys = gather_keys(k, slot, head, stride_k, stride_k_head, queries.shape[1])
+        values = gather_keys(v, slot, head, stride_v, stride_v_head, queries.shape[1])
+        seen = listed[None, :] | ((index < TILE)[None, :] & (own[None, :] <= newest[:, None]))
+        products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        logits = tl.where(seen, bounded(products * scale_log2), float("-inf"))
+        weights, shrink, largest, total = soften(logits, tl.max(logits, 1), largest, total)
+        weights = weights.to(values.dtype)
+        acc = tl.dot(weights, values, acc * shrink[:, None], input_precision="ieee")
+    return acc, total
+
+
 @triton.jit(do_not_specialize=VARY)
 def tile_attention_kernel(
     q,  # [tokens, Hq, D]
@@ -43,6 +95,7 @@ def tile_attention_kernel(
     counts,  # int32 [rows, LISTS]
     head_map,  # int32 [H]
     out,  # [tokens, Hq, D]
+    v_scale,
     scale_log2,
     stride_q,
     stride_q_head,
@@ -75,10 +128,10 @@ def tile_attention_kernel(
     query = query_row // GROUP
     q_head = head * GROUP + query_row % GROUP
     token = tl.load(starts + row) + query
-    queries = load_queries(q, token, q_head, query < count, stride_q, stride_q_head, D)
+    queries = load_queries(q, k, token, q_head, query < count, stride_q, stride_q_head, D)
     acc = tl.zeros([ROWS, D], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    largest = tl.full([ROWS], -LOGIT_BOUND, tl.float32)
 
     end = tl.load(ends + row).to(tl.int32)
     row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
@@ -112,8 +165,36 @@ def tile_attention_kernel(
         )
 
     # Read again: row offsets kept through the loop would spill registers.
+    count = tl.load(tokens + row)
     token = tl.load(starts + row) + query_row // GROUP
-    live = query_row // GROUP < tl.load(tokens + row)
+    live = query_row // GROUP < count
+    # Rows that met +inf or NaN are rare: looking for them in the loop would be a tenth of its
+    # instructions. Pointers are read again for the same reason as above.
+    if tl.max((total != total).to(tl.int32), axis=0) > 0:
+        row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
+        selected = of_mapped_list(counts, row, head_map, head, LISTS)
+        list_slots = slots + of_mapped_list(offsets, row, head_map, head, LISTS)
+        newest = tl.minimum(end - count + query_row // GROUP, end - 1)
+        again = load_queries(q, k, token, q_head, live, stride_q, stride_q_head, D)
+        acc, total = attend_bounded(
+            again,
+            k,
+            v,
+            row_slots,
+            list_slots,
+            selected,
+            end,
+            newest,
+            head,
+            scale_log2,
+            stride_k,
+            stride_k_head,
+            stride_v,
+            stride_v_head,
+            BLOCK,
+        )
     at = token.to(tl.int64) * stride_out + q_head * stride_out_head
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    if v_scale is not None:
+        acc *= v_scale
+    result = (acc / tl.maximum(total, LEAST_TOTAL)[:, None]).to(out.dtype.element_ty)
     tl.store(out + at[:, None] + tl.arange(0, D)[None, :], result, mask=live[:, None])

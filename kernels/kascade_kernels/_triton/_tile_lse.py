@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
+    LOGIT_BOUND,
     TILE,
     VARY,
+    bounded_lse,
     list_of,
     own_tile_start,
     power_of_2,
@@ -105,9 +107,9 @@ def tile_lse_kernel(
     live = query < count
     token = tl.load(starts + row) + query
     q_head = head * GROUP + query_row % GROUP
-    queries = load_queries(q, token, q_head, live, stride_q, stride_q_head, D)
+    queries = load_queries(q, k, token, q_head, live, stride_q, stride_q_head, D)
 
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    largest = tl.full([ROWS], -LOGIT_BOUND, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if span == 0:
         own = candidates + tl.arange(0, TILE)
@@ -141,7 +143,7 @@ def tile_lse_kernel(
         )
 
     at = ((row.to(tl.int64) * HEADS + head) * room + span) * (TILE * GROUP) + query_row
-    tl.store(part_lse + at, largest + tl.log2(total), mask=live)
+    tl.store(part_lse + at, bounded_lse(largest, total), mask=live)
 
 
 @triton.jit(do_not_specialize=VARY)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
+    LOGIT_BOUND,
     TILE,
     VARY,
     encode_score,
@@ -134,11 +135,13 @@ def tile_scores_kernel(
                 count = tl.load(tokens + of_row, mask=scored > 0, other=0)
                 start = tl.load(starts + of_row, mask=scored > 0, other=0)
                 live = query_row // GROUP < count
-                token = start + query_row // GROUP
+                # Where a tile has no query, its last one comes again and adds no mass: zeros would
+                # make NaN of infinite keys.
+                token = start + tl.minimum(query_row // GROUP, tl.maximum(count - 1, 0))
                 q_head = head * GROUP + query_row % GROUP
-                queries = load_queries(q, token, q_head, live, stride_q, stride_q_head, D)
+                queries = load_queries(q, k, token, q_head, token >= 0, stride_q, stride_q_head, D)
                 lse_at = (of_row.to(tl.int64) * HEADS + head) * (TILE * GROUP) + query_row
-                lse_rows = tl.load(lse + lse_at, mask=live, other=float("inf"))
+                lse_rows = tl.load(lse + lse_at, mask=live, other=2 * LOGIT_BOUND)
                 q_scale = 1.0
                 if EIGHT_BIT:
                     queries, q_scale = quantise(queries, TILES)
