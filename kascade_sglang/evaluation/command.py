@@ -55,6 +55,7 @@ def add_eval(commands: "argparse._SubParsersAction") -> None:
     )
     add("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
     add("--label", help="names the run in results (the server's attention backend)")
+    add("--note", default="", help="a remark that every row keeps, such as what the server runs on")
     add("--concurrency", type=int, default=4, help="requests in flight (4)")
     add("--temperature", type=float, default=0.0, help="of sampling (0)")
     add("--max-tokens", type=int, help="longest reply (what the benchmark prescribes)")
@@ -83,7 +84,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from kascade_sglang.evaluation.harness import LOUD, Harness
     from kascade_sglang.evaluation.registry import groups, pick
     from kascade_sglang.evaluation.results import Results
-    from kascade_sglang.evaluation.show import check_drawable, plot, table
+    from kascade_sglang.evaluation.show import check_drawable, plot, summary, table
     from kascade_sglang.evaluation.tokens import Tokens
 
     known = groups(args.squad, args.aime, args.longbench, args.text)
@@ -113,7 +114,10 @@ def evaluate(args: argparse.Namespace) -> None:
         )
         raise
     # Rows of other runs in the same file are what these are to be compared with.
-    Console(width=None if sys.stdout.isatty() else 180).print(table(results.rows()))
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(table(results.rows()))
+    if len({row["label"] for row in results.rows()}) > 1:
+        console.print(summary(results.rows()))
     for row in rows:
         if any(note in row["note"] for note in LOUD):
             where = f"{row['task']} {row['length']}".strip()
@@ -169,6 +173,7 @@ def _settings(args: argparse.Namespace, endpoint: "Endpoint") -> "EvalSettings":
         timeout=args.timeout,
         max_tokens=args.max_tokens,
         label=args.label or endpoint.backend,
+        note=args.note,
     )
 
 
