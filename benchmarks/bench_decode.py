@@ -32,6 +32,7 @@ from benchmarks.rivals import (
     fa3_decode,
     flashinfer_attend,
     flashinfer_cascade,
+    flashinfer_decode,
     flashinfer_select,
     torch_select,
 )
@@ -71,35 +72,43 @@ SHARED = {"32x33K-on-32K": 32 * K}
 """Positions that all requests of a case have in common, in the same slots."""
 HEAVY_TAILED = ("16x128K", "64x32K")
 """Cases measured on clustered selections, too."""
-TOKEN_BYTES = KV_HEADS * DIM * 2
 
 
-def bytes_read(lengths: list[int], kind: str, mode: str) -> float:
+def bytes_read(pool: Pool, lengths: list[int], kind: str, mode: str) -> float:
     """Bytes of keys and values that a layer has to read."""
+    token = KV_HEADS * DIM * pool.stored_k.element_size()
     keys = sum(lengths)
     listed = sum(budgets(mode)[0].attended(length - 1) for length in lengths)
-    scored = keys * (TOKEN_BYTES if mode == "exact" else KV_HEADS * (DIM + 4))
+    scored = keys * (token if pool.fp8 or mode == "exact" else KV_HEADS * (DIM + 4))
     return {
-        "layer0": 2 * keys * TOKEN_BYTES,
-        "anchor": scored + 2 * listed * TOKEN_BYTES,
-        "reuse": 2 * listed * TOKEN_BYTES,
+        "layer0": 2 * keys * token,
+        "anchor": scored + 2 * listed * token,
+        "reuse": 2 * listed * token,
     }[kind]
 
 
-def measure_case(case: str, lengths: list[int], inputs: str, rivals: bool) -> Iterator[Row]:
+def measure_case(
+    case: str, lengths: list[int], inputs: str, rivals: bool, kv_cache_dtype: str = "auto"
+) -> Iterator[Row]:
     """Measure the three kinds of layer in all modes, and the plans."""
     shared = SHARED.get(case, 0)
-    pool = Pool(lengths, inputs, shared, CONTEXT)
+    pool = Pool(lengths, inputs, shared, CONTEXT, kv_cache_dtype)
     spans = [(length - 1, length) for length in lengths]
     batch, q = new_tokens(pool, spans, decode=True), pool.queries(len(lengths))
     fa3_ms = measure(fa3_decode(q, pool, batch.ends))
+    if kv_cache_dtype == "fp8_e4m3":
+        ms = measure(fa3_decode(q, pool, batch.ends, fp8=True))
+        yield Row(case, "dense", "exact", ms, fa3_ms, inputs, method="fa3_fp8")
+    if pool.fp8:
+        ms = measure(flashinfer_decode(q, pool, lengths))
+        yield Row(case, "dense", "exact", ms, fa3_ms, inputs, method="flashinfer_fp8")
     if shared and rivals:
         cascade = measure(flashinfer_cascade(q, pool, lengths, shared))
         yield Row(case, "dense", "exact", cascade, fa3_ms, method="flashinfer_cascade")
     for mode in MODES:
         paths = make_paths(pool, mode)
         paths.decode.reserve(len(lengths))
-        layers = LayerRuns(paths, paths.decode, batch, q)
+        layers = LayerRuns(pool, paths, paths.decode, batch, q)
 
         def layer0(layers=layers) -> None:
             layers.select(LAYER0, out=torch.empty_like(q))
@@ -111,7 +120,7 @@ def measure_case(case: str, lengths: list[int], inputs: str, rivals: bool) -> It
         kinds = {}
         steps = {"layer0": layer0, "anchor": layers.anchor, "reuse": layers.reuse}
         for kind, step in steps.items():
-            read = 0 if shared else bytes_read(lengths, kind, mode)
+            read = 0 if shared else bytes_read(pool, lengths, kind, mode)
             kinds[kind] = Row(case, kind, mode, measure(step), fa3_ms, inputs, bytes=read)
             yield kinds[kind]
         yield from composites(kinds, measure(prepare))
@@ -133,7 +142,8 @@ def measure_rivals(
     scratch = ScoreScratch.allocate(count, Q_HEADS, KV_HEADS, context, empty_on(DEVICE))
 
     def score() -> None:
-        decode_scores(q, pool.k, pool.table, rows, lists, spans, shared, SCALE, scratch, parts)
+        where = (pool.table, rows, lists, spans, shared, SCALE, scratch, parts)
+        decode_scores(q, pool.stored_k, *where)
 
     score()
     layers.select(ANCHOR)
@@ -161,7 +171,7 @@ def main() -> int:
     def measured(case: str, inputs: str) -> Iterator[Row]:
         compared = case in SHARED or (case in HEAVY_TAILED and inputs == "random")
         rivals = compared and not options.no_rivals
-        return measure_case(case, CASES[case], inputs, rivals)
+        return measure_case(case, CASES[case], inputs, rivals, options.kv_cache_dtype)
 
     return run("decode", options, HEAVY_TAILED, measured)
 

@@ -22,6 +22,7 @@ from kascade_sglang.backend import path as contract
 from kascade_sglang.backend.paths import Paths, build_paths
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.files import append_csv
+from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.steps import Batch, Layer, Rank
 from kascade_sglang.plan.schema import ModelShape, Plan
 from kascade_sglang.provenance import gpu_provenance
@@ -52,12 +53,19 @@ class Pool:
 
     lengths: of the requests. shared: positions from 0 on that all requests have in common.
     context: positions of the slot table, the longest request's where not given.
+    kv_cache_dtype: as the server's flag. In fp8, k and v are what the same pool holds in bfloat16,
+    for the kernels that ours are compared with.
     """
 
     page_size = 1
 
     def __init__(
-        self, lengths: list[int], inputs: str, shared: int = 0, context: int | None = None
+        self,
+        lengths: list[int],
+        inputs: str,
+        shared: int = 0,
+        context: int | None = None,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         own = [length - shared for length in lengths]
         self.size = shared + sum(own)
@@ -77,6 +85,10 @@ class Pool:
         if inputs == "heavy_tailed":
             for row, length in zip(self.table, lengths, strict=True):
                 self._add_topics(row[:length].long())
+        self.kv_cache_dtype = kv_cache_dtype
+        stored = FP8_TYPES.get(kv_cache_dtype, DTYPE)
+        # Of bfloat16 these are the same tensors.
+        self.stored_k, self.stored_v = self.k.to(stored), self.v.to(stored)
 
     def _add_topics(self, slots: torch.Tensor) -> None:
         """Give runs of 64 keys a common direction, so that what is selected lies in runs."""
@@ -99,16 +111,20 @@ class Pool:
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         """Keys [slots, H, D]."""
-        return self.k
+        return self.stored_k
 
     def get_value_buffer(self, layer_id: int) -> torch.Tensor:
         """Values [slots, H, D]."""
-        return self.v
+        return self.stored_v
 
+    @property
+    def fp8(self) -> bool:
+        """Whether keys and values are stored in 8 bits."""
+        return self.stored_k.dtype != DTYPE
 
-def layer(index: int) -> Layer:
-    """One of the benchmark's three layers."""
-    return Layer(index, SCALE)
+    def layer(self, index: int) -> Layer:
+        """One of the benchmark's three layers."""
+        return Layer(index, SCALE, 1.0 if self.fp8 else None)
 
 
 def new_tokens(pool: Pool, spans: list[tuple[int, int]], *, decode: bool) -> Batch:
@@ -142,7 +158,8 @@ def make_paths(pool: Pool, mode: str) -> Paths:
     plan = Plan("benchmark", shape, (LAYER0, ANCHOR), {REUSE: tuple(map(tuple, maps))})
     rank = Rank(range(KV_HEADS), range(3), pool.table, pool.size + pool.page_size, DEVICE)
     decode, prefill = budgets(mode)
-    config = KascadeConfig(plan, decode, "per_head", exact=mode == "exact", prefill=prefill)
+    options = {"exact": mode == "exact", "kv_cache_dtype": pool.kv_cache_dtype}
+    config = KascadeConfig(plan, decode, "per_head", prefill=prefill, **options)
     paths = build_paths(rank, pool, config)
     for index in (LAYER0, ANCHOR):
         paths.kv.copy(index, torch.arange(pool.size, device=DEVICE))
@@ -152,21 +169,23 @@ def make_paths(pool: Pool, mode: str) -> Paths:
 class LayerRuns:
     """One step of a path, and what the backend does in the layers after layer 0."""
 
-    def __init__(self, paths: Paths, path: contract.Path, batch: Batch, q: torch.Tensor) -> None:
-        self._paths, self._path, self._batch, self._q = paths, path, batch, q
+    def __init__(
+        self, pool: Pool, paths: Paths, path: contract.Path, batch: Batch, q: torch.Tensor
+    ) -> None:
+        self._pool, self._paths, self._path, self._batch, self._q = pool, paths, path, batch, q
         path.prepare(batch)
         self.step = path.record(batch)
 
     def select(self, index: int, out: torch.Tensor | None = None) -> None:
         """Copy a layer's new keys, select and keep; with ``out`` also attend to every key."""
         self._paths.kv.copy(index, self._batch.written)
-        selected = self._path.select(self.step, self._q, layer(index), out)
+        selected = self._path.select(self.step, self._q, self._pool.layer(index), out)
         self._paths.store.put(index, selected)
 
     def attend(self, index: int) -> torch.Tensor:
         """Attend to what a layer's anchor selected."""
         kept = self._paths.store.get(index)
-        return self._path.attend(self.step, self._q, layer(index), *kept)
+        return self._path.attend(self.step, self._q, self._pool.layer(index), *kept)
 
     def anchor(self) -> None:
         """Run an anchor."""
@@ -273,7 +292,8 @@ def command_line(name: str, description: str, cases: dict[str, Any]) -> argparse
     """Return the parser of a kernel benchmark: ``decode`` or ``prefill``."""
     parser = argparse.ArgumentParser(prog=f"make bench-{name}", description=description)
     parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}_h100.csv")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", *FP8_TYPES], default="auto")
+    parser.add_argument("--out", type=Path, help="the CSV; by default one for each type of cache")
     parser.add_argument("--commit", help="what to write as the commit, outside a repository")
     return parser
 
@@ -291,13 +311,15 @@ def run(
     if not torch.cuda.is_available():
         sys.exit(f"bench-{name}: expected a CUDA GPU, got none; run it on a machine that has one")
     stamp = gpu_provenance(options.commit)
+    kind = "" if options.kv_cache_dtype == "auto" else f"_{options.kv_cache_dtype}"
+    out = options.out or RESULTS / f"{name}{kind}_h100.csv"
     every: list[Row] = []
     for case in tqdm(options.cases, unit="case"):
         for inputs in ("random", "heavy_tailed")[: 1 + (case in heavy_tailed)]:
             rows = list(measure_case(case, inputs))
-            append_rows(options.out, rows, stamp)
+            append_rows(out, rows, stamp)
             every += rows
             torch.cuda.empty_cache()
     print_rows(every)
-    plot(options.out, options.out.with_suffix(".png"))
+    plot(out, out.with_suffix(".png"))
     return 0

@@ -6,24 +6,39 @@ from benchmarks.kernel_common import DEVICE, DIM, DTYPE, GROUP, KV_HEADS, SCALE,
 from kascade_kernels.structs import Lists
 
 
-def fa3_decode(q: torch.Tensor, pool: Pool, lengths: torch.Tensor) -> Step:
-    """FlashAttention-3 as SGLang's fa3 backend calls it to decode; lengths: [requests]."""
+def _fa3_pool(pool: Pool, rows: int, fp8: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Keys and values as FlashAttention-3 takes them, and their scales where they are in fp8."""
+    if not fp8:
+        return pool.k[:, None], pool.v[:, None], {}
+    ones = torch.ones(rows, KV_HEADS, device=DEVICE)
+    return pool.stored_k[:, None], pool.stored_v[:, None], {"k_descale": ones, "v_descale": ones}
+
+
+def fa3_decode(q: torch.Tensor, pool: Pool, lengths: torch.Tensor, fp8: bool = False) -> Step:
+    """FlashAttention-3 as SGLang's fa3 backend calls it to decode; lengths: [requests].
+
+    fp8: on what the pool stores; queries are then rounded to fp8 in the step, as SGLang does.
+    """
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
     table = pool.table[:, : int(lengths.max())].contiguous()
     seqlens = lengths.int()
+    k, v, scales = _fa3_pool(pool, len(q), fp8)
     return lambda: flash_attn_with_kvcache(
-        q[:, None],
-        pool.k[:, None],
-        pool.v[:, None],
+        q.to(k.dtype)[:, None],
+        k,
+        v,
         cache_seqlens=seqlens,
         page_table=table,
         softmax_scale=SCALE,
         causal=True,
+        **scales,
     )
 
 
-def fa3_extend(q: torch.Tensor, pool: Pool, spans: list[tuple[int, int]]) -> Step:
+def fa3_extend(
+    q: torch.Tensor, pool: Pool, spans: list[tuple[int, int]], fp8: bool = False
+) -> Step:
     """FlashAttention-3 as SGLang's fa3 backend calls it to prefill positions [begin, end)."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
@@ -33,17 +48,43 @@ def fa3_extend(q: torch.Tensor, pool: Pool, spans: list[tuple[int, int]]) -> Ste
     starts = new.cumsum(0).int().to(DEVICE)
     seqlens = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     most = int(new.max())
+    k, v, scales = _fa3_pool(pool, len(spans), fp8)
     return lambda: flash_attn_with_kvcache(
-        q,
-        pool.k[:, None],
-        pool.v[:, None],
+        q.to(k.dtype),
+        k,
+        v,
         cache_seqlens=seqlens,
         page_table=table,
         cu_seqlens_q=starts,
         max_seqlen_q=most,
         softmax_scale=SCALE,
         causal=True,
+        **scales,
     )
+
+
+def flashinfer_decode(q: torch.Tensor, pool: Pool, lengths: list[int]) -> Step:
+    """FlashInfer's dense decoding of what the pool stores, in pages of one token; not planning."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    rows, total = len(lengths), sum(lengths)
+    tables = [row[:length] for row, length in zip(pool.table, lengths, strict=True)]
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(2**29, dtype=torch.uint8, device=DEVICE),
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=True,
+        paged_kv_indptr_buffer=torch.empty(rows + 1, dtype=torch.int32, device=DEVICE),
+        paged_kv_indices_buffer=torch.empty(total, dtype=torch.int32, device=DEVICE),
+        paged_kv_last_page_len_buffer=torch.empty(rows, dtype=torch.int32, device=DEVICE),
+    )
+    starts = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+    ones = torch.ones(rows, dtype=torch.int32, device=DEVICE)
+    stored, heads = pool.stored_k.dtype, KV_HEADS * GROUP
+    types = {"q_data_type": DTYPE, "kv_data_type": stored}
+    wrapper.plan(starts, torch.cat(tables), ones, heads, KV_HEADS, DIM, 1, sm_scale=SCALE, **types)
+    paged = (pool.stored_k[:, None], pool.stored_v[:, None])
+    return lambda: wrapper.run(q, paged)
 
 
 def torch_select(codes: torch.Tensor, k: int) -> Step:
@@ -92,9 +133,10 @@ def flashinfer_attend(q: torch.Tensor, pool: Pool, lists: Lists, *, tensor_cores
         paged_kv_last_page_len_buffer=torch.empty(requests, dtype=torch.int32, device=DEVICE),
     )
     ones = torch.ones(requests, dtype=torch.int32, device=DEVICE)
-    wrapper.plan(indptr, indices, ones, GROUP, 1, DIM, 1, q_data_type=DTYPE, kv_data_type=DTYPE)
+    types = {"q_data_type": DTYPE, "kv_data_type": pool.stored_k.dtype}
+    wrapper.plan(indptr, indices, ones, GROUP, 1, DIM, 1, **types)
     queries = q.view(requests, GROUP, DIM)
-    paged = tuple(cache.view(-1, 1, 1, DIM) for cache in (pool.k, pool.v))
+    paged = tuple(cache.view(-1, 1, 1, DIM) for cache in (pool.stored_k, pool.stored_v))
     return lambda: wrapper.run(queries, paged)
 
 

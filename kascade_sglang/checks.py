@@ -10,6 +10,8 @@ from kascade_sglang.host.facts import RefusedFlag, ServerFacts
 
 HEAD_DIMS = (64, 128, 256)
 """Head dimensions that the kernels are tested with."""
+E4M3_CAPABILITY = (8, 9)
+"""From where on Triton converts fp8_e4m3."""
 
 
 def check(facts: ServerFacts) -> KascadeConfig:
@@ -29,7 +31,12 @@ def check(facts: ServerFacts) -> KascadeConfig:
         refused += reasons(facts, config)
     if refused:
         raise KascadeError("\n".join(refused))
-    return replace(config, batch_invariant=facts.deterministic, window=facts.model.window)
+    return replace(
+        config,
+        batch_invariant=facts.deterministic,
+        kv_cache_dtype=facts.kv_cache_dtype,
+        window=facts.model.window,
+    )
 
 
 def reasons(facts: ServerFacts, config: KascadeConfig) -> list[str]:
@@ -66,7 +73,17 @@ def _refused_on_gpu(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
             "--enable-deterministic-inference, got flashinfer, whose sums depend on the cached "
             "prefix; add --kascade-dense-backend triton"
         )
-    if facts.phases == {"decode"} and not config.exact:
+    if facts.kv_cache_dtype == "fp8_e5m2" and dense == "fa3":
+        yield (
+            "--kv-cache-dtype: expected fp8_e4m3 with fa3 as the dense backend, which reads no "
+            "other fp8, got fp8_e5m2; add --kascade-dense-backend triton"
+        )
+    if facts.kv_cache_dtype == "fp8_e4m3" and facts.capability < E4M3_CAPABILITY:
+        yield (
+            "--kv-cache-dtype: expected a GPU of compute capability 8.9 at least for fp8_e4m3, got "
+            f"{facts.capability[0]}.{facts.capability[1]}; use fp8_e5m2 there"
+        )
+    if facts.phases == {"decode"} and not config.exact and facts.kv_cache_dtype == "auto":
         yield (
             "--prefill-attention-backend: expected kascade, which keeps 8-bit copies of keys for "
             f"decoding, got {facts.prefill_backend!r}; drop it and set --kascade-phases decode, "

@@ -30,6 +30,7 @@ class KascadeConfig:
     phases: ``both``, or ``decode`` where prefill attends to every key and only decoding is sparse.
     score_memory: bytes that scores of one launch may take.
     batch_invariant: sums of a request's decoding are in the same order in any batch.
+    kv_cache_dtype: ``fp8_e4m3``, ``fp8_e5m2``, or ``auto``: the model's.
     window: positions that a query of the plan's windowed layers sees.
     changed: settings that differ from their defaults, for the log.
     """
@@ -43,6 +44,7 @@ class KascadeConfig:
     phases: str = "both"
     score_memory: int = SCORE_MEMORY
     batch_invariant: bool = False
+    kv_cache_dtype: str = "auto"
     window: int = 0
     prefill: Budget | None = None
     changed: Mapping[str, object] = field(default_factory=dict, compare=False)
@@ -51,6 +53,11 @@ class KascadeConfig:
     def pooled(self) -> bool:
         """Whether one selection serves all KV heads of a layer."""
         return self.heads == "pooled" or self.selection in ONE_LIST
+
+    @property
+    def fp8(self) -> bool:
+        """Whether keys and values are kept in 8 bits, with one scale a layer each."""
+        return self.kv_cache_dtype != "auto"
 
     def window_of(self, layer: int) -> int:
         """Return the positions that a query of a layer sees; 0 where it sees all before it."""

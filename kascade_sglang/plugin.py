@@ -28,14 +28,15 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     from kascade_sglang.backend.backend import KascadeAttnBackend
     from kascade_sglang.checks import check
     from kascade_sglang.errors import KascadeError
+    from kascade_sglang.host.dense import FP8_TYPES
     from kascade_sglang.host.release import require_supported_host
-    from kascade_sglang.host.runtime import require_layers, require_plain_pool
+    from kascade_sglang.host.runtime import require_layers, require_plain_pool, require_scales
     from kascade_sglang.host.server import require_hooks, server_facts
 
     require_supported_host()
     require_hooks(kascade_patches.targets())
     kascade_patches.require_ran("pool_cell_size", "pool_sizes")
-    facts = server_facts(runner.server_args)
+    facts = server_facts(runner.server_args, runner.kv_cache_dtype)
     config = check(facts)
     if facts.gpu and config.selection != "topk" and facts.captured_decode:
         raise KascadeError(
@@ -45,5 +46,8 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
             "disable_cuda_graph=True"
         )
     require_layers(runner.model, config.window_of)
-    require_plain_pool(runner.token_to_kv_pool, runner.model_config.dtype)
+    stored = FP8_TYPES.get(config.kv_cache_dtype, runner.model_config.dtype)
+    require_plain_pool(runner.token_to_kv_pool, stored)
+    if config.fp8:
+        require_scales(runner.model, config.dense_backend)
     return KascadeAttnBackend(runner, config)

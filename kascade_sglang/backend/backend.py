@@ -62,7 +62,7 @@ class KascadeAttnBackend(AttentionBackend):
         publish(config, metrics=counts)
         anchors = [layer for layer in config.plan.anchors if layer in rank.layers]
         if anchors and config.sparse_prefill and rank.device.startswith("cuda"):
-            warm_up(self.paths, anchors[0])
+            warm_up(self.paths, anchors[0], runner.model_config.dtype, fp8=self.config.fp8)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""
@@ -170,7 +170,7 @@ class KascadeAttnBackend(AttentionBackend):
                 f"layer {layer.layer_id}: expected q, k and v alone, got "
                 f"{sorted(kwargs) or 'no k'}; serve with another --attention-backend"
             )
-        role, facts = self.config.plan.role(layer.layer_id), Layer.of(layer)
+        role, facts = self.config.plan.role(layer.layer_id), Layer.of(layer, self.config.fp8)
         if self.running is None or role is LayerRole.WINDOW:
             out = dense_forward(q, k, v, layer, batch, save_kv_cache)
             self.paths.kv.copy(layer.layer_id, batch.out_cache_loc)

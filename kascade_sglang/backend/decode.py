@@ -178,6 +178,7 @@ class DecodePath:
                 step.buffers.parts,
                 values=values,
                 out=None if out is None else out[mine],
+                v_scale=layer.v_scale,
             )
             select_slots(scratch.codes, table, group.rows, group.lists, append_own=True)
         return step.lists
@@ -192,5 +193,5 @@ class DecodePath:
     ) -> torch.Tensor:
         """Attend every request to the lists of its anchor."""
         keys, values = self._kv.of(layer.index)
-        parts = step.buffers.parts
-        return decode_attention(q, keys, values, selected, step.spans, head_map, layer.scale, parts)
+        where = (selected, step.spans, head_map, layer.scale, step.buffers.parts)
+        return decode_attention(q, keys, values, *where, v_scale=layer.v_scale)

@@ -190,6 +190,5 @@ class ExtendPath:
         keys, values = self._kv.of(layer.index)
         out = torch.empty_like(q)
         out[step.tokens :].zero_()
-        return tile_attention(
-            q, keys, values, self._table, step.rows, selected, head_map, layer.scale, out=out
-        )
+        where = (self._table, step.rows, selected, head_map, layer.scale)
+        return tile_attention(q, keys, values, *where, v_scale=layer.v_scale, out=out)

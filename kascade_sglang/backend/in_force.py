@@ -16,6 +16,7 @@ FIELDS: dict[str, Callable[[KascadeConfig], object]] = {
     "phases": lambda config: config.phases,
     "selection": lambda config: config.selection,
     "exact": lambda config: config.exact,
+    "kv_cache_dtype": lambda config: config.kv_cache_dtype,
     "dense_backend": lambda config: config.dense_backend or default_dense_backend(),
 }
 

@@ -48,7 +48,7 @@ def build_paths(rank: Rank, pool: MHATokenToKVPool, config: KascadeConfig) -> Pa
     with releasable(pool):
         kv = KeyValues(pool, copied, rank.slots, sizes.kv_heads, sizes.head_dim, rank.device)
     runs_on = "Triton kernels" if kernels else "the torch reference"
-    scores = f"8-bit copies of layers {copied}" if copied else "exact keys"
+    scores = f"8-bit copies of layers {copied}" if copied else "the pool's own keys"
     logger.info("kascade: attention runs through %s, scores use %s", runs_on, scores)
     if not kernels:
         reference = ReferencePath(config, rank.table, kv)

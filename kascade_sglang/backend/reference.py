@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from kascade_kernels.reference import tile_attention
+from kascade_kernels.reference import tile_attention, working_dtype
 from kascade_kernels.tiles import Tiles, cut_tiles
 from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.selectors import SELECTORS, Case
@@ -98,7 +98,7 @@ class ReferencePath:
                 if keys is None:
                     # One gather a request, in the working precision, serves all its tiles.
                     keys = k_cache[step.slots[request]]
-                    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+                    keys = keys.to(working_dtype(keys))
                 case = Case(
                     q[tile.queries],
                     keys[: tile.end],
@@ -125,6 +125,6 @@ class ReferencePath:
         for tile, slots in zip(step, selected, strict=True):
             queries, own = q[tile.queries], step.slots[tile.request][tile.own_start : tile.end]
             out[tile.queries] = tile_attention(
-                queries, keys, values, slots[head_map], own, layer.scale
+                queries, keys, values, slots[head_map], own, layer.scale, layer.v_scale or 1.0
             )
         return out

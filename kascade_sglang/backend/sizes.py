@@ -54,5 +54,7 @@ def runs_kernels(device: str, config: KascadeConfig) -> bool:
 
 
 def copied_layers(config: KascadeConfig, layers: range) -> list[int]:
-    """Layers that score with 8-bit copies of their keys."""
-    return [] if config.exact else [layer for layer in config.plan.anchors if layer in layers]
+    """Layers that score with 8-bit copies of their keys; none where the pool's have 8 bits."""
+    if config.exact or config.fp8:
+        return []
+    return [layer for layer in config.plan.anchors if layer in layers]

@@ -17,14 +17,15 @@ from kascade_sglang.host.steps import Batch, Layer
 logger = logging.getLogger(__name__)
 
 
-def warm_up(paths: Paths, anchor: int) -> None:
+def warm_up(paths: Paths, anchor: int, dtype: torch.dtype, *, fp8: bool) -> None:
     """Run one anchor's prefill step at the end of the context, for nothing but its compilation.
 
+    dtype: of queries. fp8: whether the pool holds keys in 8 bits.
     Raises KascadeError where a kernel does not fit the GPU.
     All positions are the padding's slot 0, whose 8-bit copy is the only thing written. Decode
     kernels are compiled when graphs are captured.
     """
-    sizes, started, layer = paths.sizes, time.monotonic(), Layer(anchor, 1.0)
+    sizes, started, layer = paths.sizes, time.monotonic(), Layer(anchor, 1.0, 1.0 if fp8 else None)
     keys, _ = paths.kv.of(anchor)
     first = torch.zeros(1, dtype=torch.int64, device=keys.device)
     begin = max(0, sizes.context - TILE - 1)
@@ -37,7 +38,7 @@ def warm_up(paths: Paths, anchor: int) -> None:
         prefixes_cpu=[begin],
     )
     shape = (sizes.context - begin, sizes.q_heads, sizes.head_dim)
-    q = torch.zeros(shape, dtype=keys.dtype, device=keys.device)
+    q = torch.zeros(shape, dtype=dtype, device=keys.device)
     head_map = torch.zeros(sizes.kv_heads, dtype=torch.int32, device=keys.device)
     try:
         paths.kv.copy(anchor, batch.written)

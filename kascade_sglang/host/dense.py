@@ -9,6 +9,13 @@ from kascade_sglang.errors import KascadeError
 DENSE_BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
 """Those that run with any page size; SGLang picks others' pages by the server's backend name."""
 
+FP8_TYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""Types of a KV cache in 8 bits, by the names that ``--kv-cache-dtype`` knows."""
+
+SCALING = ("fa3", "triton")
+"""Those that apply a layer's k_scale and v_scale to all that they read of an fp8 cache. (SGLang
+0.5.17's flashinfer does so but for cached prefixes.)"""
+
 LIBRARIES = {"fa3": "sgl_kernel", "flashinfer": "flashinfer", "triton": "triton"}
 """What SGLang imports for a backend when it builds one."""
 

@@ -40,7 +40,9 @@ class ServerFacts:
     """What a server was asked to be.
 
     refused_flags: flags whose values Kascade does not work with.
-    gpu: whether steps run on one. deterministic: ``--enable-deterministic-inference``.
+    gpu: whether steps run on one. capability: its compute capability, (0, 0) without one.
+    deterministic: ``--enable-deterministic-inference``.
+    kv_cache_dtype: ``fp8_e4m3``, ``fp8_e5m2``, or ``auto``: the model's.
     phases: those of ``prefill`` and ``decode`` that run on the kascade backend.
     prefill_backend: ``--prefill-attention-backend``, None where it is not given.
     tensor_ranks, stages: how many. stage_starts: first layer of every pipeline stage.
@@ -54,7 +56,9 @@ class ServerFacts:
     model: ModelFacts
     refused_flags: tuple[RefusedFlag, ...]
     gpu: bool
+    capability: tuple[int, int]
     deterministic: bool
+    kv_cache_dtype: str
     phases: frozenset[str]
     prefill_backend: str | None
     tensor_ranks: int

@@ -12,7 +12,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 
 from kascade_sglang.errors import KascadeError
-from kascade_sglang.host.dense import default_dense_backend
+from kascade_sglang.host.dense import SCALING, default_dense_backend
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -26,11 +26,13 @@ __all__ = [
     "RadixAttention",
     "build_dense_backend",
     "key_value_caches",
+    "key_value_scales",
     "local_kv_heads",
     "local_layers",
     "releasable",
     "require_layers",
     "require_plain_pool",
+    "require_scales",
     "write_kv",
 ]
 
@@ -77,8 +79,8 @@ def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
     keys = pool.get_key_buffer(pool.start_layer)
     if keys.dtype != dtype:
         raise KascadeError(
-            f"KV cache: expected the model's {dtype}, got {keys.dtype}; set --kv-cache-dtype to "
-            "the model's, or serve a checkpoint without a quantised KV cache"
+            f"KV cache: expected {dtype}, got {keys.dtype}; set --kv-cache-dtype to the model's "
+            "type or to fp8_e4m3, or serve a checkpoint without a quantised KV cache"
         )
     slots = pool.size + pool.page_size
     if keys.dim() != 3 or keys.shape[0] != slots:
@@ -117,6 +119,24 @@ def require_layers(model: torch.nn.Module, window_of: Callable[[int], int]) -> N
             _require_layer(layer, window_of(layer.layer_id))
 
 
+def key_value_scales(layer: RadixAttention) -> tuple[float, float]:
+    """Return a layer's k_scale and v_scale: what is stored in fp8 times these is K and V."""
+    scales = (layer.k_scale_float, layer.v_scale_float)
+    return tuple(1.0 if scale is None else scale for scale in scales)
+
+
+def require_scales(model: torch.nn.Module, dense_backend: str | None) -> None:
+    """Raise KascadeError where a layer's scales are such as the dense backend does not apply."""
+    name = dense_backend or default_dense_backend()
+    for layer in () if name in SCALING else model.modules():
+        if isinstance(layer, RadixAttention) and key_value_scales(layer) != (1.0, 1.0):
+            raise KascadeError(
+                f"layer {layer.layer_id}: expected no k_scale and v_scale of its own, which the "
+                f"dense backend {name} does not apply, got {key_value_scales(layer)}; add "
+                "--kascade-dense-backend triton, or set --kv-cache-dtype to the model's type"
+            )
+
+
 def releasable(pool: Any) -> AbstractContextManager[Any]:
     """Return a block whose tensors' memory goes and comes back with the KV pool's.
 
@@ -138,5 +158,9 @@ def write_kv(
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> None:
-    """Store this step's keys and values in the slots the scheduler gave them."""
-    pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), k, v)
+    """Store this step's keys and values in the slots the scheduler gave them.
+
+    Where the pool is in fp8 and the layer has scales, k and v are divided by them in place.
+    """
+    where = KVWriteLoc(batch.out_cache_loc, None)
+    pool.set_kv_buffer(layer, where, k, v, layer.k_scale, layer.v_scale)

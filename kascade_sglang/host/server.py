@@ -15,6 +15,7 @@ from sglang.srt.server_args import (
 )
 
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.facts import ModelFacts, RefusedFlag, ServerFacts
 from kascade_sglang.host.release import resolves_late
 from kascade_sglang.plan.schema import ModelShape
@@ -26,7 +27,9 @@ SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
     "speculative_algorithm": (None,),
     "disaggregation_mode": (None, "null"),
     "dllm_algorithm": (None,),
-    "kv_cache_dtype": ("auto", "bfloat16", "bf16"),
+    "kv_cache_dtype": ("auto", "bfloat16", "bf16", *FP8_TYPES),
+    # Sets scales by a name of their own, which SGLang's dense backends do not read.
+    "quantization_param_path": (None,),
     "dcp_size": (None, 1),
     "attn_cp_size": (None, 1),
     "enable_prefill_cp": (False,),
@@ -108,8 +111,16 @@ def phases_on_kascade(server_args: Any) -> frozenset[str]:
     )
 
 
-def server_facts(server_args: Any) -> ServerFacts:
-    """Read ServerArgs that are resolved."""
+def gpu_capability() -> tuple[int, int]:
+    """Return the compute capability of this machine's GPU; (0, 0) without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
+def server_facts(server_args: Any, kv_dtype: torch.dtype | None = None) -> ServerFacts:
+    """Read ServerArgs that are resolved.
+
+    kv_dtype: what a worker made of ``--kv-cache-dtype auto``, which a checkpoint may decide.
+    """
     args, model = resolved(server_args), _model_config(server_args)
     facts = _model_facts(args, model)
     captured, eager = largest_decodes(args)
@@ -117,7 +128,9 @@ def server_facts(server_args: Any) -> ServerFacts:
         model=facts,
         refused_flags=tuple(refused_flags(server_args)),
         gpu=has_gpu(),
+        capability=gpu_capability(),
         deterministic=args.enable_deterministic_inference,
+        kv_cache_dtype=_kv_cache_dtype(args.kv_cache_dtype, kv_dtype),
         phases=phases_on_kascade(server_args),
         prefill_backend=args.prefill_attention_backend,
         tensor_ranks=args.tp_size,
@@ -132,6 +145,11 @@ def server_facts(server_args: Any) -> ServerFacts:
         page_size=args.page_size,
         chunk=max(args.chunked_prefill_size or 0, 0),
     )
+
+
+def _kv_cache_dtype(asked: str, found: torch.dtype | None) -> str:
+    names = {dtype: name for name, dtype in FP8_TYPES.items()}
+    return names.get(FP8_TYPES.get(asked) if found is None else found, "auto")
 
 
 def _model_config(server_args: Any) -> Any:

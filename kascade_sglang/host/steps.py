@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kascade_sglang.host.runtime import local_kv_heads, local_layers
+from kascade_sglang.host.runtime import key_value_scales, local_kv_heads, local_layers
 
 if TYPE_CHECKING:
     from kascade_sglang.host.runtime import ForwardBatch, ModelRunner, RadixAttention
@@ -98,12 +98,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layer:
-    """What attention needs of a layer. scale: a logit is q.k * scale."""
+    """What attention needs of a layer.
+
+    scale: a logit is q.k * scale, with k as it is stored.
+    v_scale: a value is what is stored times that; None where the pool holds values themselves.
+    """
 
     index: int
     scale: float
+    v_scale: float | None = None
 
     @staticmethod
-    def of(layer: RadixAttention) -> Layer:
-        """Read SGLang's layer."""
-        return Layer(layer.layer_id, layer.scaling)
+    def of(layer: RadixAttention, fp8: bool) -> Layer:
+        """Read SGLang's layer; fp8: whether the pool holds its keys and values in 8 bits."""
+        if not fp8:
+            return Layer(layer.layer_id, layer.scaling)
+        k_scale, v_scale = key_value_scales(layer)
+        return Layer(layer.layer_id, layer.scaling * k_scale, v_scale)

@@ -2,7 +2,7 @@
 
 import torch
 
-from kascade_kernels.structs import Lists, Rows
+from kascade_kernels.structs import FP8, Lists, Rows
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
@@ -85,7 +85,7 @@ def check_tiles(
     require_shape("q", q, (None, None, None))
     q_heads, dim = q.shape[1:]
     require_shape("keys", keys, (None, None, dim))
-    require_dtype("keys", keys, torch.int8 if eight_bit else q.dtype)
+    require_dtype("keys", keys, *((torch.int8,) if eight_bit else (q.dtype, *FP8)))
     require_dtype("req_to_token", req_to_token, torch.int32)
     for name, tensor in (("q", q), ("keys", keys), ("req_to_token", req_to_token)):
         require_last_dim_contiguous(name, tensor)

@@ -27,12 +27,16 @@ def decode_attention(
     scale: float,
     parts: Parts,
     out: torch.Tensor | None = None,
+    v_scale: float | None = None,
 ) -> torch.Tensor:
     """Attend every row to the list of each KV head's anchor head.
 
-    q: [rows, Hq, D]. k_cache, v_cache: [slots, H, D]; keys are gathered straight from the pool.
+    q: [rows, Hq, D]. k_cache, v_cache: [slots, H, D], in q's type or in fp8; keys are gathered
+        straight from the pool.
     lists: with the query's own tile, so every key on them is visible.
     head_map: int32 [H], which of a row's lists a KV head reads.
+    scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
+    v_scale: that of the values, where they have one.
     Returns [rows, Hq, D]. Not checked: that slots and head map are within range.
     """
     count, q_heads, dim = q.shape
@@ -71,4 +75,4 @@ def decode_attention(
         **tuning.launch("decode_attention", q.device).options(),
     )
     out = torch.empty_like(q) if out is None else out
-    return merge_parts(parts, splits, lists.counts, spans.attend, out, head_map)
+    return merge_parts(parts, splits, lists.counts, spans.attend, out, head_map, v_scale)

@@ -73,14 +73,17 @@ def decode_scores(
     parts: Parts,
     values: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    v_scale: float | None = None,
 ) -> torch.Tensor | None:
     """Score all candidates of every row into ``scratch.codes``; with ``values`` also attend.
 
-    q: [rows, Hq, D]. keys: [slots, H, D], or their 8-bit copy.
+    q: [rows, Hq, D]. keys: [slots, H, D], in q's type or in fp8, or their 8-bit copy.
     shared: of these rows; what several have in common is read once.
     values: [slots, H, D]; where given, every row also attends to all its keys, and the result,
         [rows, Hq, D], goes to ``out``.
     lists: their counts say which need scores: those that hold all keys get no codes.
+    scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
+    v_scale: that of the values, where they have one.
     Codes order like the post-softmax mass, summed over the group (section 3.3) or, where the
     scratch has one list, over all heads. Logits are rounded to half precision, less the
     maximum of their block of 64.
@@ -129,7 +132,7 @@ def decode_scores(
     if values is None:
         return None
     out = torch.empty_like(q) if out is None else out
-    return merge_parts(parts, splits, rows.ends.unsqueeze(1), spans.score, out)
+    return merge_parts(parts, splits, rows.ends.unsqueeze(1), spans.score, out, v_scale=v_scale)
 
 
 def _check(

@@ -55,12 +55,14 @@ def merge_parts(
     spans: torch.Tensor,
     out: torch.Tensor,
     head_map: torch.Tensor | None = None,
+    v_scale: float | None = None,
 ) -> torch.Tensor:
     """Merge the parts of every row and head into ``out``, [rows, Hq, D].
 
     splits: room for parts of one row and head. lengths: [rows, 1 or lists], the keys they were
     cut from, and spans: int32 [rows], steps of one part, say how many were written.
     head_map: int32 [H], which of a row's lengths each KV head has, where there are several.
+    v_scale: what the result is multiplied with.
     """
     rows, q_heads, dim = out.shape
     require_contiguous("out", out)
@@ -73,6 +75,7 @@ def merge_parts(
         spans=spans,
         head_map=spans if head_map is None else head_map,
         out=out,
+        v_scale=v_scale,
         STEP=tuning.STEP,
         Q_HEADS=q_heads,
         GROUP=q_heads // heads,

@@ -7,6 +7,10 @@ Arithmetic is float32, or float64 for float64 inputs.
 Shapes: ``n`` queries of a tile at consecutive positions, ``Hq`` query heads, ``H`` KV heads
 (query head ``i`` reads KV head ``i // (Hq / H)``), ``D`` head dimension, ``L`` keys visible to
 the tile's last query. Query ``j`` sits at position ``L - n + j`` and sees the keys up to its own.
+
+Keys and values may be fp8, as a pool stores them: a key is then what is stored times the layer's
+k_scale, a value that times its v_scale. Logits are linear in the keys, so k_scale is a part of
+``scale``; v_scale is an argument of its own.
 """
 
 import math
@@ -16,7 +20,8 @@ import torch
 from kascade_kernels.budget import TILE, Budget
 
 
-def _working_dtype(tensor: torch.Tensor) -> torch.dtype:
+def working_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The type that arithmetic on a tensor is in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -24,7 +29,7 @@ def _rows_by_kv_head(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """[n, Hq, D] -> [H, group * n, D]: all query rows that read one KV head."""
     n, q_heads, dim = q.shape
     grouped = q.reshape(n, kv_heads, q_heads // kv_heads, dim)
-    return grouped.permute(1, 2, 0, 3).reshape(kv_heads, -1, dim).to(_working_dtype(q))
+    return grouped.permute(1, 2, 0, 3).reshape(kv_heads, -1, dim).to(working_dtype(q))
 
 
 def _causal_penalty(n: int, own: int, rows: int, like: torch.Tensor) -> torch.Tensor:
@@ -108,6 +113,7 @@ def tile_attention(
     selected: torch.Tensor,
     own: torch.Tensor,
     scale: float,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention of one tile to its selected keys and, causally, to its own tile.
 
@@ -126,7 +132,7 @@ def tile_attention(
     logits = rows @ keys.transpose(1, 2) * scale
     own_logits = logits[:, :, selected.shape[1] :]
     own_logits += _causal_penalty(n, own.shape[0], rows.shape[1], own_logits)
-    out = torch.softmax(logits, dim=-1) @ values  # [H, group * n, D]
+    out = torch.softmax(logits, dim=-1) @ values * v_scale  # [H, group * n, D]
     out = out.reshape(kv_heads, -1, n, values.shape[-1]).permute(2, 0, 1, 3)
     return out.reshape(n, q_heads, -1).to(q.dtype)
 
@@ -137,9 +143,11 @@ def decode_attention(
     v_cache: torch.Tensor,
     listed: torch.Tensor,
     scale: float,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention of one new query, [Hq, D], to the slots [H, count] on its KV heads' lists."""
-    return tile_attention(q.unsqueeze(0), k_cache, v_cache, listed, listed[0, :0], scale)[0]
+    own = listed[0, :0]
+    return tile_attention(q.unsqueeze(0), k_cache, v_cache, listed, own, scale, v_scale)[0]
 
 
 def merge_parts(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -157,7 +165,7 @@ def decode_lists(ends: list[int], budget: Budget) -> list[int]:
 
 def copy_keys(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [..., D] in steps of their largest magnitude / 127: int8 [..., D], steps [...]."""
-    keys = k.to(_working_dtype(k))
+    keys = k.to(working_dtype(k))
     scales = keys.abs().amax(dim=-1).clamp(min=1e-30) / 127
     return torch.floor(keys / scales.unsqueeze(-1) + 0.5).to(torch.int8), scales
 

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Types in which a pool may hold keys and values beside the queries' own."""
+
 
 class Rows(NamedTuple):
     """Query tiles of a step, one row each; decoding is the case of one query a row.

@@ -28,14 +28,17 @@ def tile_attention(
     head_map: torch.Tensor,
     scale: float,
     *,
+    v_scale: float | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every row to its selected slots and, causally, to its own tile.
 
-    q: [tokens, Hq, D]. k_cache, v_cache: [slots, H, D].
+    q: [tokens, Hq, D]. k_cache, v_cache: [slots, H, D], in q's type or in fp8.
     req_to_token: int32 [requests, max context].
     lists: KV head h attends to list ``head_map[h]``, which holds no key of the own tile.
     head_map: int32 [H], entries below ``lists.per_row``.
+    scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
+    v_scale: that of the values, where they have one.
     out: like q; queries that no row holds are left as they are.
     Accumulates in float32, own tile first, then the list in its order: a row's result depends
     neither on the rest of the batch nor on where its keys lie.
@@ -70,6 +73,7 @@ def tile_attention(
         counts=lists.counts,
         head_map=head_map,
         out=out,
+        v_scale=v_scale,
         scale_log2=scale * LOG2_E,
         stride_q=q.stride(0),
         stride_q_head=q.stride(1),

@@ -39,7 +39,9 @@ def tile_lse(
 ) -> torch.Tensor:
     """Log-sum-exp of every query row over all keys that it sees, in base 2.
 
-    q: [tokens, Hq, D]. k_cache: [slots, H, D]. req_to_token: int32 [requests, max context].
+    q: [tokens, Hq, D]. k_cache: [slots, H, D], in q's type or in fp8.
+    req_to_token: int32 [requests, max context].
+    scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
     stride: 1 is exact. A larger one reads the first and last 128 candidates and the own tile in
         full and every stride-th key between, each for all that were left out: an estimate that is
         a function of the tile alone.

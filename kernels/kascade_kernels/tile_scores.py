@@ -40,7 +40,7 @@ def tile_scores(
 ) -> torch.Tensor:
     """Score all candidates of every row: codes that order like the attention mass on a key.
 
-    q: [tokens, Hq, D]. keys: [slots, H, D], or their 8-bit copy; then q is rounded to 8 bits too.
+    q: [tokens, Hq, D]. keys: [slots, H, D], in q's type or fp8, or a copy; q is then rounded, too.
     lse: float32 [rows, H, 32 * group], from ``tile_lse``.
     out: uint16 [rows, H, keys], or [rows, 1, keys] where ``pooled``, summed over KV heads.
         out[r, h, j] = encode_score(sum over queries and group of exp2(logit - lse)), j a
@@ -60,7 +60,8 @@ def tile_scores(
     elif pooled:
         _require_rows("sums", sums, (count, room), torch.float32)
     key_scales = keys.scales if eight_bit else lse
-    key_bytes, kind = q.shape[-1] * cache.element_size(), ".8bit" if eight_bit else ""
+    key_bytes = q.shape[-1] * (1 if eight_bit else q.element_size())
+    kind = ".8bit" if eight_bit else ""
     launch, tiles = tuning.launch(f"tile_scores{kind}", q.device, key_bytes, group), bundle(group)
     grid = (
         triton.cdiv(count, tiles),

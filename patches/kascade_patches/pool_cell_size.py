@@ -20,7 +20,7 @@ def hook(cell_size: int, configurator: Any, kvc: Any, num_layers: int) -> int:
     configurator.kascade_scratch = 0
     if not phases_on_kascade(kvc.server_args):
         return cell_size
-    facts = server_facts(kvc.server_args)
+    facts = server_facts(kvc.server_args, kvc.kv_cache_dtype)
     reserved = reserved_memory(facts, check(facts))
     configurator.kascade_scratch = reserved.scratch
     return cell_size + reserved.per_token

@@ -254,7 +254,7 @@ def test_kernels_refuse_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not KERNELS, reason="nothing is compiled")
 def test_warming_up_changes_no_result() -> None:
     plain, warmed = Harness([161], exact=False), Harness([161], exact=False)
-    warm_up(warmed.backend.paths, anchor=0)
+    warm_up(warmed.backend.paths, 0, DTYPE, fp8=False)
     with pytest.raises(KascadeError, match="before its anchor"):
         warmed.backend.paths.store.get(1)
     for harness in (plain, warmed):
@@ -321,7 +321,7 @@ def test_kernels_that_do_not_fit_the_gpu_are_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(harness.backend.paths.extend, "select", select)
     with pytest.raises(KascadeError, match="to fit this GPU, got out of resource.*kascade-exact"):
-        warm_up(harness.backend.paths, anchor=0)
+        warm_up(harness.backend.paths, 0, DTYPE, fp8=False)
 
 
 @pytest.mark.skipif(KERNELS, reason="the kernels can be captured: test_graphs.py")

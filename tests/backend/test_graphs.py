@@ -1,6 +1,7 @@
 """Captured decode steps: lengths change between replays, and every bit equals the eager step's."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -71,13 +72,18 @@ class CapturedDecode:
         return [out[: len(positions)].view(len(positions), 8, HEAD_DIM) for out in self.outputs]
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "default"])
+FP8 = {"exact": False, "kv_cache_dtype": "fp8_e4m3", "scales": (0.6, 1.5)}
+
+
+@pytest.mark.parametrize(
+    "options", [{"exact": True}, {"exact": False}, FP8], ids=["exact", "default", "fp8"]
+)
 @pytest.mark.parametrize("heads", ["per_head", "pooled"])
-def test_replays_equal_eager_steps(exact: bool, heads: str) -> None:
+def test_replays_equal_eager_steps(options: dict[str, Any], heads: str) -> None:
     budget = Budget(0.1, 64)
 
     def prefilled() -> Harness:
-        harness = Harness(LENGTHS, budget=budget, exact=exact, heads=heads)
+        harness = Harness(LENGTHS, budget=budget, heads=heads, **options)
         harness.step([(0, 0, 300), (1, 0, 60), (2, 0, 20)])
         return harness
 

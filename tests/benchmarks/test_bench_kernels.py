@@ -14,7 +14,7 @@ import triton
 from benchmarks import kernel_common, plot_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret and not torch.cuda.is_available()
-FLASHINFER = ("flashinfer_select", "flashinfer_attend", "flashinfer_cascade")
+FLASHINFER = ("flashinfer_select", "flashinfer_attend", "flashinfer_cascade", "flashinfer_decode")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 
 
@@ -53,6 +53,25 @@ def test_decode_measures_every_kind_of_layer(
     step, layers = 1.0, 32
     composite = next(row for row in rows if row.plan == "llama-3.1-8b")
     assert (composite.ms, composite.fa3_ms) == (step + layers, layers)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bench", ["bench_decode", "bench_prefill"], indirect=True)
+def test_fp8_is_measured_beside_dense_fp8(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = bench.__name__.endswith("decode")
+    if decoding:
+        monkeypatch.setattr(bench, "CONTEXT", 512)
+        rows = bench.measure_case("tiny", [300], "random", False, "fp8_e4m3")
+    else:
+        monkeypatch.setattr(bench, "CASES", {"tiny": bench.Case([[(96, 160)]])})
+        monkeypatch.setattr(bench, "PIECES", ("tiny",))
+        rows = bench.measure_case("tiny", "random", "fp8_e4m3")
+    found = {(row.kind, row.method) for row in rows}
+    dense = {"fa3_fp8", "flashinfer_fp8"} if decoding else {"fa3_fp8"}
+    assert {method for kind, method in found if kind == "dense"} == dense
+    assert {"layer0", "anchor", "reuse"} <= {kind for kind, _ in found}
 
 
 @needs_interpreter

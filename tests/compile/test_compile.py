@@ -30,26 +30,37 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHAPES = [(torch.bfloat16, 128, 4), (torch.float16, 64, 7), (torch.bfloat16, 256, 2)]
 
 
-def launch_decode(dtype: torch.dtype, dim: int, group: int) -> None:
-    """Launch what a decode step launches, both ways of scoring."""
-    case, budget = DecodeCase.make([65, 9], HEADS, group, dim, dtype=dtype), Budget()
+def made(dtype: torch.dtype, dim: int, group: int, stored: torch.dtype | None) -> DecodeCase:
+    """Two requests."""
+    return DecodeCase.make([65, 9], HEADS, group, dim, dtype=dtype, stored=stored)
+
+
+def launch_decode(
+    dtype: torch.dtype, dim: int, group: int, stored: torch.dtype | None = None
+) -> None:
+    """Launch what a decode step launches, all ways of scoring."""
+    case, budget, v_scale = made(dtype, dim, group, stored), Budget(), stored and 0.5
     q_heads, spans = HEADS * group, case.spans(budget)
     lists = case.lists(case.counts(HEADS, budget), append_own=True)
     parts = Parts.allocate(spans, q_heads, dim)
     scratch = ScoreScratch.allocate(2, q_heads, HEADS, CONTEXT, empty_on("cpu"))
     copy = allocate_key_copy(len(case.k), HEADS, dim, "cpu")
-    copy_keys(case.k, torch.arange(2), copy)
+    if stored is None:
+        copy_keys(case.k, torch.arange(2), copy)
     copy_row_slots(case.req_to_token, case.rows, allocate_row_slots(2, CONTEXT, "cpu"))
     for keys, values in ((case.k, None), (copy, None), (case.k, case.v)):
-        case.score(keys, spans, lists, scratch, parts, values)
+        case.score(keys, spans, lists, scratch, parts, values, v_scale=v_scale)
     select_slots(scratch.codes, case.req_to_token, case.rows, lists, append_own=True)
     head_map = torch.zeros(HEADS, dtype=torch.int32)
-    decode_attention(case.q, case.k, case.v, lists, spans, head_map, case.scale, parts)
+    where = (lists, spans, head_map, case.scale, parts)
+    decode_attention(case.q, case.k, case.v, *where, v_scale=v_scale)
 
 
-def launch_prefill(dtype: torch.dtype, dim: int, group: int) -> None:
-    """Launch what a prefill step launches, both ways of scoring, per head and pooled."""
-    case, budget = DecodeCase.make([65, 9], HEADS, group, dim, dtype=dtype), Budget()
+def launch_prefill(
+    dtype: torch.dtype, dim: int, group: int, stored: torch.dtype | None = None
+) -> None:
+    """Launch what a prefill step launches, all ways of scoring, per head and pooled."""
+    case, budget, v_scale = made(dtype, dim, group, stored), Budget(), stored and 0.5
     one = torch.ones(2, dtype=torch.int32)
     ends = case.rows.ends.to(torch.int32)
     rows = Rows(case.rows.requests, ends, one, one)
@@ -65,7 +76,8 @@ def launch_prefill(dtype: torch.dtype, dim: int, group: int) -> None:
     count_high(scratch, rows, lists)
     select_slots(scratch, table, rows, lists, append_own=False)
     head_map = torch.zeros(HEADS, dtype=torch.int32)
-    tile_attention(case.q, case.k, case.v, table, rows, lists, head_map, scale)
+    where = (table, rows, lists, head_map, scale)
+    tile_attention(case.q, case.k, case.v, *where, v_scale=v_scale)
 
 
 def launch_as_on(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +104,28 @@ def test_compiles(
     assert len(compiled) >= 9
     for kernel in compiled:
         assert kernel.metadata.shared <= SHARED_MEMORY[capability], kernel.metadata.name
+
+
+@pytest.mark.parametrize(
+    ("capability", "stored"),
+    [(80, torch.float8_e5m2), (90, torch.float8_e4m3fn), (90, torch.float8_e5m2)],
+    ids=["80-e5m2", "90-e4m3", "90-e5m2"],
+)
+@pytest.mark.parametrize("launch", [launch_decode, launch_prefill], ids=["decode", "prefill"])
+def test_compiles_with_keys_in_fp8(
+    launch: Callable[..., None],
+    capability: int,
+    stored: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launch_as_on(capability, monkeypatch)
+    with compiled_launches(capability) as compiled:
+        for dtype, dim, group in SHAPES:
+            launch(dtype, dim, group, stored)
+    for kernel in compiled:
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability], kernel.metadata.name
+        # To bfloat16 one value at a time.
+        assert "cvt.bf16.f16" not in kernel.asm["ptx"], kernel.metadata.name
 
 
 def test_hopper_pipelines_gathers(monkeypatch: pytest.MonkeyPatch) -> None:

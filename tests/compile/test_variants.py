@@ -13,17 +13,19 @@ from kascade_kernels.budget import Budget
 from kascade_sglang.backend.paths import build_paths
 from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.steps import Batch, Layer, Rank
 from kascade_sglang.plan.schema import ModelShape, Plan
 from tests.support.capture import launched_variants
 
 HEADS, GROUP, DIM, CONTEXT, SLOTS = 2, 4, 64, 70_000, 256
-ANCHOR, REUSE = Layer(0, 1.0), Layer(1, 1.0)
 
 
 class Pool:
-    keys = torch.zeros(SLOTS, HEADS, DIM, dtype=torch.bfloat16)
     memory_saver_adapter = TorchMemorySaverAdapter.create(enable=False)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.keys = torch.zeros(SLOTS, HEADS, DIM).to(dtype)
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         return self.keys
@@ -31,21 +33,29 @@ class Pool:
     get_value_buffer = get_key_buffer
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["default", "exact"])
+@pytest.mark.parametrize(
+    ("exact", "kv_cache_dtype"),
+    [(False, "auto"), (True, "auto"), (False, "fp8_e4m3")],
+    ids=["default", "exact", "fp8"],
+)
 @pytest.mark.parametrize("heads", ["per_head", "pooled"])
 def test_warming_up_compiles_all_that_prefill_launches(
-    exact: bool, heads: str, monkeypatch: pytest.MonkeyPatch
+    exact: bool, kv_cache_dtype: str, heads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     shape = ModelShape(2, HEADS * GROUP, HEADS, DIM, 64)
     plan = Plan("test", shape, (0,), {1: ((0.1, 0.9), (0.8, 0.2))})
-    config = KascadeConfig(plan, Budget(), heads, exact=exact, score_memory=2**21)
+    options = {"exact": exact, "kv_cache_dtype": kv_cache_dtype, "score_memory": 2**21}
+    config = KascadeConfig(plan, Budget(), heads, **options)
+    pool = Pool(FP8_TYPES.get(kv_cache_dtype, torch.bfloat16))
+    v_scale = 1.0 if config.fp8 else None
+    anchor, reuse = Layer(0, 1.0, v_scale), Layer(1, 1.0, v_scale)
     table = torch.zeros(8, CONTEXT, dtype=torch.int32)
-    rank = Rank(range(HEADS), range(2), table, slots=len(Pool.keys), device="cpu")
-    paths = build_paths(rank, Pool(), config)
+    rank = Rank(range(HEADS), range(2), table, slots=SLOTS, device="cpu")
+    paths = build_paths(rank, pool, config)
     batches = [[(0, 5)], [(0, 2000)], [(96, 3000), (7, 9)], [(65_000, 65_001)] * 3, [(31, 9_999)]]
     with launched_variants(90) as compiled:
-        warm_up(paths, anchor=0)
+        warm_up(paths, 0, torch.bfloat16, fp8=config.fp8)
     with launched_variants(90) as launched:
         for spans in batches:
             tokens = sum(end - begin for begin, end in spans)
@@ -56,7 +66,7 @@ def test_warming_up_compiles_all_that_prefill_launches(
             batch = Batch(False, requests, torch.from_numpy(ends), written, ends, begins.tolist())
             paths.kv.copy(0, batch.written)
             step = paths.extend.record(batch)
-            selected = paths.extend.select(step, q, ANCHOR)
-            paths.extend.attend(step, q, REUSE, selected, torch.zeros(HEADS, dtype=torch.int32))
-    assert len(launched) >= 9
+            selected = paths.extend.select(step, q, anchor)
+            paths.extend.attend(step, q, reuse, selected, torch.zeros(HEADS, dtype=torch.int32))
+    assert len(launched) >= (8 if config.fp8 else 9)
     assert launched - compiled == set()

@@ -1,5 +1,7 @@
 """Real servers on a GPU: the replies of a float32 server on the CPU, whatever is captured or exact.
 
+So they are with an fp8 cache, also on a CPU.
+
 ``cpu_replies.json`` holds what the torch reference answers: ``python -m tests.e2e.test_gpu`` asks
 a server on a CPU and writes it anew.
 """
@@ -7,6 +9,7 @@ a server on a CPU and writes it anew.
 import json
 import sys
 import tempfile
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,12 +40,30 @@ pytestmark = [
         ["--kascade-exact"],
         ["--kascade-exact", "--disable-cuda-graph", "--disable-radix-cache"],
         ["--chunked-prefill-size", "1024", "--disable-overlap-schedule"],
+        ["--kv-cache-dtype", "fp8_e4m3"],
+        ["--kv-cache-dtype", "fp8_e4m3", "--kascade-dense-backend", "triton"],
     ],
-    ids=["default", "eager", "exact", "exact-eager", "chunked"],
+    ids=["default", "eager", "exact", "exact-eager", "chunked", "fp8", "fp8-triton"],
 )
 def test_replies_are_those_of_the_cpu(flags: list[str], tmp_path: Path) -> None:
     with Server([*demo_arguments("kascade"), *flags], tmp_path / "log") as server:
         assert ask_everything(server) == json.loads(REPLIES.read_text())
+
+
+def test_an_fp8_cache_holds_twice_the_tokens(tmp_path: Path) -> None:
+    """More than that: there are no copies of keys."""
+    held = []
+    for name in ("auto", "fp8_e4m3"):
+        arguments = demo_arguments("kascade")
+        at = arguments.index("--max-total-tokens")
+        del arguments[at : at + 2]
+        flags = ["--kv-cache-dtype", name, "--mem-fraction-static", "0.2"]
+        with (
+            Server([*arguments, *flags], tmp_path / name) as server,
+            urllib.request.urlopen(f"{server.url}/server_info") as reply,
+        ):
+            held.append(json.load(reply)["max_total_num_tokens"])
+    assert held[1] >= 1.98 * held[0]
 
 
 def test_deterministic_inference_is_bit_identical_cold_warm_and_in_company(tmp_path: Path) -> None:

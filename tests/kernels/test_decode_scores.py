@@ -33,6 +33,7 @@ def run(
     attend: bool = False,
     batch_invariant: bool = False,
     counts: list[list[int]] | None = None,
+    v_scale: float | None = None,
 ) -> tuple[Lists, torch.Tensor | None, ScoreScratch]:
     rows, q_heads, dim = case.q.shape
     per_row = 1 if pooled else case.k.shape[1]
@@ -42,7 +43,7 @@ def run(
     parts = Parts.allocate(spans, q_heads, dim)
     keys = case.k if copy is None else copy
     values = case.v if attend else None
-    out = case.score(keys, spans, lists, scratch, parts, values)
+    out = case.score(keys, spans, lists, scratch, parts, values, v_scale=v_scale)
     select_slots(scratch.codes, case.req_to_token, case.rows, lists, append_own=True)
     return lists, out, scratch
 

@@ -217,7 +217,9 @@ def test_refusals() -> None:
         run(out=out.to(torch.int32))
     with pytest.raises(ValueError, match=r"out: expected shape \[1, 1, any\]"):
         run(pooled=True)
-    with pytest.raises(ValueError, match="keys: expected float16, got float32"):
+    with pytest.raises(
+        ValueError, match="keys: expected float16 or float8_e4m3fn or float8_e5m2, got float32"
+    ):
         run(keys=case.k.float())
     with pytest.raises(ValueError, match="rows: expected starts and tokens"):
         run(rows=Rows(case.rows.requests, case.rows.ends))

@@ -32,10 +32,11 @@ SERVES = {
     "phases": "both",
     "selection": "topk",
     "exact": "False",
+    "kv_cache_dtype": "fp8_e4m3",
     "dense_backend": "triton",
 }
 FLAGS = ("--kascade-heads", "pooled", "--kascade-prefill-min-k", "512")
-FLAGS += ("--kascade-dense-backend", "triton")
+FLAGS += ("--kascade-dense-backend", "triton", "--kv-cache-dtype", "fp8_e4m3")
 
 
 def test_a_start_logs_what_is_in_force(

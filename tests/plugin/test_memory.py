@@ -30,11 +30,13 @@ def reserved(make_model: Callable[..., Path]) -> Callable[..., ReservedMemory]:
         exact: bool = False,
         heads: str = "per_head",
         prefill: Budget | None = None,
+        kv_cache_dtype: str = "auto",
         **changes: object,
     ) -> ReservedMemory:
         facts = server_facts(parse(make_model(), "--chunked-prefill-size", "256"))
         budgets = {"budget": Budget(0.1, 128), "prefill": prefill}
-        config = replace(check(facts), exact=exact, heads=heads, **budgets)
+        chosen = {"exact": exact, "heads": heads, "kv_cache_dtype": kv_cache_dtype}
+        config = replace(check(facts), **chosen, **budgets)
         facts = replace(facts, gpu=True, captured_decode=8, eager_decode=0)
         return reserved_memory(replace(facts, **changes), config)
 
@@ -62,6 +64,7 @@ def test_copies_are_counted_by_the_token(reserved: Callable[..., ReservedMemory]
     anchors, kv_heads, head_dim = 2, 4, 16
     assert reserved().per_token == anchors * kv_heads * (head_dim + 4)
     assert reserved(exact=True).per_token == 0
+    assert reserved(kv_cache_dtype="fp8_e4m3").per_token == 0
     assert reserved(stages=4).per_token == kv_heads * (head_dim + 4)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.server_args import ServerArgs
 
@@ -196,10 +197,39 @@ def test_kv_pool_of_another_kind() -> None:
 
 
 def test_kv_pool_of_another_dtype() -> None:
-    """A checkpoint may ask for fp8 by itself, under --kv-cache-dtype auto."""
-    runtime.require_plain_pool(make_pool(torch.bfloat16), torch.bfloat16)
-    with pytest.raises(KascadeError, match="expected the model's torch.bfloat16, got torch.float8"):
-        runtime.require_plain_pool(make_pool(torch.float8_e4m3fn), torch.bfloat16)
+    """--kv-cache-dtype bf16 of a float16 model, say."""
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        runtime.require_plain_pool(make_pool(dtype), dtype)
+    with pytest.raises(KascadeError, match=r"expected torch.float16, got torch.bfloat16; set --kv"):
+        runtime.require_plain_pool(make_pool(torch.bfloat16), torch.float16)
+
+
+def test_a_checkpoint_may_ask_for_fp8_by_itself(make_model: MakeModel) -> None:
+    """Under --kv-cache-dtype auto the worker knows, and says so."""
+    args = parse(make_model())
+    assert server_facts(args).kv_cache_dtype == "auto"
+    assert server_facts(args, torch.bfloat16).kv_cache_dtype == "auto"
+    facts = replace(server_facts(args, torch.float8_e4m3fn), gpu=True, capability=(8, 0))
+    assert facts.kv_cache_dtype == "fp8_e4m3"
+    sentences = checks.reasons(facts, checks.check(server_facts(args)))
+    assert sum("capability 8.9 at least for fp8_e4m3, got 8.0" in each for each in sentences) == 1
+
+
+@pytest.mark.parametrize("scales", [(None, None), (1.0, 1.0), (0.5, 1.0)], ids=str)
+def test_scales_that_a_dense_backend_does_not_apply(
+    scales: tuple[float | None, float | None],
+) -> None:
+    layer = RadixAttention(4, 16, 0.25, num_kv_heads=2, layer_id=3)
+    layer.k_scale_float, layer.v_scale_float = scales
+    model = torch.nn.Sequential(layer)
+    for name in ("fa3", "triton"):
+        runtime.require_scales(model, name)
+    for name in ("flashinfer", "torch_native", None):
+        if scales[0] == 0.5:
+            with pytest.raises(KascadeError, match=r"layer 3: expected no k_scale .*got \(0.5, 1"):
+                runtime.require_scales(model, name)
+        else:
+            runtime.require_scales(model, name)
 
 
 def test_kv_pool_whose_size_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from sglang.srt.server_args import ServerArgs
 
 from kascade_sglang import checks
 from kascade_sglang.host import server
+from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
 from tests.support.models import GEMMA_3, WINDOWED_PLAN, make_plan, parse
 
@@ -55,7 +56,8 @@ FLAGS = (
     of_flag("speculative_algorithm", "--speculative-algorithm NGRAM"),
     of_flag("disaggregation_mode", "--disaggregation-mode decode"),
     of_flag("dllm_algorithm", "--dllm-algorithm LowConfidence"),
-    of_flag("kv_cache_dtype", "--kv-cache-dtype fp8_e4m3"),
+    of_flag("kv_cache_dtype", "--kv-cache-dtype nvfp4"),
+    of_flag("quantization_param_path", "--quantization-param-path scales.json"),
     of_flag("dcp_size", "--dcp-size 2 --tp-size 4"),
     of_flag("attn_cp_size", "--attn-cp-size 2 --tp-size 4"),
     of_flag("enable_prefill_cp", "--enable-prefill-cp"),
@@ -183,6 +185,16 @@ OTHERS = (
         gpu=True,
     ),
     Refused(
+        "--kv-cache-dtype: expected fp8_e4m3 with fa3 as the dense backend",
+        "--kv-cache-dtype fp8_e5m2 --kascade-dense-backend fa3",
+        gpu=True,
+    ),
+    Refused(
+        "--kv-cache-dtype: expected a GPU of compute capability 8.9 at least for fp8_e4m3, got 0.0",
+        "--kv-cache-dtype fp8_e4m3",
+        gpu=True,
+    ),
+    Refused(
         "--prefill-attention-backend: expected kascade, which keeps 8-bit copies of keys",
         "--prefill-attention-backend triton",
         gpu=True,
@@ -222,6 +234,9 @@ def test_the_same_server_without_what_is_refused(
     assert checks.check(server.server_facts(parse(make_model())))
     assert checks.check(server.server_facts(parse(make_model(), "--tp-size", "2")))
     assert checks.check(server.server_facts(parse(make_model(), "--pp-size", "2")))
+    for name in FP8_TYPES:
+        facts = server.server_facts(parse(make_model(), "--kv-cache-dtype", name))
+        assert checks.check(facts).kv_cache_dtype == name
     windowed = make_model(make_plan(**WINDOWED_PLAN), **GEMMA_3)
     assert checks.check(server.server_facts(parse(windowed))).window_of(2) == 8
 

@@ -39,11 +39,11 @@ def test_graphs_of_an_eager_selection(
     monkeypatch.setattr(server, "has_gpu", lambda: True)
     monkeypatch.setattr(server, "largest_decodes", lambda args: (32, 0))
     with pytest.raises(KascadeError, match=r"load_plugins\(\) before ServerArgs"):
-        plugin.create_backend(SimpleNamespace(server_args=args))
+        plugin.create_backend(SimpleNamespace(server_args=args, kv_cache_dtype=torch.float16))
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("enable_mis", True), ("kv_cache_dtype", "fp8_e5m2"), ("device", "xpu")]
+    ("field", "value"), [("enable_mis", True), ("kv_cache_dtype", "nvfp4"), ("device", "xpu")]
 )
 def test_flags_that_the_parent_would_refuse(
     field: str, value: object, worker: None, make_model: MakeModel
@@ -51,7 +51,7 @@ def test_flags_that_the_parent_would_refuse(
     args = parse(make_model())
     overwrite(args, field, value)
     with pytest.raises(KascadeError, match=f"--{field.replace('_', '-')}: expected"):
-        plugin.create_backend(SimpleNamespace(server_args=args))
+        plugin.create_backend(SimpleNamespace(server_args=args, kv_cache_dtype=torch.float16))
 
 
 def test_what_lives_with_the_pool_is_released_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,5 +91,7 @@ def test_what_lives_with_the_pool_is_released_with_it(monkeypatch: pytest.Monkey
     )
     built = paths.build_paths(rank, pool, config)
     assert len(built.kv._copies) == len(plan.anchors)
-    assert made == {"KeyValues": ["kv_cache"], "Arena": ["kv_cache"]}
+    in_fp8 = replace(config, kv_cache_dtype="fp8_e4m3")
+    assert paths.build_paths(rank, pool, in_fp8).kv._copies == {}
+    assert made == {"KeyValues": ["kv_cache"] * 2, "Arena": ["kv_cache"] * 2}
     assert regions == []

@@ -37,7 +37,9 @@ class DecodeCase:
         dtype: torch.dtype = torch.float16,
         spread: float = 2.0,
         seed: int = 0,
+        stored: torch.dtype | None = None,
     ) -> "DecodeCase":
+        """Draw requests; ``stored``: type of keys and values, where it is not that of queries."""
         generator = torch.Generator().manual_seed(seed)
         pages = [-(-length // page_size) for length in lengths]
         order = torch.randperm(sum(pages), generator=generator) + 1
@@ -53,8 +55,8 @@ class DecodeCase:
 
         return DecodeCase(
             spread * draw(len(lengths), kv_heads * group, dim),
-            draw(slots, kv_heads, dim),
-            draw(slots, kv_heads, dim),
+            draw(slots, kv_heads, dim).to(stored or dtype),
+            draw(slots, kv_heads, dim).to(stored or dtype),
             table.to(DEVICE),
             Rows(requests.to(DEVICE), torch.tensor(lengths).to(DEVICE)),
             lengths,
@@ -101,6 +103,7 @@ class DecodeCase:
         parts: Parts,
         values: torch.Tensor | None = None,
         shared: SharedPrefix | None = None,
+        v_scale: float | None = None,
     ) -> torch.Tensor | None:
         """Score these rows' candidates, and attend to all keys where ``values`` are given.
 
@@ -108,7 +111,7 @@ class DecodeCase:
         """
         shared = self.shared(spans) if shared is None else shared
         where = (self.req_to_token, self.rows, lists, spans, shared, self.scale)
-        return decode_scores(self.q, keys, *where, scratch, parts, values)
+        return decode_scores(self.q, keys, *where, scratch, parts, values, v_scale=v_scale)
 
     def counts(self, per_row: int, budget: Budget) -> list[list[int]]:
         """Keys before the own tile that each list of each row holds by a budget."""

@@ -13,6 +13,7 @@ from kascade_sglang.backend.backend import KascadeAttnBackend
 from kascade_sglang.backend.reference import ReferencePath, Tile
 from kascade_sglang.backend.sizes import runs_kernels
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.steps import Batch
 from kascade_sglang.plan.schema import ModelShape, Plan
 from tests.support.shapes import DEVICE
@@ -26,7 +27,7 @@ class FakePool:
 
     def __init__(self, layers: int, slots: int, kv_heads: int, dtype: torch.dtype) -> None:
         shape = (slots, kv_heads, HEAD_DIM)
-        unwritten = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+        unwritten = torch.full(shape, float("nan"), device=DEVICE).to(dtype)
         self.keys = [unwritten.clone() for _ in range(layers)]
         self.values = [unwritten.clone() for _ in range(layers)]
         self.start_layer, self.layer_num = 0, layers
@@ -39,9 +40,17 @@ class FakePool:
     def get_value_buffer(self, layer_id: int) -> torch.Tensor:
         return self.values[layer_id]
 
-    def set_kv_buffer(self, layer, location, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.keys[layer.layer_id][location.loc] = k.view(-1, *self.keys[0].shape[1:])
-        self.values[layer.layer_id][location.loc] = v.view(-1, *self.values[0].shape[1:])
+    def set_kv_buffer(
+        self, layer, location, k: torch.Tensor, v: torch.Tensor, k_scale=None, v_scale=None
+    ) -> None:
+        pools = (self.keys[layer.layer_id], self.values[layer.layer_id])
+        for pool, new, scale in zip(pools, (k, v), (k_scale, v_scale), strict=True):
+            if pool.dtype.itemsize == 1 and scale is not None:
+                new.div_(scale)
+            stored = new.view(-1, *pool.shape[1:]).to(pool.dtype)
+            # Few of torch's functions take fp8.
+            same = torch.uint8 if pool.dtype.itemsize == 1 else pool.dtype
+            pool.view(same)[location.loc] = stored.view(same)
 
 
 def make_plan(
@@ -65,6 +74,7 @@ def make_plan(
 class Harness:
     """Requests with fixed Q, K, V of every layer; each ``step`` runs some of their tokens.
 
+    scales: k_scale and v_scale of the layers after the first, which torch_native reads unscaled.
     outputs[layer][request]: [length, Hq, D], filled as steps run.
     selections[layer][request]: {(tile, first position): int64 [H, selected] positions}.
     """
@@ -90,6 +100,8 @@ class Harness:
         score_memory: int = 2**24,
         slot_seed: int = 0,
         data_seed: int = 1,
+        kv_cache_dtype: str = "auto",
+        scales: tuple[float, float] | None = None,
     ) -> None:
         plan = make_plan(layers, kv_heads, group, anchors, windowed)
         budget = budget or Budget(0.1, 64)
@@ -104,17 +116,20 @@ class Harness:
             batch_invariant=batch_invariant,
             phases=phases,
             window=window,
+            kv_cache_dtype=kv_cache_dtype,
         )
+        self.scales = scales
         self.runs_kernels = runs_kernels(DEVICE, self.config)
         self.lengths, self.layers, self.group, self.kv_heads = lengths, layers, group, kv_heads
         self._place(lengths, page_size, slot_seed)
-        self.pool = FakePool(layers, self.slots, kv_heads, dtype)
+        stored = FP8_TYPES.get(kv_cache_dtype, dtype)
+        self.pool = FakePool(layers, self.slots, kv_heads, stored)
         runner = SimpleNamespace(
             device=DEVICE,
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
             token_to_kv_pool=self.pool,
             model_config=SimpleNamespace(
-                context_len=max(lengths), get_num_kv_heads=lambda ranks: kv_heads
+                context_len=max(lengths), get_num_kv_heads=lambda ranks: kv_heads, dtype=dtype
             ),
             server_args=SimpleNamespace(tp_size=1, enable_metrics=False),
             ps=SimpleNamespace(tp_rank=0),
@@ -182,6 +197,7 @@ class Harness:
 
     def layer(self, layer_id: int) -> SimpleNamespace:
         """What SGLang's RadixAttention says of a layer."""
+        k_scale, v_scale = (self.scales if layer_id else None) or (None, None)
         return SimpleNamespace(
             layer_id=layer_id,
             scaling=HEAD_DIM**-0.5,
@@ -193,7 +209,21 @@ class Harness:
             is_cross_attention=False,
             sliding_window_size=self.config.window_of(layer_id) - 1,
             logit_cap=0.0,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            k_scale_float=k_scale,
+            v_scale_float=v_scale,
         )
+
+    def kept(self, layer_id: int, request: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A request's Q, K and V in float64, on the CPU, as the pool's type keeps K and V."""
+        q, k, v = self.qkv[layer_id][request]
+        scales = (self.scales if layer_id else None) or (1.0, 1.0)
+        stored = (
+            (tensor / scale).to(self.pool.keys[0].dtype).double() * scale
+            for tensor, scale in zip((k, v), scales, strict=True)
+        )
+        return tuple(tensor.cpu() for tensor in (q.double(), *stored))
 
     def _layer(self, layer_id: int, spans: list[tuple[int, int, int]], batch) -> None:
         q, k, v = (
@@ -259,7 +289,7 @@ def attended(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
 
 def expected_output(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
     """Masked float64 attention over the recorded selections, written out without the kernels."""
-    q, k, v = (tensor.double().cpu() for tensor in harness.qkv[layer_id][request])
+    q, k, v = harness.kept(layer_id, request)
     length, group = len(q), harness.group
     mask = attended(harness, layer_id, request)
     logits = torch.einsum("qhgd,khd->hgqk", q.view(length, -1, group, HEAD_DIM), k)

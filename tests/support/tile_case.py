@@ -35,8 +35,12 @@ class TileCase:
         dtype: torch.dtype = torch.float16,
         spread: float = 2.0,
         seed: int = 0,
+        stored: torch.dtype | None = None,
     ) -> "TileCase":
-        """Make requests of (positions that a cache held, length)."""
+        """Make requests of (positions that a cache held, length).
+
+        stored: type of keys and values, where it is not that of queries.
+        """
         generator = torch.Generator().manual_seed(seed)
         pages = [-(-length // page_size) for _, length in extends]
         order = torch.randperm(sum(pages), generator=generator) + 1
@@ -58,8 +62,8 @@ class TileCase:
         for cache in (k, v):
             cache[used] = torch.randn(len(used), kv_heads, dim, generator=generator)
         q = torch.randn(tokens, kv_heads * group, dim, generator=generator) * spread
-        tensors = (tensor.to(DEVICE, dtype) for tensor in (q, k, v))
-        return TileCase(*tensors, table.to(DEVICE), places, dim**-0.5)
+        caches = (cache.to(DEVICE, stored or dtype) for cache in (k, v))
+        return TileCase(q.to(DEVICE, dtype), *caches, table.to(DEVICE), places, dim**-0.5)
 
     @property
     def rows(self) -> Rows:

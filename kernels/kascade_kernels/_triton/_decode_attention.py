@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import bounded, of_mapped_list, soften, store_part
+from kascade_kernels._triton._primitives import (
+    bounded,
+    of_mapped_list,
+    soften,
+    store_part,
+    to_meet,
+    widen,
+)
 
 
 @triton.jit
@@ -46,6 +53,7 @@ def decode_attention_kernel(
     list_ = slots + of_mapped_list(offsets, row, head_map, head, LISTS)
     q_rows = row.to(tl.int64) * stride_q + (head * GROUP + group) * D
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
+    queries = to_meet(queries, k)
 
     largest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -55,11 +63,11 @@ def decode_attention_kernel(
         visible = index < hi
         slot = tl.load(list_ + index, mask=visible, other=0).to(tl.int64)
         address = slot[:, None] * stride_k + head * D + dim[None, :]
-        keys = tl.load(k + address, mask=visible[:, None], other=0.0)
+        keys = widen(tl.load(k + address, mask=visible[:, None], other=0.0))
         s = tl.dot(queries, tl.trans(keys)) * scale_log2
         s = tl.where(visible[None, :], bounded(s), float("-inf"))
         weights, shrink, largest, total = soften(s, tl.max(s, 1), largest, total)
-        values = tl.load(v + address, mask=visible[:, None], other=0.0)
+        values = widen(tl.load(v + address, mask=visible[:, None], other=0.0))
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
 
     store_part(part_lse, part_out, part, acc, largest, total, real, D)

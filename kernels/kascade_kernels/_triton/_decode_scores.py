@@ -16,6 +16,8 @@ from kascade_kernels._triton._primitives import (
     soften,
     store_counts,
     store_part,
+    to_meet,
+    widen,
 )
 
 
@@ -92,6 +94,7 @@ def decode_scores_kernel(
         return
     q_rows = lane_row.to(tl.int64) * stride_q + lane_head * D
     queries = tl.load(q + q_rows[:, None] + dim[None, :], mask=real[:, None], other=0.0)
+    queries = to_meet(queries, k)
     if EIGHT_BIT:
         queries, q_scales = _quantise_rows(queries.to(tl.float32))
     row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
@@ -104,7 +107,7 @@ def decode_scores_kernel(
         visible = position < hi
         slot = load_slots(row_slots, position, visible)
         address = slot[:, None] * stride_k + head * D + dim[None, :]
-        keys = tl.load(k + address, mask=visible[:, None], other=0)
+        keys = widen(tl.load(k + address, mask=visible[:, None], other=0.0))
         if EIGHT_BIT:
             k_scale = tl.load(k_scales + slot * HEADS + head, mask=visible, other=0.0)
             products = tl.dot(queries, tl.trans(keys), out_dtype=tl.int32).to(tl.float32)
@@ -123,7 +126,7 @@ def decode_scores_kernel(
             tl.store(block_max + where // BLOCK, m_block, mask=scored)
         weights, shrink, largest, total = soften(s, m_block, largest, total)
         if ATTEND:
-            values = tl.load(v + address, mask=visible[:, None], other=0.0)
+            values = widen(tl.load(v + address, mask=visible[:, None], other=0.0))
             acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
 
     if ATTEND:

@@ -14,6 +14,7 @@ def merge_parts_kernel(
     spans,  # int32 [rows], steps of one part
     head_map,  # int32 [H], which of a row's lengths a KV head has; read where LISTS > 1
     out,  # [rows, Hq, D]
+    v_scale,
     STEP: tl.constexpr,
     Q_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -39,4 +40,6 @@ def merge_parts_kernel(
         address = (index * SPLITS + part)[:, None] * D + dim[None, :]
         values = tl.load(part_out + address, mask=(part < used)[:, None], other=0.0)
         merged += tl.sum(values * tl.exp2(one - top)[:, None], 0)
+    if v_scale is not None:
+        merged *= v_scale
     tl.store(out + index * D + dim, (merged / total).to(out.dtype.element_ty))

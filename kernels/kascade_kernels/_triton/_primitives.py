@@ -52,6 +52,22 @@ def of_mapped_list(values, row, head_map, head, LISTS: tl.constexpr):
 
 
 @triton.jit
+def widen(keys):
+    """Keys or values as products take them: fp8 in half precision, which holds it exactly.
+
+    Not in bfloat16: Hopper converts two values to half precision in one instruction, and to
+    bfloat16 in three.
+    """
+    return keys.to(tl.float16) if keys.dtype.is_fp8() else keys
+
+
+@triton.jit
+def to_meet(queries, k):
+    """Queries as they are multiplied with the keys that ``k`` points at, once widened."""
+    return queries.to(tl.float16) if k.dtype.element_ty.is_fp8() else queries
+
+
+@triton.jit
 def bounded(logits):
     """Logits whose differences are finite also where q.k overflows."""
     return tl.minimum(tl.maximum(logits, -LOGIT_BOUND), LOGIT_BOUND)

@@ -43,6 +43,7 @@ def tile_attention_kernel(
     counts,  # int32 [rows, LISTS]
     head_map,  # int32 [H]
     out,  # [tokens, Hq, D]
+    v_scale,
     scale_log2,
     stride_q,
     stride_q_head,
@@ -75,7 +76,7 @@ def tile_attention_kernel(
     query = query_row // GROUP
     q_head = head * GROUP + query_row % GROUP
     token = tl.load(starts + row) + query
-    queries = load_queries(q, token, q_head, query < count, stride_q, stride_q_head, D)
+    queries = load_queries(q, k, token, q_head, query < count, stride_q, stride_q_head, D)
     acc = tl.zeros([ROWS, D], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -115,5 +116,7 @@ def tile_attention_kernel(
     token = tl.load(starts + row) + query_row // GROUP
     live = query_row // GROUP < tl.load(tokens + row)
     at = token.to(tl.int64) * stride_out + q_head * stride_out_head
+    if v_scale is not None:
+        acc *= v_scale
     result = (acc / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + at[:, None] + tl.arange(0, D)[None, :], result, mask=live[:, None])

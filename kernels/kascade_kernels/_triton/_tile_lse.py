@@ -105,7 +105,7 @@ def tile_lse_kernel(
     live = query < count
     token = tl.load(starts + row) + query
     q_head = head * GROUP + query_row % GROUP
-    queries = load_queries(q, token, q_head, live, stride_q, stride_q_head, D)
+    queries = load_queries(q, k, token, q_head, live, stride_q, stride_q_head, D)
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)

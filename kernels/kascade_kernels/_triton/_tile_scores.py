@@ -136,7 +136,7 @@ def tile_scores_kernel(
                 live = query_row // GROUP < count
                 token = start + query_row // GROUP
                 q_head = head * GROUP + query_row % GROUP
-                queries = load_queries(q, token, q_head, live, stride_q, stride_q_head, D)
+                queries = load_queries(q, k, token, q_head, live, stride_q, stride_q_head, D)
                 lse_at = (of_row.to(tl.int64) * HEADS + head) * (TILE * GROUP) + query_row
                 lse_rows = tl.load(lse + lse_at, mask=live, other=float("inf"))
                 q_scale = 1.0

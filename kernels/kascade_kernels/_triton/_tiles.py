@@ -8,7 +8,7 @@ consecutive query rows.
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import TILE
+from kascade_kernels._triton._primitives import TILE, to_meet, widen
 
 MAX_ROWS = tl.constexpr(128)
 
@@ -27,11 +27,11 @@ def block_count(group: int) -> int:
 
 
 @triton.jit
-def load_queries(q, token, q_head, live, token_stride, head_stride, D: tl.constexpr):
-    """Query rows [N, D] of tokens [N] and query heads [N]; zero where not live."""
+def load_queries(q, k, token, q_head, live, token_stride, head_stride, D: tl.constexpr):
+    """Query rows [N, D] of tokens [N] and query heads [N], to meet ``k``; zero where not live."""
     at = token.to(tl.int64) * token_stride + q_head * head_stride
     dim = tl.arange(0, D)
-    return tl.load(q + at[:, None] + dim[None, :], mask=live[:, None], other=0.0)
+    return to_meet(tl.load(q + at[:, None] + dim[None, :], mask=live[:, None], other=0.0), k)
 
 
 @triton.jit
@@ -46,6 +46,6 @@ def clamped_slots(row_slots, position, last):
 
 @triton.jit
 def gather_keys(k, slot, head, slot_stride, head_stride, D: tl.constexpr):
-    """Keys [N, D] of one head in slots [N]."""
+    """Keys [N, D] of one head in slots [N], as products take them."""
     at = slot * slot_stride + head * head_stride
-    return tl.load(k + at[:, None] + tl.arange(0, D)[None, :])
+    return widen(tl.load(k + at[:, None] + tl.arange(0, D)[None, :]))
