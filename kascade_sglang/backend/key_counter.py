@@ -1,4 +1,4 @@
-"""How many keys were read, beside how many dense attention would have read.
+"""How many keys were read, how long lists were, and which steps were dense.
 
 Published through prometheus_client, so SGLang's ``/metrics`` (``--enable-metrics``) shows them.
 """
@@ -10,6 +10,7 @@ from dataclasses import fields
 import numpy as np
 from prometheus_client import Counter
 
+from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.host.steps import Batch
 from kascade_sglang.sparsity import KeyReads, reads_by_query
@@ -20,6 +21,21 @@ KEY_READS = Counter(
     "attention), scored (K read by an anchor's selection), dense (what dense attention reads).",
     ["phase", "kind"],
 )
+
+
+LIST_LENGTHS = Counter(
+    "kascade_list_lengths",
+    "Queries by how many keys their tile's list in a sparse layer holds, its own 32 included: a "
+    "cumulative histogram, whose le=+Inf counts all queries.",
+    ["phase", "le"],
+)
+STEPS = Counter(
+    "kascade_steps",
+    "Steps. dense: yes where every query of the step read all keys, because budgets cover them or "
+    "the phase is served densely.",
+    ["phase", "dense"],
+)
+BUCKETS = tuple(2**power for power in range(8, 18))
 
 
 KINDS = tuple(field.name for field in fields(KeyReads))
@@ -42,6 +58,9 @@ class KeyCounter:
             phase: [KEY_READS.labels(phase, kind) for kind in KINDS]
             for phase in ("prefill", "decode")
         }
+        prefill = config.prefill_budget if config.sparse_prefill else Budget(ratio=1.0)
+        budgets = {"prefill": prefill, "decode": config.budget}
+        self._lists = {name: _ListCounter(name, budgets[name], context) for name in budgets}
 
     def add(self, batch: Batch) -> None:
         """Count one step; requests that pad a batch to a graph's size are left out."""
@@ -51,3 +70,32 @@ class KeyCounter:
         reads = (before[:, ends[:real]] - before[:, begins[:real]]).sum(axis=1)
         for counter, count in zip(self._counters[phase], reads.tolist(), strict=True):
             counter.inc(count)
+        self._lists[phase].add(begins[:real], ends[:real])
+
+
+class _ListCounter:
+    """Counts queries by the lengths of their lists, and steps.
+
+    Lists only grow with the position, so a length is a first position, and no query is looked at.
+    """
+
+    def __init__(self, phase: str, budget: Budget, context: int) -> None:
+        tiles = np.arange(tile_of(max(context, 1) - 1) + 1)
+        lengths = budget.selected_counts(tiles) + TILE
+        # The first position whose list is longer than each bucket's bound.
+        longer = TILE * np.searchsorted(lengths, BUCKETS, side="right")
+        self._ends = np.append(longer, tiles.size * TILE)[:, None]
+        bounds = (*map(str, BUCKETS), "+Inf")
+        self._lengths = [LIST_LENGTHS.labels(phase, bound) for bound in bounds]
+        self._first_sparse = TILE * int(np.sum(lengths == TILE * (tiles + 1)))
+        self._steps = {dense: STEPS.labels(phase, "yes" if dense else "no") for dense in (0, 1)}
+
+    def add(self, begins: np.ndarray, ends: np.ndarray) -> None:
+        """Count a step's queries, at positions [begin, end) of each request: int64 [requests]."""
+        if not ends.size:
+            return
+        self._steps[int(ends.max() <= self._first_sparse)].inc()
+        counts = (np.minimum(ends, self._ends) - np.minimum(begins, self._ends)).sum(axis=1)
+        for counter, count in zip(self._lengths, counts.tolist(), strict=True):
+            if count:
+                counter.inc(count)
