@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
 .PHONY: demo serve test test-fast fuzz test-host try-host test-serving test-kernels test-gpu sanitize check eval bench \
-	bench-decode bench-prefill bench-quality bench-serving soak readme-tables wheel clean
+	bench-decode bench-prefill bench-quality bench-serving soak readme-tables wheel test-wheel clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 found; name one with PYTHON=..."; exit 1; }
@@ -106,7 +106,20 @@ soak: $(STAMP)  ## mixed load on one server, on a GPU, every reply checked; MODE
 		-- --max-total-tokens 100000 --mem-fraction-static 0.5 --schedule-conservativeness 0.05)
 
 wheel: $(STAMP)  ## an sdist and a wheel, in dist/
+	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+
+# The environment is $(STAMP)'s, but for the package itself: it comes from the wheel, and is asked
+# outside the checkout.
+test-wheel: export PYTHONPATH :=
+test-wheel: WHEEL_VENV = build/wheel-$(SGLANG)
+test-wheel: wheel  ## install the wheel in a fresh venv and ask its server: make test-wheel SGLANG=0.5.23
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(BIN)/python -m uv pip install --quiet --python $(WHEEL_VENV)/bin/python \
+		--override $(VENV)/overrides dist/kascade_sglang-*.whl sglang==$(SGLANG)
+	cp tests/project/ask_wheel.py $(WHEEL_VENV)/
+	cd $(WHEEL_VENV) && bin/python -I ask_wheel.py
 
 readme-tables: $(STAMP)  ## fill the documents' tables in from benchmarks/results
 	$(BIN)/python -m benchmarks.readme_tables

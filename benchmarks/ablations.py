@@ -23,8 +23,10 @@ from kascade_sglang.calibration.build import CRITERIA
 from kascade_sglang.calibration.run import CalibrationConfig, Measured, measure
 from kascade_sglang.calibration.sources import PromptSource
 from kascade_sglang.demo.recipe.prompts import write_prompts
-from kascade_sglang.evaluation.__main__ import ask_server, make_documents
+from kascade_sglang.evaluation.__main__ import LENGTHS, ask_server, settings_of
 from kascade_sglang.evaluation.intervals import wilson
+from kascade_sglang.evaluation.planted_facts import facts_tasks
+from kascade_sglang.evaluation.results import Results
 from kascade_sglang.files import append_csv
 from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.plan.library import PLAN_NAME
@@ -81,7 +83,7 @@ def objectives(measured: Measured, anchors: tuple[int, ...]) -> dict[str, float]
 
 
 def evaluate(
-    candidate: Candidate, options: argparse.Namespace, documents: dict, folder: Path, bar: Any
+    candidate: Candidate, options: argparse.Namespace, results: Results, folder: Path, bar: Any
 ) -> dict[str, Any]:
     """Serve one plan, ask everything and return its row but the objectives."""
     plan, path = candidate.plan, folder / f"{candidate.name}.json"
@@ -90,9 +92,11 @@ def evaluate(
     arguments = demo_arguments("kascade", options.dense)
     arguments += ["--kascade-plan", str(path), "--kascade-topk-ratio", str(RATIO)]
     environment = {"KASCADE_TILE": str(candidate.tile)}
-    rows = ask_server(arguments, environment, documents, path.with_suffix(".log"), bar)
+    settings = settings_of(options.lengths, options.samples, candidate.name)
+    log = path.with_suffix(".log")
+    rows = ask_server(arguments, environment, log, settings, results, bar.update)
     asked = sum(row["n"] for row in rows)
-    right = sum(round(row["accuracy"] * row["n"]) for row in rows)
+    right = sum(round(float(row["score"]) * row["n"] / 100) for row in rows)
     low, high = wilson(right, asked)
     return {
         "choice": candidate.choice,
@@ -103,7 +107,7 @@ def evaluate(
         "low": round(low, 4),
         "high": round(high, 4),
         "n": asked,
-        "attended": round(sum(row["attended"] for row in rows) / len(rows), 4),
+        "attended": round(sum(float(row["prefill_attended"]) for row in rows) / len(rows), 4),
     }
 
 
@@ -112,8 +116,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ablations.py", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=CHOICES, default=CHOICES, help="run these")
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="of anchors")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--documents", type=int, default=4, help="documents per length")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--samples", type=int, default=20, help="of each task and length")
     parser.add_argument("--measured-tiles", type=int, default=48, help="of each prompt")
     parser.add_argument("--tiles", type=int, nargs="*", default=list(TILES), help="sizes")
     parser.add_argument("--parallel", type=int, default=1, help="servers to run side by side")
@@ -134,18 +138,18 @@ def main() -> int:
         model=str(MODEL), out=folder / "plan.json", source=source, tiles=options.measured_tiles
     )
     measured, _ = measure(config)
-    documents = {length: make_documents(length, options.documents, 5) for length in options.lengths}
+    results = Results(folder / "answers.csv")
     every = candidates(measured, tuple(options.counts), DRAWS, tuple(options.tiles))
     plans = [one for one in every if one.choice in options.only]
     stamp = provenance(options.commit)
-    questions = sum(len(d.questions) for group in documents.values() for d in group)
+    questions = len(facts_tasks()) * len(options.lengths) * options.samples
     with (
         tqdm(total=len(plans) * questions, unit="question") as bar,
         ThreadPoolExecutor(options.parallel) as pool,
     ):
 
         def run(candidate: Candidate) -> dict[str, Any]:
-            return evaluate(candidate, options, documents, folder, bar)
+            return evaluate(candidate, options, results, folder, bar)
 
         for candidate, row in zip(plans, pool.map(run, plans), strict=True):
             row |= objectives(measured, candidate.plan.anchors)

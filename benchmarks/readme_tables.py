@@ -21,7 +21,8 @@ from benchmarks.plot_serving import newest_runs
 from benchmarks.serving_profile import STEPS
 from benchmarks.serving_workloads import WORKLOADS, compare, medians
 from kascade_sglang import settings
-from kascade_sglang.evaluation.comparison import mean_accuracy, read_rows
+from kascade_sglang.evaluation.results import Results
+from kascade_sglang.evaluation.show import BUDGET, means
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -44,24 +45,16 @@ def demo_table() -> str:
 
 def quality_table() -> str:
     """``make eval``: share of right replies, one row a method, one column a budget."""
-    rows = read_rows(RESULTS / "quality_demo.csv")
-    means = mean_accuracy(rows)
-    asked = {
-        key: sum(int(r["n"]) for r in rows if (r["method"], r["heads"], r["ratio"]) == key)
-        for key in means
-    }
-    ratios = sorted({key[2] for key in means if key[2]}, key=float)
-    lines = []
-    for method, heads in dict.fromkeys(key[:2] for key in means):
-        name = f"{method}, {heads}" if method == "kascade" else method
-        if (method, heads, "") in means:
-            key = (method, heads, "")
-            cells = [f"{means[key]:.1%} (n={asked[key]})"] * len(ratios)
-        else:
-            keys = [(method, heads, ratio) for ratio in ratios]
-            cells = [f"{means[k]:.1%} (n={asked[k]})" if k in means else "" for k in keys]
-        lines.append([name, *cells])
-    return markdown(["method", *(f"{float(ratio):.0%}" for ratio in ratios)], lines)
+    found = means(Results(RESULTS / "quality_demo.csv").rows())
+    cells = {label: f"{mean:.1f}% (n={count})" for label, (mean, count) in found.items()}
+    split = {label: BUDGET.fullmatch(label) for label in cells}
+    budgets = sorted({match[2] for match in split.values() if match}, key=float)
+    methods = dict.fromkeys(match[1] if match else label for label, match in split.items())
+    lines = [
+        [name, *(cells.get(name) or cells.get(f"{name} {budget}%", "") for budget in budgets)]
+        for name in methods
+    ]
+    return markdown(["method", *(f"{budget}%" for budget in budgets)], lines)
 
 
 def models_table() -> str:

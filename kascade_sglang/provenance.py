@@ -39,6 +39,7 @@ def provenance(commit: str | None = None) -> dict[str, str]:
 
     commit: where the files are no repository; otherwise it is asked.
     """
+    named = versions()
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -49,7 +50,7 @@ def provenance(commit: str | None = None) -> dict[str, str]:
     return {
         "device": device_name(),
         "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
-        "versions": f"sglang {version('sglang')} torch {torch.__version__}",
+        "versions": f"sglang {named['sglang']} torch {named['torch']}",
         "commit": commit or described.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
     }

@@ -18,7 +18,6 @@ from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.runtime import (
     AttentionBackend,
     build_dense_backend,
-    require_layer,
 )
 from kascade_sglang.host.steps import Batch, Layer, Rank, asks_of
 from kascade_sglang.plan.schema import LayerRole
@@ -169,7 +168,6 @@ class KascadeAttnBackend(AttentionBackend):
         save_kv_cache: bool,
         **kwargs: object,
     ) -> torch.Tensor:
-        require_layer(layer, self.config.window_of(layer.layer_id))
         if k is None or kwargs:
             raise KascadeError(
                 f"layer {layer.layer_id}: expected q, k and v alone, got "

@@ -12,7 +12,7 @@ from kascade_sglang.config import KascadeConfig
 SETTINGS = Gauge(
     "kascade_settings",
     "What the server serves with, as labels; always 1.",
-    FIELDS,
+    tuple(FIELDS),
     # One series for all ranks, which serve alike.
     multiprocess_mode="max",
 )

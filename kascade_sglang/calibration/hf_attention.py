@@ -202,7 +202,7 @@ class KascadeAttention:
             return dense_attention(q, k, v, scale)
         outputs = []
         for tile, q_tile, end in query_tiles(q, length):
-            selected = self._keys_for(layer, tile)
+            selected = self.keys_for(layer, tile)
             own = torch.arange(TILE * tile, end, device=q.device)
             outputs.append(tile_attention(q_tile, k, v, selected, own, scale))
         return torch.cat(outputs)
@@ -214,8 +214,11 @@ class KascadeAttention:
             scores = pool_heads(scores)
         return select_topk(scores, self._plan.budget.selected(tile))
 
-    def _keys_for(self, layer: int, tile: int) -> torch.Tensor:
-        """Return the positions that each KV head of a layer attends to: int64 [H, count]."""
+    def keys_for(self, layer: int, tile: int) -> torch.Tensor:
+        """Return the positions before a tile that each KV head of a sparse layer attends to.
+
+        int64 [H, count], of the tiles that the last forward pass computed.
+        """
         selected = self._selected[self._plan.anchor_of[layer]][tile]
         if self._plan.heads == "pooled":
             return selected.expand(self._plan.shape.kv_heads, -1)

@@ -19,6 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from kascade_sglang.calibration.hf_model import load_model, load_tokenizer, pick_device
+from kascade_sglang.calibration.prompts import to_prompt
+from kascade_sglang.calibration.selection import watch
+from kascade_sglang.calibration.selection_page import check_target, write_page
 from kascade_sglang.config import KascadeConfig, load_config
 from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.plan.library import PLAN_NAME
@@ -28,7 +32,7 @@ from kascade_sglang.servers.client import Answer, ask, ask_all, client_of
 from kascade_sglang.servers.demo_model import MODEL, demo_arguments
 from kascade_sglang.servers.process import Server, run_command
 from kascade_sglang.sparsity import key_reads
-from kascade_sglang.text.documents import Document, make_document
+from kascade_sglang.text.documents import Document, make_document, messages
 
 DOCUMENTS = 3
 DOCUMENT_TOKENS = 4300
@@ -171,6 +175,18 @@ def record(runs: list[Run], folder: Path) -> None:
     (folder / "demo.svg").write_text(svg)
 
 
+def draw_selection(config: KascadeConfig, path: Path) -> None:
+    """Answer the first question once more, offline, and draw what each layer read for it."""
+    document = documents()[0]
+    question = document.questions[0]
+    with console.status("drawing what was read: two minutes on a CPU"):
+        model = load_model(str(MODEL), "auto", pick_device("auto"))
+        tokenizer = load_tokenizer(str(MODEL))
+        ids = to_prompt({"messages": messages(document, question)}, "demo", tokenizer, None, None)
+        write_page(watch(model, config, ids.ids), tokenizer.decode, path, question.answer)
+    console.print(f"what each layer read for the first answer: {path.resolve()}")
+
+
 def failures(kascade: Run, dense: Run) -> list[str]:
     """Return what went wrong, one sentence each."""
     found = []
@@ -193,7 +209,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--record", type=Path, metavar="FOLDER", help="write demo.csv and demo.svg")
     parser.add_argument("--dense", default=default_dense_backend(), help="backend to compare with")
+    parser.add_argument("--page", type=Path, default=Path("demo.html"), help="what was read, drawn")
     options = parser.parse_args()
+    check_target("--page", options.page, {})
     plan = load_plan(MODEL / PLAN_NAME)
     config = load_config(str(MODEL), plan.shape)
     logs = Path(tempfile.mkdtemp(prefix="kascade-demo-"))
@@ -205,6 +223,7 @@ def main() -> int:
     console.print(comparison(runs))
     if options.record:
         record(runs, options.record)
+    draw_selection(config, options.page)
     problems = failures(*runs)
     for problem in problems:
         console.print(f"[red]{problem}[/]")

@@ -1,1 +1,1 @@
-"""Evaluation of methods on the demo model (``make eval``) and of any server (``kascade eval``)."""
+"""Evaluation of any server (``kascade eval``), and of methods on the demo model (``make eval``)."""

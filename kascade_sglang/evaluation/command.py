@@ -55,11 +55,20 @@ def add_eval(commands: "argparse._SubParsersAction") -> None:
     )
     add("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
     add("--label", help="names the run in results (the server's attention backend)")
+    add("--note", default="", help="a remark that every row keeps, such as what the server runs on")
     add("--concurrency", type=int, default=4, help="requests in flight (4)")
     add("--temperature", type=float, default=0.0, help="of sampling (0)")
     add("--max-tokens", type=int, help="longest reply (what the benchmark prescribes)")
     add("--timeout", type=float, default=3600, help="seconds for one reply (3600)")
     add("--plot", type=Path, help="also draw scores against lengths, .png, .svg or .pdf")
+    add(
+        "--report",
+        type=Path,
+        metavar="PAGE.html",
+        help="also draw what each layer reads of the first prompt: answered again offline, on the "
+        "CPU, with the weights in the folder of --tokenizer, by the plan and the KASCADE_ "
+        "variables found here",
+    )
     parser.set_defaults(run=evaluate)
 
 
@@ -83,11 +92,17 @@ def evaluate(args: argparse.Namespace) -> None:
     from kascade_sglang.evaluation.harness import LOUD, Harness
     from kascade_sglang.evaluation.registry import groups, pick
     from kascade_sglang.evaluation.results import Results
-    from kascade_sglang.evaluation.show import check_drawable, plot, table
+    from kascade_sglang.evaluation.samples import Order
+    from kascade_sglang.evaluation.show import check_drawable, plot, summary, table
     from kascade_sglang.evaluation.tokens import Tokens
 
     known = groups(args.squad, args.aime, args.longbench, args.text)
     tasks = pick([name.strip() for name in args.tasks.split(",") if name.strip()], known)
+    drawn = None
+    if args.report is not None:
+        from kascade_sglang.evaluation.picture import pick_task
+
+        drawn = pick_task(tasks)
     endpoint = Endpoint.probe(args.url, args.served_model, args.chat_template_kwargs)
     if endpoint.others:
         print(
@@ -113,13 +128,24 @@ def evaluate(args: argparse.Namespace) -> None:
         )
         raise
     # Rows of other runs in the same file are what these are to be compared with.
-    Console(width=None if sys.stdout.isatty() else 180).print(table(results.rows()))
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(table(results.rows()))
+    if len({row["label"] for row in results.rows()}) > 1:
+        console.print(summary(results.rows()))
     for row in rows:
         if any(note in row["note"] for note in LOUD):
             where = f"{row['task']} {row['length']}".strip()
             print(f"kascade: warning: {where}: {row['note']}", file=sys.stderr)
     if args.plot is not None:
         plot(results.rows(), args.plot)
+    if drawn is not None:
+        from kascade_sglang.evaluation.picture import draw_first_sample
+
+        length = args.lengths[0] if drawn.by_length else None
+        order = Order(length, 1, args.seed, tokens, endpoint.context)
+        print(f"kascade: drawing a prompt of {drawn.name}", file=sys.stderr)
+        folder = _tokenizer(args, endpoint)
+        draw_first_sample(folder, drawn, order, args.report, args.trust_remote_code)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -145,6 +171,10 @@ def _check(args: argparse.Namespace) -> None:
         from kascade_sglang.evaluation.show import check_target
 
         check_target(args.plot, args.out)
+    if args.report is not None:
+        from kascade_sglang.calibration.selection_page import check_target as check_page
+
+        check_page("--report", args.report, {"--out": args.out, "--plot": args.plot})
 
 
 def _tokenizer(args: argparse.Namespace, endpoint: "Endpoint") -> str:
@@ -169,6 +199,7 @@ def _settings(args: argparse.Namespace, endpoint: "Endpoint") -> "EvalSettings":
         timeout=args.timeout,
         max_tokens=args.max_tokens,
         label=args.label or endpoint.backend,
+        note=args.note,
     )
 
 

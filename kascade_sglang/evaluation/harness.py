@@ -43,6 +43,7 @@ class EvalSettings:
     samples: of each task and length. prompt: one of endpoint.PROMPTS.
     concurrency: requests in flight. timeout: seconds for one reply.
     max_tokens: longest reply, None for the benchmark's own. label: names the run in results.
+    note: a remark that every row keeps.
     """
 
     lengths: tuple[int, ...]
@@ -54,6 +55,7 @@ class EvalSettings:
     timeout: float
     max_tokens: int | None
     label: str
+    note: str = ""
 
 
 class Harness:
@@ -228,6 +230,7 @@ class Harness:
             "data": task.data,
             "note": "; ".join(
                 [
+                    *filter(None, [self._settings.note]),
                     *_notes_on_keys(after, prefill, decode),
                     *_notes_on_replies(samples, replies),
                     *([f"template: {json.dumps(template)}"] if template else []),

@@ -27,10 +27,11 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Name for progress lines and plots."""
+        """Name in results, in which ``show`` finds the budget."""
         if self.ratio is None:
             return self.name
-        return f"{self.name} {self.heads} {self.ratio:.0%}"
+        heads = f", {self.heads}" if self.name == "kascade" else ""
+        return f"{self.name}{heads} {100 * self.ratio:g}%"
 
 
 def all_methods(ratios: list[float]) -> list[Method]:

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from kascade_sglang.evaluation.endpoint import Reply
 COLUMNS = """label model task length n score low high metric prompt_tokens output_tokens
     prefill_attended decode_attended seconds prompt temperature seed samples data note version
     date""".split()
-NUMBERS = ("n", "score", "low", "high", "prompt_tokens", "output_tokens", "seconds")
-SHARES = ("prefill_attended", "decode_attended")
+NUMBERS = ("n", "score", "low", "high")
+MAYBE = ("prompt_tokens", "output_tokens", "seconds", "prefill_attended", "decode_attended")
+"""Numbers that are not always known."""
 KEY = ("label", "model", "task", "length", "prompt", "temperature", "samples")
 """Columns that say what was measured; ``samples`` is the fingerprint of all prompts."""
 
@@ -33,6 +35,7 @@ class LineFile:
 
     def __init__(self, path: Path, header: str = "") -> None:
         self.path, self._header = path, header
+        self._lock = threading.Lock()
         try:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise EvaluationError(f"--out {path}: not a file")
@@ -72,7 +75,10 @@ class LineFile:
 
     def append(self, line: str) -> None:
         """Add a line and see it on disk; where that fails, the file is as it was before."""
-        data = (line + "\n").encode()
+        with self._lock:
+            self._append((line + "\n").encode())
+
+    def _append(self, data: bytes) -> None:
         try:
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
@@ -161,5 +167,5 @@ def _check_row(row: dict[Any, Any]) -> None:
     int(row["length"] or 0)
     for name in NUMBERS:
         float(row[name])
-    for name in SHARES:
+    for name in MAYBE:
         float(row[name] or 0)

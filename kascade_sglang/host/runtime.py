@@ -30,7 +30,6 @@ __all__ = [
     "local_kv_heads",
     "local_layers",
     "releasable",
-    "require_layer",
     "require_layers",
     "require_plain_pool",
     "require_scales",
@@ -91,7 +90,7 @@ def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
         )
 
 
-def require_layer(layer: RadixAttention, window: int) -> None:
+def _require_layer(layer: RadixAttention, window: int) -> None:
     """Raise KascadeError unless a layer is causal self-attention with such a window.
 
     window: positions that a query sees, its own included; 0 where it sees all before it.
@@ -111,10 +110,13 @@ def require_layer(layer: RadixAttention, window: int) -> None:
 
 
 def require_layers(model: torch.nn.Module, window_of: Callable[[int], int]) -> None:
-    """Raise KascadeError unless each layer of a loaded model has the window that it should have."""
+    """Raise KascadeError unless each layer of a loaded model is causal and has its window.
+
+    Once, as the server starts: the backend asks no layer again.
+    """
     for layer in model.modules():
         if isinstance(layer, RadixAttention):
-            require_layer(layer, window_of(layer.layer_id))
+            _require_layer(layer, window_of(layer.layer_id))
 
 
 def key_value_scales(layer: RadixAttention) -> tuple[float, float]:

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from kascade_kernels.budget import Budget
-from kascade_sglang.backend.key_counter import KEY_READS, KINDS, KeyCounter
+from kascade_sglang.asks import EVERYTHING
+from kascade_sglang.backend.key_counter import (
+    BUCKETS,
+    KEY_READS,
+    KINDS,
+    LIST_LENGTHS,
+    STEPS,
+    KeyCounter,
+)
 from kascade_sglang.backend.selectors import SELECTORS
 from kascade_sglang.config import KascadeConfig, every_layer_an_anchor
 from kascade_sglang.host.steps import Batch
@@ -38,15 +46,19 @@ def test_key_reads(method: str, layers: range | None) -> None:
     assert (reads.attended, reads.scored, reads.dense) == (attended, scored, dense)
 
 
+def batch_of(ends: list[int], prefixes: list[int] | None) -> Batch:
+    """Lengths of a batch; decoding has no prefixes, and 2 of its requests pad it."""
+    unread, padding = torch.empty(0), 2 if prefixes is None else 0
+    ends_cpu = np.array(ends, dtype=np.int64)
+    return Batch(prefixes is None, unread, unread, unread, ends_cpu, prefixes, padding)
+
+
 def counted(counter: KeyCounter, ends: list[int], prefixes: list[int] | None) -> list[float]:
-    """What one batch adds to the published counters; decoding has no prefixes, and 2 pad it."""
+    """What one batch adds to the published counters."""
     phase = "decode" if prefixes is None else "prefill"
     children = [KEY_READS.labels(phase, kind) for kind in KINDS]
     before = [child._value.get() for child in children]
-    unread = torch.empty(0)
-    padding = 2 if prefixes is None else 0
-    ends_cpu = np.array(ends, dtype=np.int64)
-    counter.add(Batch(prefixes is None, unread, unread, unread, ends_cpu, prefixes, padding))
+    counter.add(batch_of(ends, prefixes))
     return [child._value.get() - old for child, old in zip(children, before, strict=True)]
 
 
@@ -73,3 +85,62 @@ def test_a_dense_prefill_counts_what_it_reads() -> None:
     assert (attended, scored) == (dense, 0) == (4 * (501 + 502 + 503), 0)
     attended, scored, dense = counted(counter, [1024, 1, 1], None)
     assert 0 < attended < dense and scored > 0
+
+
+def figures(phase: str) -> dict[str, float]:
+    """Queries by bucket, and steps by whether they were dense."""
+    bounds = (*map(str, BUCKETS), "+Inf")
+    lengths = {bound: LIST_LENGTHS.labels(phase, bound)._value.get() for bound in bounds}
+    return lengths | {name: STEPS.labels(phase, name)._value.get() for name in ("yes", "no")}
+
+
+@pytest.mark.parametrize("phases", ["both", "decode"])
+@pytest.mark.parametrize(
+    ("ends", "prefixes"),
+    [
+        ([5000, 70, 1, 1], None),
+        ([96, 1, 1, 1], None),
+        ([128, 64], [0, 40]),
+        ([5000, 129, 2560], [4000, 0, 2559]),
+        ([4096], [4095]),
+        ([], []),
+    ],
+)
+def test_list_lengths_and_dense_steps(
+    phases: str, ends: list[int], prefixes: list[int] | None
+) -> None:
+    plan = make_plan(layers=4, kv_heads=2, group=4, anchors=(0, 2))
+    budgets = {"decode": Budget(0.1, 96), "prefill": Budget(0.2, 128)}
+    config = KascadeConfig(
+        plan, budgets["decode"], "per_head", phases=phases, prefill=budgets["prefill"]
+    )
+    phase = "decode" if prefixes is None else "prefill"
+    before, batch = figures(phase), batch_of(ends, prefixes)
+    KeyCounter(config, range(4), context=5000).add(batch)
+    grown = {name: value - before[name] for name, value in figures(phase).items()}
+    begins, real = batch.spans[0], len(ends) - batch.padding
+    tiles = [position // 32 for n in range(real) for position in range(begins[n], ends[n])]
+    sparse = phase == "decode" or phases == "both"
+    budget = budgets[phase] if sparse else Budget(1.0)
+    lengths = np.array([budget.selected(tile) + 32 for tile in tiles])
+    expected = {str(bound): (lengths <= bound).sum() for bound in BUCKETS} | {"+Inf": len(tiles)}
+    dense = all(map(budget.is_dense, tiles))
+    expected |= {"yes": float(bool(tiles) and dense), "no": float(bool(tiles) and not dense)}
+    assert grown == expected
+
+
+def test_requests_that_asked_are_counted_by_their_budgets() -> None:
+    plan, own, asked = make_plan(4, 2, 4, (0, 2)), Budget(0.1, 64), Budget(0.5, 64)
+    configs = [KascadeConfig(plan, budget, "per_head") for budget in (own, asked, EVERYTHING)]
+    counter, unread = KeyCounter(configs[0], range(4), context=1024), torch.empty(0)
+    expected = sum(
+        np.array([getattr(key_reads(config, np.arange(end)), kind) for kind in KINDS])
+        for config, end in zip(configs, (700, 500, 900), strict=True)
+    )
+    children = [KEY_READS.labels("prefill", kind) for kind in KINDS]
+    before = [child._value.get() for child in children]
+    ends = np.array([700, 500, 900])
+    budgets = (None, asked, EVERYTHING)
+    counter.add(Batch(False, unread, unread, unread, ends, [0, 0, 0], budgets=budgets))
+    grown = [child._value.get() - old for child, old in zip(children, before, strict=True)]
+    assert grown == expected.tolist()

@@ -9,7 +9,6 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from kascade_kernels.budget import Budget
 from kascade_sglang.config import KascadeConfig, every_layer_an_anchor
-from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.schema import LayerRole
 from kascade_sglang.sparsity import key_reads
 from tests.support.harness import DTYPE, Harness, expected_output, make_plan
@@ -102,14 +101,6 @@ def captured_batch(harness: Harness) -> SimpleNamespace:
         seq_lens_cpu=ends,
         out_cache_loc=harness.req_to_token[1, 39:40].to(torch.int64),
     )
-
-
-def test_a_window_that_the_plan_does_not_know_is_refused() -> None:
-    harness = windowed_harness([40])
-    layer = harness.layer(1)
-    layer.sliding_window_size = 7
-    with pytest.raises(KascadeError, match="layer 1: expected a sliding window of 0 positions"):
-        harness.backend.forward_extend(torch.empty(1, 1), None, None, layer, None)
 
 
 @pytest.mark.parametrize(

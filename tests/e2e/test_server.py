@@ -104,6 +104,8 @@ def test_counters_equal_the_budget(server: Server) -> None:
 def test_eval_command_scores_and_counts_reads(server: Server, tmp_path: Path) -> None:
     out = tmp_path / "results.csv"
     asked = ["--tasks", "facts_single_key,perplexity", "--lengths", "2048", "--samples", "3"]
+    page = tmp_path / "page.html"
+    asked += ["--report", str(page)]
     assert main(["eval", "--url", server.url, *asked, "--out", str(out)]) == 0
     with open(out, newline="") as file:
         facts, perplexity = csv.DictReader(file)
@@ -113,6 +115,7 @@ def test_eval_command_scores_and_counts_reads(server: Server, tmp_path: Path) ->
     assert 0 < float(facts["decode_attended"]) < 0.5
     assert float(perplexity["score"]) > 1
     assert facts["label"] == "kascade"
+    assert "the answer: <b>The " in page.read_text() and "class=mark" in page.read_text()
 
 
 def test_chat_streams_the_right_answer(client: OpenAI) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from kascade_sglang.config import KascadeConfig, load_config
 from kascade_sglang.evaluation.methods import Method, all_methods, server_arguments
+from kascade_sglang.evaluation.show import BUDGET
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import load_plan
 from kascade_sglang.servers.demo_model import MODEL
@@ -51,3 +52,4 @@ def test_without_head_map_every_head_reuses_its_own_number(tmp_path: Path) -> No
 def test_labels_are_file_names_of_their_own() -> None:
     labels = [method.label for method in all_methods([0.05, 0.1, 0.2])]
     assert len(set(labels)) == len(labels) == 28
+    assert [bool(BUDGET.fullmatch(label)) for label in labels] == [False] + [True] * 27

@@ -50,6 +50,8 @@ REFUSALS = {
     "no folder": ("vt", ["--out", "/no/a.csv"], None, "--out /no/a.csv: expected a folder that"),
     "out is a folder": ("vt", ["--out", "/tmp"], None, "--out /tmp: expected a file's name"),
     "out is a device": ("vt", ["--out", "/dev/null"], None, "--out /dev/null: not a file"),
+    "report is no page": ("vt", ["--report", "a.png"], None, "expected a name that ends in .html"),
+    "nothing to show": ("perplexity", ["--report", "a.html"], None, "--report: expected a task"),
     "foreign csv": ("vt", OUT, "a,b\n1,2", OTHER_COLUMNS),
     "csv of labels": ("vt", OUT, "label\nmine\nother\n", OTHER_COLUMNS),
     "one word": ("vt", OUT, "label", OTHER_COLUMNS),
