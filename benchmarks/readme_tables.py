@@ -317,6 +317,8 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "quality": quality_table,
         "prefill": prefill_table,
         "decode": decode_table,
+        "prefill-h200": partial(kernel_table, "prefill_h200.csv", ("default", "fast", "exact")),
+        "decode-h200": partial(kernel_table, "decode_h200.csv", ("default", "fast", "exact")),
         "serving": serving_table,
     },
     "benchmarks/README.md": {
