@@ -250,9 +250,13 @@ def largest_decodes(args: Any) -> tuple[int, int]:
 
     0 where there is none, or where SGLang will choose how many requests may run.
     """
-    decode = args.cuda_graph_config.decode
-    captured = 0 if decode.backend == "disabled" else max([decode.max_bs or 0, *(decode.bs or [])])
-    running = args.max_running_requests or 0
+    chosen = resolved(args)
+    # None where SGLang captures nothing, as 0.5.23 on a CPU.
+    decode = getattr(chosen.cuda_graph_config, "decode", None)
+    captured = 0
+    if decode is not None and decode.backend != "disabled":
+        captured = max([decode.max_bs or 0, *(decode.bs or [])])
+    running = chosen.max_running_requests or 0
     return captured, running if running > captured else 0
 
 

@@ -9,7 +9,7 @@ from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
 from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.decode_attention import decode_attention
-from kascade_kernels.decode_lists import Spans, decode_lists
+from kascade_kernels.decode_lists import Budgets, Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
@@ -101,8 +101,10 @@ def _lists(
     rows, heads, invariant = len(case.lengths), shape.kv_heads, shape.batch_invariant
     spans = Spans.allocate(rows, heads, DEVICE, batch_invariant=invariant)
     counts = torch.empty(rows, shape.lists, dtype=torch.int32, device=DEVICE)
-    decode_lists(case.rows.ends, heads, budget, spans, counts, batch_invariant=invariant)
-    wanted = reference.decode_lists(case.lengths, budget)
+    budgets = [budget] * rows
+    given = Budgets.of(budgets, DEVICE)
+    decode_lists(case.rows.ends, heads, given, spans, counts, batch_invariant=invariant)
+    wanted = reference.decode_lists(case.lengths, budgets)
     wanted = torch.tensor(wanted, device=DEVICE)[:, None].expand_as(counts)
     findings.expect("lengths of lists", counts == wanted)
     if draw.random() < 0.5:
