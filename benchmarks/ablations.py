@@ -1,7 +1,7 @@
 """Which anchors, how many, and tiles of which size: the demo model's answers, all else equal.
 
-The model is measured once. Anchors are then chosen by the dynamic programme of ``kascade
-calibrate`` with either criterion (``error``, ``mass``), evenly spaced, or drawn at random, at
+The model is measured once. Anchors are then chosen as by ``kascade
+calibrate`` with either criterion (``kl``, ``mass``), evenly spaced, or drawn at random, at
 several counts; ``shipped`` are those of the demo model's plan, which also runs with other tiles.
 Every row is one server, and is added to the results.
 """
@@ -37,7 +37,7 @@ from kascade_sglang.servers.process import stop_servers_on_sigterm
 
 RESULTS = Path(__file__).parent / "results/ablations_demo.csv"
 CHOICES = ("shipped", *CRITERIA, "even", "random")
-COLUMNS = """choice anchors count tile mass error accuracy low high n attended
+COLUMNS = """choice anchors count tile accuracy low high n attended
     device dtype versions commit date""".split()
 COUNTS = (4, 6, 8)
 DRAWS = 2
@@ -63,29 +63,23 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Yield all that is compared, the shipped plan's anchors first."""
     layers = measured.shape.layers
-    shipped = measured.plan(load_plan(MODEL / PLAN_NAME).anchors, "per_head")
+    shipped = measured.plan(load_plan(MODEL / PLAN_NAME).anchors, "per_head", "mass")
     for tile in (TILE, *tiles):
         yield Candidate("shipped", shipped, tile)
     for count in counts:
         for criterion in CRITERIA:
             yield Candidate(criterion, measured.plan(count, "per_head", criterion))
         even = tuple(layers * index // count for index in range(count))
-        yield Candidate("even", measured.plan(even, "per_head"))
+        yield Candidate("even", measured.plan(even, "per_head", "mass"))
         for seed in range(draws):
             others = random.Random(seed).sample(range(1, layers), count - 1)
-            yield Candidate("random", measured.plan((0, *sorted(others)), "per_head"))
-
-
-def objectives(measured: Measured, anchors: tuple[int, ...]) -> dict[str, float]:
-    """What either criterion maximises, for given anchors."""
-    plans = {name: measured.plan(anchors, "per_head", name) for name in CRITERIA}
-    return {name: plan.provenance["objective"] for name, plan in plans.items()}
+            yield Candidate("random", measured.plan((0, *sorted(others)), "per_head", "mass"))
 
 
 def evaluate(
     candidate: Candidate, options: argparse.Namespace, results: Results, folder: Path, bar: Any
 ) -> dict[str, Any]:
-    """Serve one plan, ask everything and return its row but the objectives."""
+    """Serve one plan, ask everything and return its row."""
     plan, path = candidate.plan, folder / f"{candidate.name}.json"
     # A plan names its tile, and a server refuses another one.
     path.write_text(json.dumps({**plan.to_json(), "tile": candidate.tile}))
@@ -151,8 +145,7 @@ def main() -> int:
         def run(candidate: Candidate) -> dict[str, Any]:
             return evaluate(candidate, options, results, folder, bar)
 
-        for candidate, row in zip(plans, pool.map(run, plans), strict=True):
-            row |= objectives(measured, candidate.plan.anchors)
+        for row in pool.map(run, plans):
             append_csv(options.out, COLUMNS, [row | stamp])
     return 0
 

@@ -294,11 +294,10 @@ def ablations_table() -> str:
     lines = []
     for row in rows:
         right, low, high = (f"{float(row[name]):.1%}" for name in ("accuracy", "low", "high"))
-        objectives = [f"{float(row[name]):.3f}" for name in ("mass", "error")]
         answers = f"{right} of {row['n']} ({low} to {high})"
-        cells = (row["count"], row["anchors"], row["tile"], *objectives, answers)
+        cells = (row["count"], row["anchors"], row["tile"], answers)
         lines.append([row["choice"], *cells])
-    header = ["anchors chosen by", "count", "layers", "tile", "mass", "-error", "right (95 %)"]
+    header = ["anchors chosen by", "count", "layers", "tile", "right (95 %)"]
     return markdown(header, lines)
 
 

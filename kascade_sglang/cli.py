@@ -103,7 +103,8 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
         "--anchors",
         type=_anchor_count_or_list,
         metavar="K | 0,2,8",
-        help="how many anchor layers to pick (8), layer 0 included, or the layers themselves",
+        help="how many anchor layers to pick, layer 0 included, or the layers themselves; default: "
+        "the fewest whose answers diverge at most twice as much as where every layer selects",
     )
     add("--out", required=True, type=Path, help="the plan file to write")
     add("--report", type=Path, help="also draw a page about it: .png, .svg or .html")
@@ -114,9 +115,9 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
     add("--tiles", type=int, default=64, help="query tiles to measure in each prompt (64)")
     add(
         "--criterion",
-        default="error",
-        help="what to choose anchors by: error (the default), of the last hidden state when a "
-        "layer borrows keys, or mass, attention recovered times importance, the paper's, faster",
+        default="kl",
+        help="what to choose anchors by: kl (the default), divergence of the model's answers where "
+        "all layers are sparse, or mass, attention recovered times importance, the paper's",
     )
     _add_source(parser)
     _add_budget(parser)

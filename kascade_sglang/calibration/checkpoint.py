@@ -21,7 +21,7 @@ from kascade_sglang.files import write_atomically
 
 _SETTINGS = "settings.json"
 _MEASURED = "prompt-*.npz"
-_COUNTS = ("tokens", "tiles", "rows")
+_COUNTS = ("tokens", "tiles")
 _DAMAGED = (
     OSError,
     ValueError,
@@ -55,14 +55,14 @@ class Checkpoint:
         if any(self.folder.glob(_MEASURED)):
             _check_same(self.folder, _read_settings(self.folder / _SETTINGS), self._settings)
 
-    def load(self, index: int, layers: int, heads: int, errors: bool) -> PromptStats | None:
+    def load(self, index: int, layers: int, heads: int) -> PromptStats | None:
         """Return a prompt's measurements, None if there are none yet.
 
-        layers, heads: how many were measured. errors: whether those of borrowing were.
+        layers, heads: how many were measured.
         Raises CalibrationError for a file that does not hold these.
         """
         path = self._path(index)
-        shapes = _shapes(layers, heads, errors)
+        shapes = _shapes(layers, heads)
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 arrays = {name: _checked(name, file[name], shape) for name, shape in shapes.items()}
@@ -74,13 +74,12 @@ class Checkpoint:
                 f"{path}: not a file of measurements ({error}); delete it to measure that prompt "
                 "again"
             ) from error
-        return PromptStats(**{"error": None, **arrays}, **counts)
+        return PromptStats(**arrays, **counts)
 
     def store(self, index: int, stats: PromptStats) -> None:
         """Write a prompt's measurements in one step; raises CalibrationError on a full disk."""
         content = io.BytesIO()
-        found = asdict(stats).items()
-        np.savez(content, **{name: value for name, value in found if value is not None})
+        np.savez(content, **asdict(stats))
         try:
             self.folder.mkdir(exist_ok=True)
             write_atomically(self.folder / _SETTINGS, json.dumps(self._settings, indent=1).encode())
@@ -102,7 +101,7 @@ class Checkpoint:
         return self.folder / f"prompt-{index:05d}.npz"
 
 
-def _shapes(layers: int, heads: int, errors: bool) -> dict[str, tuple[int, ...]]:
+def _shapes(layers: int, heads: int) -> dict[str, tuple[int, ...]]:
     """Of the arrays in a file, see ``PromptStats``."""
     pairs = (layers, layers)
     return {
@@ -110,7 +109,6 @@ def _shapes(layers: int, heads: int, errors: bool) -> dict[str, tuple[int, ...]]
         "pooled": pairs,
         "mass": (len(MASS_RATIOS), layers, heads),
         "importance": (layers,),
-        **({"error": pairs} if errors else {}),
     }
 
 

@@ -1,4 +1,4 @@
-"""Run a model densely over prompts: similarity, recovered mass, importance, errors of borrowing.
+"""Run a model densely over prompts: similarity, recovered mass, importance.
 
 While the statistics are taken every layer attends *densely*; the authors' code runs each layer on
 its own oracle Top-k instead. Per prompt the keys of all layers and the queries of the sampled
@@ -17,15 +17,7 @@ from kascade_sglang.calibration.hf_attention import DenseAttention, LayerCall, o
 from kascade_sglang.calibration.hf_model import decoder_layers, shape_of, windowed_layers
 from kascade_sglang.calibration.importance import importance_hooks
 from kascade_sglang.calibration.limited_attention import layer_scores
-from kascade_sglang.calibration.prompts import Prompt
-from kascade_sglang.calibration.replay import (
-    Replay,
-    answering_rows,
-    borrowing_errors,
-    record_inputs,
-)
 from kascade_sglang.calibration.similarity import own_mass, tile_similarity
-from kascade_sglang.calibration.spans import spans_of
 from kascade_sglang.errors import CalibrationError
 
 ATTENTION = "dense"
@@ -45,18 +37,14 @@ class PromptStats:
         Top-k recovers, the mean over tiles.
     importance: float64 [M], 1 - cos(x, x + attention(x)), the mean over tokens, x being the
         residual stream before the layer.
-    error: float64 [M, M], see ``replay.borrowing_errors``; None where it is not measured.
-    rows: how many positions it is the mean of.
     """
 
     similarity: np.ndarray
     pooled: np.ndarray
     mass: np.ndarray
     importance: np.ndarray
-    error: np.ndarray | None
     tokens: int
     tiles: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -71,11 +59,9 @@ class LayerStats:
     pooled: np.ndarray
     mass: np.ndarray
     importance: np.ndarray
-    error: np.ndarray | None
     prompts: int
     tokens: int
     tiles: int
-    rows: int
 
 
 def sample_tiles(length: int, budget: Budget, count: int, seed: int) -> list[int]:
@@ -168,74 +154,46 @@ def _measure_tiles(
     return per_head, pooled[:, :, 0, 0], mass / len(tiles)
 
 
-def _best_heads(similarity: torch.Tensor) -> torch.Tensor:
-    """[M, M, H, H] -> [M, M, H]: whose keys each head would borrow; a layer's own for itself."""
-    best = similarity.argmax(-1).cpu()
-    layers = torch.arange(len(best))
-    best[layers, layers] = torch.arange(best.shape[-1])
-    return best
-
-
-def work_of(length: int, layers: Sequence[int], depth: int, criterion: str) -> int:
-    """Work of ``measure_prompt``, in layers times tokens run.
-
-    layers: those measured, of a model with ``depth``. A prompt's tiles count as one pass.
-    """
-    again = sum((place + 1) * (depth - layer) for place, layer in enumerate(layers))
-    return length * (depth + (again if criterion == "error" else 0))
+def work_of(length: int, depth: int) -> int:
+    """Work of ``measure_prompt``, in layers times tokens run: a pass, and tiles that take one."""
+    return 2 * length * depth
 
 
 @torch.inference_mode()
 def measure_prompt(
     model: PreTrainedModel,
-    prompt: Prompt,
+    ids: Sequence[int],
     tiles: Sequence[int],
     budget: Budget,
     layers: Sequence[int],
-    criterion: str = "error",
     on_work: Callable[[float], object] = lambda work: None,
 ) -> PromptStats:
-    """Measure one prompt with one dense forward pass, and once more for pairs of layers.
+    """Measure one prompt with one dense forward pass.
 
-    tiles: the full tiles to measure. layers: those with full attention. criterion: ``error``, or
-    ``mass``, which measures no errors. on_work: called after every tile and every pair of layers
-    with its share of ``work_of``.
+    ids: its tokens. tiles: the full tiles to measure. layers: those with full attention. on_work:
+    called after every tile with its share of ``work_of``.
     Raises CalibrationError where there is no tile and for unsupported models.
     """
-    rows = answering_rows(prompt, budget) if criterion == "error" else []
     recorder = _Recorder(tiles, layers)
     device = model.get_input_embeddings().weight.device
     # Weights that accelerate keeps elsewhere stand on "meta"; its hooks move the ids.
-    input_ids = torch.tensor([prompt.ids], device="cpu" if device.type == "meta" else device)
-    error = None
-    with our_attention(model):
-        modules, decoder = decoder_layers(model), model.get_decoder()
-        replayed = record_inputs(modules if rows else [])
-        with importance_hooks(modules) as importance, replayed as inputs:
-            end = decoder(input_ids=input_ids, use_cache=False, kascade=recorder).last_hidden_state
-        recorder.check_complete()
-        length, depth = len(prompt.ids), len(modules)
-        per_head, pooled, mass = _measure_tiles(
-            recorder, tiles, budget, lambda: on_work(length * depth / len(tiles))
-        )
-        turns = np.array([importance[layer] for layer in layers])
-        similarity, own = per_head.cpu().numpy(), mass.cpu().numpy()
-        _require_finite(similarity, own, turns)
-        if rows:
-            del recorder  # the keys of all layers, which running them again makes anew
-            replay, heads = Replay(model, inputs), _best_heads(per_head)
-            spans, on_layers = spans_of(length, rows, budget), lambda count: on_work(length * count)
-            error = borrowing_errors(replay, spans, rows, layers, heads, budget, end[0], on_layers)
-            _require_finite(error.numpy())
+    input_ids = torch.tensor([ids], device="cpu" if device.type == "meta" else device)
+    modules = decoder_layers(model)
+    with our_attention(model), importance_hooks(modules) as importance:
+        model.get_decoder()(input_ids=input_ids, use_cache=False, kascade=recorder)
+    recorder.check_complete()
+    share = work_of(len(ids), len(modules)) / max(1, len(tiles))
+    per_head, pooled, mass = _measure_tiles(recorder, tiles, budget, lambda: on_work(share))
+    turns = np.array([importance[layer] for layer in layers])
+    similarity, own = per_head.cpu().numpy(), mass.cpu().numpy()
+    _require_finite(similarity, own, turns)
     return PromptStats(
         similarity=similarity,
         pooled=pooled.cpu().numpy(),
         mass=own,
         importance=turns,
-        error=None if error is None else error.numpy(),
-        tokens=length,
+        tokens=len(ids),
         tiles=len(tiles),
-        rows=len(rows),
     )
 
 
@@ -259,11 +217,9 @@ def average(layers: Sequence[int], measured: Sequence[PromptStats]) -> LayerStat
         pooled=mean("pooled"),
         mass=mean("mass"),
         importance=mean("importance"),
-        error=None if measured[0].error is None else mean("error"),
         prompts=len(measured),
         tokens=sum(stats.tokens for stats in measured),
         tiles=sum(stats.tiles for stats in measured),
-        rows=sum(stats.rows for stats in measured),
     )
 
 
@@ -279,23 +235,21 @@ def collect(
     budget: Budget,
     tiles_per_prompt: int = 64,
     seed: int = 0,
-    criterion: str = "error",
     on_work: Callable[[float], object] = lambda work: None,
 ) -> LayerStats:
     """Measure a model over prompts; see ``measure_prompt``.
 
-    prompts: token ids without replies; each long enough for a tile that is not dense.
+    prompts: token ids; each long enough for a tile that is not dense.
     Raises CalibrationError for a prompt that is too short and for unsupported models.
     """
     layers = full_layers(model, max(map(len, prompts)))
     measured = [
         measure_prompt(
             model,
-            Prompt(list(ids)),
+            ids,
             sample_tiles(len(ids), budget, tiles_per_prompt, seed + number),
             budget,
             layers,
-            criterion,
             on_work,
         )
         for number, ids in enumerate(prompts)

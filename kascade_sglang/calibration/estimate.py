@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from kascade_sglang.calibration.collect import work_of
 from kascade_sglang.calibration.hf_attention import DenseAttention, our_attention
 from kascade_sglang.calibration.hf_model import decoder_layers
 from kascade_sglang.calibration.prompts import Prompt
@@ -30,24 +29,19 @@ def seconds_per_work(model: PreTrainedModel, prompt: Prompt) -> float:
     return (time.monotonic() - begin) / (ids.shape[1] * len(decoder_layers(model)))
 
 
-def describe(
-    per_work: float, lengths: Sequence[int], layers: Sequence[int], depth: int, criterion: str
-) -> str:
+def describe(seconds: float, lengths: Sequence[int]) -> str:
     """Say what prompts of these lengths will take and, where that is long, what would not."""
-    each = [per_work * work_of(length, layers, depth, criterion) for length in lengths]
-    total = sum(each)
-    what = "1 prompt" if len(each) == 1 else f"{len(each)} prompts"
-    sentence = f"{what} of up to {max(lengths)} tokens: about {_time(total)}"
-    if total <= LONG or criterion == "mass":
+    count = len(lengths)
+    what = "1 prompt" if count == 1 else f"{count} prompts"
+    sentence = f"{what} of up to {max(lengths)} tokens: about {_time(seconds)}"
+    if seconds <= LONG:
         return sentence
-    by_mass = per_work * sum(work_of(length, layers, depth, "mass") for length in lengths)
-    fewer = int(LONG * len(each) / total)
-    ways = [f"--limit {fewer} about {_time(fewer * total / len(each))}"] if fewer else []
+    fewer = int(LONG * count / seconds)
+    if fewer:
+        return f"{sentence}; --limit {fewer} about {_time(fewer * seconds / count)}"
     # Work grows with a prompt's length, attention's part with its square.
-    tokens = int(max(lengths) * LONG / each[0]) // 512 * 512 if not fewer else 0
-    ways += [f"--limit 1 --max-tokens {tokens} about {_time(LONG)}"] if tokens >= 1024 else []
-    ways.append(f"--criterion mass about {_time(by_mass)}")
-    return f"{sentence}; {', '.join(ways)}"
+    tokens = int(max(lengths) * LONG * count / seconds) // 512 * 512
+    return f"{sentence}; --limit 1 --max-tokens {max(tokens, 512)} is the shortest"
 
 
 def _time(seconds: float) -> str:

@@ -255,3 +255,15 @@ def last_norm(model: PreTrainedModel) -> nn.Module:
             "Mistral, Phi-3 and Gemma style decoders do; --criterion mass does without"
         )
     return norm
+
+
+def next_tokens(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of the next tokens, float32 [n, vocabulary], of what the last layer returns.
+
+    hidden: [n, hidden]. Scaled or capped as the configuration says (Cohere, Granite, Gemma 2).
+    """
+    logits = model.get_output_embeddings()(last_norm(model)(hidden)).float()
+    text = model.config.get_text_config()
+    logits = logits * getattr(text, "logit_scale", 1.0) / getattr(text, "logits_scaling", 1.0)
+    cap = getattr(text, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ from tqdm import tqdm
 import kascade_sglang
 from kascade_kernels.budget import Budget
 from kascade_sglang.calibration import hf_model
-from kascade_sglang.calibration.build import CRITERIA, build_plan
+from kascade_sglang.calibration.anchors import AnchorChoice
+from kascade_sglang.calibration.answers import MOST_ROWS, Selecting, reply_rows
+from kascade_sglang.calibration.build import CRITERIA, build_plan, choices_by_mass
 from kascade_sglang.calibration.checkpoint import Checkpoint
 from kascade_sglang.calibration.collect import (
     ATTENTION,
@@ -27,9 +30,11 @@ from kascade_sglang.calibration.collect import (
     sample_tiles,
     work_of,
 )
+from kascade_sglang.calibration.elimination import choose, fewest_good
+from kascade_sglang.calibration.elimination import work_of as work_of_choosing
 from kascade_sglang.calibration.estimate import describe, seconds_per_work
 from kascade_sglang.calibration.prompts import Prompt
-from kascade_sglang.calibration.replay import MOST_ROWS, reply_rows
+from kascade_sglang.calibration.similarity import best_heads
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import expand, why_unwritable
@@ -40,8 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 ANCHORS = 8
-"""How many to pick where nobody says. Five, as in the paper, answer worse on a pretrained model of
-1.5B parameters (``benchmarks/results/quality_models.csv``)."""
+"""How many ``--criterion mass`` picks where nobody says."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class CalibrationConfig:
     """What the user asks ``kascade calibrate`` for; fields are the options' names.
 
     anchors: how many to pick, or the layers themselves, whose head maps are then measured; None
-        means ANCHORS, or all layers with full attention where there are fewer.
+        takes the fewest that lose little (``elimination.fewest_good``); by mass, ANCHORS or, where
+        there are fewer, all layers with full attention.
     trust_remote_code: whether code that comes with the model may run.
     report: a page about the plan, .png, .svg or .html. tiles: query tiles of each prompt.
     criterion: what anchors are chosen by, one of CRITERIA.
@@ -68,7 +73,7 @@ class CalibrationConfig:
     min_k: int = 128
     heads: str = "per_head"
     tiles: int = 64
-    criterion: str = "error"
+    criterion: str = "kl"
 
     @property
     def seed(self) -> int:
@@ -77,19 +82,35 @@ class CalibrationConfig:
 
 
 class Measured(NamedTuple):
-    """What any plan of one model can be built from. model: the name to write."""
+    """What any plan of one model can be built from.
+
+    model: the name to write. choices: by ``kl``, of ``elimination.choose``; empty otherwise.
+    """
 
     stats: LayerStats
+    choices: list[AnchorChoice]
     model: str
     shape: ModelShape
     budget: Budget
     provenance: dict[str, Any]
-    anchors: int | tuple[int, ...]
 
-    def plan(self, anchors: int | tuple[int, ...], heads: str, criterion: str = "error") -> Plan:
-        """Build a plan; see ``CalibrationConfig``."""
-        named = (self.model, self.shape, self.budget, heads, criterion, self.provenance)
-        return build_plan(self.stats, anchors, *named)
+    def plan(
+        self, anchors: int | tuple[int, ...] | None, heads: str, criterion: str = "kl"
+    ) -> Plan:
+        """Build a plan; see ``CalibrationConfig``. By ``kl``, anchors are of ``choices``."""
+        if criterion == "mass":
+            count = min(ANCHORS, len(self.stats.layers)) if anchors is None else anchors
+            choice, *choices = choices_by_mass(self.stats, heads, count)
+        elif anchors is None:
+            choice, choices = fewest_good(self.choices), self.choices
+        else:
+            named = [one for one in self.choices if anchors in (one.anchors, len(one.anchors))]
+            choice, choices = named[0], self.choices
+        by = "the user" if isinstance(anchors, tuple) else criterion
+        said = {**self.provenance, "anchors_by": by, "criterion": criterion}
+        return build_plan(
+            self.stats, choice, choices, self.model, self.shape, self.budget, heads, said
+        )
 
 
 def calibrate(config: CalibrationConfig) -> Plan:
@@ -100,7 +121,7 @@ def calibrate(config: CalibrationConfig) -> Plan:
     Raises CalibrationError, before the weights are loaded where that is possible.
     """
     measured, checkpoint = measure(config)
-    plan = measured.plan(measured.anchors, config.heads, config.criterion)
+    plan = measured.plan(config.anchors, config.heads, config.criterion)
     try:
         plan.save(config.out)
     except OSError as error:
@@ -124,20 +145,19 @@ def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     found = found._replace(prompts=_long_enough(found.prompts, budget, config.source.name))
     windowed = hf_model.windowed_layers(hf_config, _longest(found.prompts))
     full = [layer for layer in range(shape.layers) if layer not in windowed]
-    anchors = min(ANCHORS, len(full)) if config.anchors is None else config.anchors
-    _check_anchors(anchors, full)
-    if config.criterion == "error":
-        _say_what_errors_are_of(found.prompts, budget, config)
+    _check_anchors(1 if config.anchors is None else config.anchors, full)
+    if config.criterion == "kl":
+        _say_what_answers_are(found.prompts, budget, config.source.name)
     _check_vocabulary(found.prompts, hf_config.get_text_config().vocab_size, config.model)
     device = hf_model.pick_device(config.device)
     checkpoint = Checkpoint(config.out, _settings(config, hf_config, found, device))
     model = hf_model.load_model(
         config.model, config.dtype, device, config.device_map, config.trust_remote_code
     )
-    stats = _measure(model, found.prompts, budget, config, checkpoint)
+    stats, choices = _measure(model, found.prompts, budget, config, checkpoint)
     provenance = _provenance(config, found, model)
     name = _model_name(config.model)
-    return Measured(stats, name, shape, budget, provenance, anchors), checkpoint
+    return Measured(stats, choices, name, shape, budget, provenance), checkpoint
 
 
 def _check(config: CalibrationConfig) -> Budget:
@@ -192,23 +212,16 @@ def _longest(prompts: list[Prompt]) -> int:
     return max(len(prompt.ids) for prompt in prompts)
 
 
-def _say_what_errors_are_of(
-    prompts: list[Prompt], budget: Budget, config: CalibrationConfig
-) -> None:
+def _say_what_answers_are(prompts: list[Prompt], budget: Budget, name: str) -> None:
     silent = sum(not reply_rows(prompt, budget) for prompt in prompts)
     if silent:
         logger.warning(
             "%s: in %d of %d prompts no reply of an assistant can be told where keys are left "
-            "out; what borrowed keys change is measured on their last %d tokens instead",
-            config.source.name,
+            "out; what the model loses is measured at %d tokens spread over them instead",
+            name,
             silent,
             len(prompts),
             MOST_ROWS,
-        )
-    if config.heads == "pooled":
-        logger.warning(
-            "--heads pooled: errors are those of selections per head; --criterion mass chooses "
-            "anchors by pooled ones"
         )
 
 
@@ -244,47 +257,39 @@ def _measure(
     budget: Budget,
     config: CalibrationConfig,
     checkpoint: Checkpoint,
-) -> LayerStats:
-    """Measure what the checkpoint lacks, under a progress bar of the work that it takes."""
-    layers = full_layers(model, _longest(prompts))
-    tiles = [
-        sample_tiles(len(prompt.ids), budget, config.tiles, config.seed + number)
-        for number, prompt in enumerate(prompts)
-    ]
-    depth = len(hf_model.decoder_layers(model))
-    work = [work_of(len(prompt.ids), layers, depth, config.criterion) for prompt in prompts]
-    heads, errors = hf_model.shape_of(model.config).kv_heads, config.criterion == "error"
+) -> tuple[LayerStats, list[AnchorChoice]]:
+    """Measure what the checkpoint lacks and, by ``kl``, choose anchors, under a progress bar."""
+    layers, depth = full_layers(model, _longest(prompts)), len(hf_model.decoder_layers(model))
+    lengths, heads = [len(prompt.ids) for prompt in prompts], hf_model.shape_of(model.config)
     measured = [
-        checkpoint.load(number, len(layers), heads, errors) for number in range(len(prompts))
+        checkpoint.load(number, len(layers), heads.kv_heads) for number in range(len(prompts))
     ]
-    ready = sum(work[number] for number, stats in enumerate(measured) if stats is not None)
-    if ready:
-        kept = sum(stats is not None for stats in measured)
+    choosing = work_of_choosing(lengths, layers, depth) if config.criterion == "kl" else 0
+    left = [length for length, stats in zip(lengths, measured, strict=True) if stats is None]
+    work = sum(work_of(length, depth) for length in left) + choosing
+    if len(left) < len(prompts):
+        kept = len(prompts) - len(left)
         logger.warning("resuming: %d of %d prompts are measured already", kept, len(prompts))
-    todo = [len(prompt.ids) for prompt, stats in zip(prompts, measured, strict=True) if not stats]
-    if todo:
-        longest = max(prompts, key=lambda prompt: len(prompt.ids))
-        per_work = seconds_per_work(model, longest)
-        sentence = describe(per_work, todo, layers, depth, config.criterion)
-        print(f"calibrating {sentence}", file=sys.stderr)
+    if work:
+        per_work = seconds_per_work(model, max(prompts, key=lambda prompt: len(prompt.ids)))
+        print(f"calibrating {describe(per_work * work, lengths)}", file=sys.stderr)
     shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     # smoothing=0: the time left counts the pauses of the forward passes between prompts' tiles.
-    with tqdm(
-        total=sum(work), initial=ready, desc="calibrating", bar_format=shown, smoothing=0
-    ) as bar:
+    with tqdm(total=work, desc="calibrating", bar_format=shown, smoothing=0) as bar:
         try:
             for number, prompt in enumerate(prompts):
                 if measured[number] is None:
-                    stats = measure_prompt(
-                        model, prompt, tiles[number], budget, layers, config.criterion, bar.update
-                    )
+                    length, seed = len(prompt.ids), config.seed + number
+                    tiles = sample_tiles(length, budget, config.tiles, seed)
+                    stats = measure_prompt(model, prompt.ids, tiles, budget, layers, bar.update)
                     checkpoint.store(number, stats)
                     measured[number] = stats
+            found = average(layers, [stats for stats in measured if stats is not None])
+            return found, _choose(model, prompts, found, budget, config, bar.update)
         except torch.OutOfMemoryError as error:
             raise CalibrationError(
                 f"{model.device}: out of memory on a prompt of up to {_longest(prompts)} "
-                "tokens; lower --max-tokens, spread the model with --device-map auto, or measure "
-                "no errors (--criterion mass)"
+                "tokens; lower --max-tokens, or spread the model with --device-map auto"
             ) from error
         except KeyboardInterrupt:
             bar.close()
@@ -296,7 +301,22 @@ def _measure(
                 checkpoint.folder,
             )
             raise
-    return average(layers, [stats for stats in measured if stats is not None])
+
+
+def _choose(
+    model: transformers.PreTrainedModel,
+    prompts: list[Prompt],
+    stats: LayerStats,
+    budget: Budget,
+    config: CalibrationConfig,
+    on_work: Callable[[float], object],
+) -> list[AnchorChoice]:
+    """Return anchors and what the model loses by them; none where mass chooses."""
+    if config.criterion == "mass":
+        return []
+    maps = torch.from_numpy(best_heads(stats.similarity))
+    how = Selecting(stats.layers, maps, budget, config.heads == "pooled")
+    return choose(model, prompts, how, config.anchors, on_work)
 
 
 def _model_name(model: str) -> str:
@@ -314,7 +334,7 @@ def _settings(
     """Everything that the measurements' bits depend on; anchors and heads are picked later."""
     described = json.dumps(hf_config.to_diff_dict(), sort_keys=True, default=str)
     return {
-        "format": 3,  # of the files of measurements
+        "format": 4,  # of the files of measurements
         "model": _model_name(config.model),
         "model_config": hashlib.sha256(described.encode()).hexdigest(),
         "weights": hf_model.weights_version(config.model, hf_config),
@@ -326,7 +346,6 @@ def _settings(
         "topk_ratio": config.topk_ratio,
         "min_k": config.min_k,
         "tiles": config.tiles,
-        "criterion": config.criterion,
         "seed": config.seed,
         "dtype": config.dtype,
         "device": config.device_map or device.type,

@@ -54,6 +54,17 @@ def layer_similarity(similarity: np.ndarray) -> np.ndarray:
     return similarity.max(axis=-1).mean(axis=-1)
 
 
+def best_heads(similarity: np.ndarray) -> np.ndarray:
+    """[M, M, H, H] -> int64 [M, M, H]: whose keys each head would borrow; a layer's own for itself.
+
+    Ties go to the lower head, as in a plan's head map.
+    """
+    best = similarity.argmax(axis=-1)
+    layers = np.arange(len(best))
+    best[layers, layers] = np.arange(best.shape[-1])
+    return best
+
+
 def anchor_gain(layer_score: np.ndarray, importance: np.ndarray) -> np.ndarray:
     """Worth of serving layer ``j`` from anchor ``i``: ``[i, j]`` similarity x importance_j.
 

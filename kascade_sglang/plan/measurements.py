@@ -15,14 +15,13 @@ class Measurements:
     similarity: [M, M]; [i, j], i <= j, layer j served from layer i. NaN below the diagonal.
     importance: [M], mean over tokens of 1 - cos(x, x + attention(x)).
     mass: budget ratio -> [M, H], the share of attention that a head's own Top-k recovers.
-    error: [M, M], as similarity, the error of the model's last hidden state; None where it was not
-    measured. choices: (anchors, objective) for every count of anchors that was tried.
+    choices: (anchors, objective) for every count of anchors that was tried; objectives are losses
+    of the model's answers in nats, or, where mass has chosen, gains.
     """
 
     similarity: np.ndarray
     importance: np.ndarray
     mass: dict[float, np.ndarray]
-    error: np.ndarray | None
     choices: list[tuple[tuple[int, ...], float]]
 
 
@@ -48,25 +47,17 @@ def choices_of(plan: Plan) -> list[tuple[tuple[int, ...], float]]:
 
 def _read(plan: Plan) -> Measurements:
     layers, provenance = plan.full_layers, plan.provenance
-    similarity = _upper(provenance["layer_score"], len(layers), 1)
+    similarity = np.full((len(layers), len(layers)), np.nan)
     np.fill_diagonal(similarity, 1.0)
-    error = provenance.get("error")
-    error = None if error is None else _upper(error, len(layers), 0)
+    for i, row in enumerate(provenance["layer_score"][: len(layers)]):
+        similarity[i, i + 1 :] = row
     importance = np.array([provenance["importance"][layer] for layer in layers], dtype=float)
     if not np.isfinite(importance).all():
         raise ValueError("importance is not finite")
     mass = {float(ratio): _table(rows, plan) for ratio, rows in provenance["mass"].items()}
     if not mass:
         raise ValueError("mass is empty")
-    return Measurements(similarity, importance, mass, error, choices_of(plan))
-
-
-def _upper(rows: Any, layers: int, first: int) -> np.ndarray:
-    """[M, M] of rows that start ``first`` right of the diagonal; NaN elsewhere."""
-    table = np.full((layers, layers), np.nan)
-    for i, row in enumerate(rows[:layers]):
-        table[i, i + first :] = row
-    return table
+    return Measurements(similarity, importance, mass, choices_of(plan))
 
 
 def _table(rows: Any, plan: Plan) -> np.ndarray:

@@ -76,12 +76,11 @@ def _draw(plan: Plan, measured: Measurements) -> "Figure":
         parse_math=False,  # a file's name may hold dollars
     )
     upper, lower = figure.subfigures(2, 1)
-    left, *middle, right = upper.subplots(1, 2 if measured.error is None else 3)
-    _pairs(left, plan, measured.similarity, "similarity of layers", (0.0, 1.0))
+    by_loss = plan.provenance.get("criterion") == "kl" and measured.choices
+    left, *middle, right = upper.subplots(1, 3 if by_loss else 2)
+    _pairs(left, plan, measured.similarity)
     for axis in middle:
-        # Errors of a few pairs are far above the rest.
-        errors = np.log10(np.maximum(measured.error, 1e-6))
-        _pairs(axis, plan, errors, "error of the last hidden state, log10", (None, None))
+        _losses(axis, plan, measured)
     _importance(right, plan, measured)
     axes = lower.subplots(1, len(measured.mass) + 1, width_ratios=[1] * len(measured.mass) + [1.4])
     for axis, (ratio, table) in zip(axes, sorted(measured.mass.items()), strict=False):
@@ -90,17 +89,23 @@ def _draw(plan: Plan, measured: Measurements) -> "Figure":
     return figure
 
 
-def _pairs(
-    axis: "Axes", plan: Plan, table: np.ndarray, title: str, ends: tuple[float | None, float | None]
-) -> None:
-    image = axis.imshow(table, vmin=ends[0], vmax=ends[1], cmap="viridis")
+def _pairs(axis: "Axes", plan: Plan, table: np.ndarray) -> None:
+    image = axis.imshow(table, vmin=0, vmax=1, cmap="viridis")
     axis.figure.colorbar(image, ax=axis)
     for anchor in plan.anchors:
         axis.axhline(plan.full_layers.index(anchor), color="white", linewidth=0.5)
-    axis.set_title(title, fontsize=9)
+    axis.set_title("similarity of layers", fontsize=9)
     axis.set(xlabel="serves layer", ylabel="keys of layer")
     _layer_ticks(plan, axis.set_xticks)
     _layer_ticks(plan, axis.set_yticks)
+
+
+def _losses(axis: "Axes", plan: Plan, measured: Measurements) -> None:
+    counts = [len(anchors) for anchors, _ in measured.choices]
+    axis.plot(counts, [loss for _, loss in measured.choices], marker=".")
+    axis.axvline(len(plan.anchors), color="tab:red", linewidth=0.8)
+    axis.set_title("divergence of answers in nats; this plan red", fontsize=9)
+    axis.set(xlabel="anchors", yscale="log")
 
 
 def _importance(axis: "Axes", plan: Plan, measured: Measurements) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 
 from benchmarks import ablations
 from kascade_kernels.budget import Budget
+from kascade_sglang.calibration.anchors import AnchorChoice
 from kascade_sglang.calibration.collect import MASS_RATIOS, LayerStats
 from kascade_sglang.calibration.run import Measured
 from kascade_sglang.plan.schema import ModelShape
@@ -20,13 +21,13 @@ def measured() -> Measured:
         pooled=similarity.mean((2, 3)),
         mass=draw.random((len(MASS_RATIOS), LAYERS, HEADS)),
         importance=draw.random(LAYERS),
-        error=draw.random((LAYERS, LAYERS)),
         prompts=1,
         tokens=100,
         tiles=3,
-        rows=5,
     )
-    return Measured(stats, "test", ModelShape(LAYERS, 8, HEADS, 64, 256), Budget(), {}, 3)
+    choices = [AnchorChoice((0, *range(LAYERS - left, LAYERS)), 0.1) for left in range(LAYERS)]
+    shape = ModelShape(LAYERS, 8, HEADS, 64, 256)
+    return Measured(stats, choices, "test", shape, Budget(), {})
 
 
 def test_every_choice_is_made_at_every_count() -> None:
@@ -39,13 +40,13 @@ def test_every_choice_is_made_at_every_count() -> None:
     assert len({one.name for one in found}) == len(found)
     found = found[2:]
     kinds = [(one.choice, len(one.plan.anchors)) for one in found[1:]]
-    expected = ["error", "mass", "even", "random", "random"]
+    expected = ["kl", "mass", "even", "random", "random"]
     assert kinds == [(choice, count) for count in (4, 6) for choice in expected]
     assert found[3].plan.anchors == (0, 3, 6, 9)
     assert len({one.plan.anchors for one in found}) == len(found)
-    for criterion in ablations.CRITERIA:
-        best = {}
-        for one in sorted(found[1:], key=lambda one: one.choice != criterion):
-            objective = ablations.objectives(measured(), one.plan.anchors)[criterion]
+    best = {}
+    for one in sorted(found[1:], key=lambda one: one.choice != "mass"):
+        if one.choice != "kl":
+            objective = one.plan.provenance["objective"]
             best.setdefault(len(one.plan.anchors), objective)
             assert objective <= best[len(one.plan.anchors)], "a programme's objective is greatest"

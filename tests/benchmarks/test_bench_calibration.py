@@ -25,8 +25,8 @@ def test_measures_a_whole_calibration(tmp_path: Path, monkeypatch: pytest.Monkey
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda gpu: None)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: 0)
-    figures = bench.measure(model, "error", prompts, device_map=None)
+    figures = bench.measure(model, "kl", prompts, device_map=None)
     assert set(figures) < set(bench.COLUMNS)
     assert figures["gpus"] == 1
     assert figures["seconds"] > 0
-    assert json.loads((model / "error.json").read_text())["provenance"]["prompts"] == 2
+    assert json.loads((model / "kl.json").read_text())["provenance"]["prompts"] == 2

@@ -114,8 +114,12 @@ def test_a_model_spread_by_accelerate(tmp_path: Path) -> None:
         tmp_path, device_map=places, offload_folder=tmp_path / "offload"
     )
     one, other = (collect(model.eval(), [prompt], BUDGET) for model in (whole, spread))
-    for field in ("similarity", "pooled", "mass", "importance", "error"):
+    for field in ("similarity", "pooled", "mass", "importance"):
         np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+    maps = torch.from_numpy(best_heads(one.similarity))
+    how = Selecting((0, 1, 2, 3), maps, BUDGET)
+    chosen = [choose(model.eval(), [Prompt(prompt)], how, None) for model in (whole, spread)]
+    assert chosen[0] == chosen[1]
 
 
 @pytest.mark.parametrize("window", [1, 7, 130, 300, None])

@@ -12,11 +12,15 @@ from safetensors.torch import load_file, save
 from transformers import LlamaForCausalLM
 
 from kascade_kernels.budget import Budget
-from kascade_sglang.calibration.anchors import pick_anchors
+from kascade_sglang.calibration.anchors import AnchorChoice
+from kascade_sglang.calibration.answers import Selecting
+from kascade_sglang.calibration.build import choices_by_mass
 from kascade_sglang.calibration.collect import collect
+from kascade_sglang.calibration.elimination import choose, fewest_good
 from kascade_sglang.calibration.hf_attention import kascade_generate
 from kascade_sglang.calibration.hf_model import load_model
-from kascade_sglang.calibration.similarity import anchor_gain, layer_similarity
+from kascade_sglang.calibration.prompts import Prompt
+from kascade_sglang.calibration.similarity import best_heads
 from kascade_sglang.cli import main
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.plan.schema import load_plan
@@ -51,7 +55,8 @@ def calibrate(model: Path, prompts: Path, out: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "heads, criterion", [("per_head", "mass"), ("pooled", "mass"), ("per_head", "error")]
+    "heads, criterion",
+    [("per_head", "mass"), ("pooled", "mass"), ("per_head", "kl"), ("pooled", "kl")],
 )
 def test_end_to_end(
     model_folder: Path,
@@ -66,10 +71,16 @@ def test_end_to_end(
     assert calibrate(model_folder, prompts, out, *chosen) == 0
     plan = load_plan(out)
 
-    stats = collect(llama, tokens_of(prompts)[:2], Budget(0.1, 64))
-    score = stats.pooled if heads == "pooled" else layer_similarity(stats.similarity)
-    gain = -stats.error if criterion == "error" else anchor_gain(score, stats.importance)
-    choice = pick_anchors(gain, 2)
+    budget, read = Budget(0.1, 64), tokens_of(prompts)[:2]
+    stats = collect(llama, read, budget)
+    if criterion == "mass":
+        choice, *choices = choices_by_mass(stats, heads, 2)
+    else:
+        how = Selecting((0, 1, 2, 3), torch.from_numpy(best_heads(stats.similarity)), budget)
+        how = how._replace(pooled=heads == "pooled")
+        choices = choose(llama, [Prompt(ids) for ids in read], how, 2)
+        choice = choices[-1]
+        assert [len(one.anchors) for one in choices] == [4, 3, 2]
     assert plan.anchors == choice.anchors and len(plan.anchors) == 2
     assert plan.budget == Budget(0.1, 64) and plan.heads == heads
     for layer, rows in plan.similarity.items():
@@ -85,10 +96,8 @@ def test_end_to_end(
     assert provenance["objective"] == pytest.approx(choice.objective, abs=1e-4)
     assert [len(row) for row in provenance["layer_score"]] == [3, 2, 1, 0]
     np.testing.assert_allclose([provenance["mass"][key] for key in MASS], stats.mass, atol=1e-4)
-    assert provenance["criterion"] == criterion
-    assert (provenance["error"] is None) == (criterion == "mass")
-    for tried, count in zip(provenance["choices"], (3, 4), strict=True):
-        best = pick_anchors(gain, count)
+    assert provenance["criterion"] == provenance["anchors_by"] == criterion
+    for tried, best in zip(provenance["choices"], choices, strict=True):
         assert tuple(tried["anchors"]) == best.anchors
         assert tried["objective"] == pytest.approx(best.objective, abs=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
@@ -117,6 +126,18 @@ def test_anchors_given(model_folder: Path, prompts: Path, tmp_path: Path) -> Non
     assert load_plan(same).similarity == load_plan(picked).similarity
     objectives = [load_plan(path).provenance["objective"] for path in (same, picked)]
     assert objectives[0] == pytest.approx(objectives[1], abs=1e-6)
+
+
+def test_anchors_that_nobody_counts(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    command = ["calibrate", "--model", str(model_folder), "--prompts", str(prompts), "--out"]
+    assert main([*command, str(out), "--min-k", "64", "--device", "cpu"]) == 0
+    plan = load_plan(out)
+    choices = [
+        AnchorChoice(tuple(one["anchors"]), one["objective"]) for one in plan.provenance["choices"]
+    ]
+    assert [len(one.anchors) for one in choices] == [4, 3]
+    assert (plan.anchors, plan.provenance["objective"]) == fewest_good(choices)
 
 
 def test_says_which_prompts_it_skips(

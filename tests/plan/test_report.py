@@ -37,20 +37,17 @@ def test_measurements_as_arrays(measured: Plan) -> None:
     assert found.similarity.shape == (6, 6) and found.similarity[2, 2] == 1
     assert found.similarity[1, 3] == 0.9
     assert sorted(found.mass) == [0.05, 0.1, 0.2] and found.mass[0.1].shape == (6, 3)
-    assert found.choices == [((0, 2, 4), 1.25)] and found.error is None
-    errors = [[0.1 * layer] * (6 - layer) for layer in range(6)]
-    changed = replace(measured, provenance={**measured.provenance, "error": errors})
-    assert measurements_of(changed).error[2, 3:] == pytest.approx(0.2)
+    assert found.choices == [((0, 2, 4), 1.25)]
 
 
-@pytest.mark.parametrize("errors", [None, [[0.0] * (6 - layer) for layer in range(6)]])
+@pytest.mark.parametrize("criterion", ["mass", "kl"])
 @pytest.mark.parametrize(
     "name, start", [("p.png", b"\x89PNG"), ("p.svg", b"<?xml"), ("p.html", b"<!DOCTYPE html>")]
 )
 def test_one_page_the_same_every_time(
-    measured: Plan, tmp_path: Path, name: str, start: bytes, errors: list | None
+    measured: Plan, tmp_path: Path, name: str, start: bytes, criterion: str
 ) -> None:
-    measured = replace(measured, provenance={**measured.provenance, "error": errors})
+    measured = replace(measured, provenance={**measured.provenance, "criterion": criterion})
     write_report(measured, tmp_path / name)
     content = (tmp_path / name).read_bytes()
     assert content.startswith(start)
@@ -75,9 +72,8 @@ def test_names_with_dollars(measured: Plan, tmp_path: Path) -> None:
         {"mass": {"0.1": [[1.0]]}},
         {"importance": [None] * 6},
         {"layer_score": [["x"]]},
-        {"error": [["x"]]},
     ],
-    ids=["imported", "score", "no-mass", "mass-shape", "importance", "text", "error"],
+    ids=["imported", "score", "no-mass", "mass-shape", "importance", "text"],
 )
 def test_refuses_plans_without_measurements(
     measured: Plan, tmp_path: Path, provenance: dict[str, Any]

@@ -1,0 +1,85 @@
+"""Selection and attention of rows that are far apart, each a decoding step of its own.
+
+``kascade_kernels.reference`` does the same for one row. Here a prompt's rows go through a layer
+together, as one call a row would leave a GPU waiting for Python.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_sglang.calibration.hf_attention import LayerCall
+
+
+class Lists(NamedTuple):
+    """What R rows attend to beside their own tile.
+
+    keys: int64 [R, H, C], positions, greatest scores first. counts: int64 [R], how many of the C.
+    """
+
+    keys: torch.Tensor
+    counts: torch.Tensor
+
+    def of_heads(self, head_map: torch.Tensor, device: torch.device) -> "Lists":
+        """Return the lists of the heads that a map names, [R, len(head_map), C], on a device."""
+        keys = self.keys[:, head_map.to(self.keys.device)]
+        return Lists(keys.to(device), self.counts.to(device))
+
+
+def select_keys(call: LayerCall, rows: torch.Tensor, budget: Budget, pooled: bool) -> Lists:
+    """Select for every row the keys before its tile that have most of its attention.
+
+    call: q [R, Hq, D] of the rows, k [L, H, D] of all positions. rows: int64 [R], their positions.
+    pooled: whether all heads take the same keys.
+    """
+    positions = torch.arange(len(call.k), device=rows.device)
+    starts = rows // TILE * TILE
+    scores = []
+    for head in range(call.k.shape[1]):
+        logits = _logits(call, call.k[None, :, head], head)  # [R, group, L]
+        logits.masked_fill_((positions > rows[:, None])[:, None], float("-inf"))
+        scores.append(logits.softmax(-1).sum(1))
+    score = torch.stack(scores, dim=1)  # [R, H, L]
+    if pooled:
+        score = score.sum(1, keepdim=True).expand_as(score)
+    score = score.masked_fill((positions >= starts[:, None])[:, None], -1.0)
+    counts = torch.tensor([budget.selected(tile_of(int(row))) for row in rows], device=rows.device)
+    return Lists(score.topk(int(counts.max())).indices, counts)
+
+
+def attend_rows(call: LayerCall, rows: torch.Tensor, lists: Lists | None) -> torch.Tensor:
+    """Attention of rows to their lists and own tiles, or, without lists, to their window.
+
+    call: q [R, Hq, D] of the rows, k and v [L, H, D] of all positions. Returns [R, Hq, D] in q's
+    dtype, computed in float32, or float64 for float64.
+    """
+    kv_heads, device = call.k.shape[1], rows.device
+    if lists is None:
+        window = min(call.limits.window, len(call.k))
+        own, taken = rows[:, None] - torch.arange(window, device=device), None
+    else:
+        own = rows[:, None] // TILE * TILE + torch.arange(TILE, device=device)
+        taken = torch.arange(lists.keys.shape[2], device=device) < lists.counts[:, None]
+    seen = (own >= 0) & (own <= rows[:, None])
+    own = own.clamp(0, len(call.k) - 1)
+    outputs = []
+    for head in range(kv_heads):
+        slots, shown = own, seen
+        if lists is not None:
+            slots = torch.cat([lists.keys[:, head], own], dim=1)
+            shown = torch.cat([taken, seen], dim=1)
+        logits = _logits(call, call.k[slots, head], head)  # [R, group, C]
+        weights = logits.masked_fill_(~shown[:, None], float("-inf")).softmax(-1)
+        outputs.append(weights @ call.v[slots, head].to(weights.dtype))
+    return torch.cat(outputs, dim=1).to(call.q.dtype)
+
+
+def _logits(call: LayerCall, keys: torch.Tensor, head: int) -> torch.Tensor:
+    """Logits [R, group, C] of a KV head's query heads over keys [R or 1, C, D]."""
+    group = call.q.shape[1] // call.k.shape[1]
+    dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    queries = call.q[:, head * group : (head + 1) * group].to(dtype)
+    logits = queries @ keys.to(dtype).transpose(1, 2) * call.scale
+    cap = call.limits.softcap
+    return logits if cap is None else torch.tanh(logits / cap) * cap
