@@ -178,9 +178,10 @@ def measure_prompt(
     device = model.get_input_embeddings().weight.device
     # Weights that accelerate keeps elsewhere stand on "meta"; its hooks move the ids.
     input_ids = torch.tensor([ids], device="cpu" if device.type == "meta" else device)
-    modules = decoder_layers(model)
-    with our_attention(model), importance_hooks(modules) as importance:
-        model.get_decoder()(input_ids=input_ids, use_cache=False, kascade=recorder)
+    with our_attention(model):
+        modules = decoder_layers(model)
+        with importance_hooks(modules) as importance:
+            model.get_decoder()(input_ids=input_ids, use_cache=False, kascade=recorder)
     recorder.check_complete()
     share = work_of(len(ids), len(modules)) / max(1, len(tiles))
     per_head, pooled, mass = _measure_tiles(recorder, tiles, budget, lambda: on_work(share))

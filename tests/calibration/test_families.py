@@ -10,13 +10,17 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from kascade_kernels.budget import TILE, Budget
+from kascade_sglang.calibration.answers import Selecting
 from kascade_sglang.calibration.collect import MASS_RATIOS, collect, sample_tiles
+from kascade_sglang.calibration.elimination import choose
 from kascade_sglang.calibration.hf_model import shape_of, windowed_layers
 from kascade_sglang.calibration.limited_attention import (
     Limits,
     capped_scores,
     limited_attention,
 )
+from kascade_sglang.calibration.prompts import Prompt
+from kascade_sglang.calibration.similarity import best_heads
 from kascade_sglang.errors import CalibrationError
 from tests.support.brute import least_similarity, mean_mass
 from tests.support.families import FAMILIES, LENGTH, SMALL, build

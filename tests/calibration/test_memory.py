@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.calibration.collect import measure_prompt, sample_tiles
-from kascade_sglang.calibration.prompts import Prompt
 
 LAYERS, Q_HEADS, KV_HEADS = 4, 8, 4
 
@@ -46,7 +45,7 @@ def peak_of(model: LlamaForCausalLM, length: int) -> int:
     # Outside inference mode, where the dispatcher shows the operations that really run.
     inner = measure_prompt.__wrapped__
     with torch.no_grad(), PeakMemory() as memory:
-        inner(model, Prompt(prompt), tiles, budget, range(LAYERS))
+        inner(model, prompt, tiles, budget, range(LAYERS))
     return memory.peak
 
 
