@@ -23,6 +23,12 @@ TEXT_PROMPT_TOKENS = 8192
 """Length of the prompts that plain text is cut into, where neither user nor model says less."""
 
 
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""A chat template for models that have none."""
+
 Item = TypeVar("Item")
 
 
@@ -142,15 +148,25 @@ def _prompt_of(record: Any, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
     found = text_or_chat(record)
     if isinstance(found, str):
         return Prompt(list(_encode(found, tokenizer).input_ids))
-    return _prompt_of_chat(found, tokenizer)
+    return chat_prompt(found, tokenizer)
 
 
-def _prompt_of_chat(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
-    if not getattr(tokenizer, "chat_template", None):
+def chat_prompt(
+    messages: list[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    instead: str | None = None,
+) -> Prompt:
+    """Return the prompt of a chat and where its replies are, if the tokenizer can tell.
+
+    instead: the template of tokenizers that have none. Raises CalibrationError for a chat that the
+    template refuses.
+    """
+    template = getattr(tokenizer, "chat_template", None) or instead
+    if not template:
         raise CalibrationError("a chat needs a chat template, and the tokenizer has none")
     # Templates are programs of their own: their errors are of any type.
     try:
-        text = _render(messages, messages[-1]["role"] == "user", tokenizer)
+        text = _render(messages, messages[-1]["role"] == "user", tokenizer, template)
     except Exception as error:
         why = one_line(error)
         raise CalibrationError(f"the chat template refuses the messages ({why})") from error
@@ -160,20 +176,25 @@ def _prompt_of_chat(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokeni
     ids = list(encoded.input_ids)
     if not tokenizer.is_fast:
         return Prompt(ids)
-    spans = _reply_spans(messages, text, tokenizer)
+    spans = _reply_spans(messages, text, tokenizer, template)
     starts = [start for start, _ in encoded.offset_mapping]
     ends = [end for _, end in encoded.offset_mapping]
     return Prompt(ids, tuple((bisect_right(ends, a), bisect_left(starts, b)) for a, b in spans))
 
 
 def _render(
-    messages: list[dict[str, Any]], prompting: bool, tokenizer: "PreTrainedTokenizerBase"
+    messages: list[dict[str, Any]],
+    prompting: bool,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
 ) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=prompting
+    )
 
 
 def _reply_spans(
-    messages: list[Any], text: str, tokenizer: "PreTrainedTokenizerBase"
+    messages: list[Any], text: str, tokenizer: "PreTrainedTokenizerBase", template: str
 ) -> list[tuple[int, int]]:
     """Characters of the rendered chat that the assistant has written, end of turn included.
 
@@ -186,9 +207,9 @@ def _reply_spans(
         if message["role"] != "assistant":
             continue
         try:
-            before = _render(messages[:turn], False, tokenizer)
-            asking = _render(messages[:turn], True, tokenizer)
-            after = _render(messages[: turn + 1], False, tokenizer).rstrip()
+            before = _render(messages[:turn], False, tokenizer, template)
+            asking = _render(messages[:turn], True, tokenizer, template)
+            after = _render(messages[: turn + 1], False, tokenizer, template).rstrip()
         except Exception:  # as above; some refuse a chat that an assistant begins
             continue
         if text.startswith(before) and text.startswith(after):

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kascade_sglang.calibration.chats import make_chats
 from kascade_sglang.calibration.prompts import (
+    PLAIN,
+    TEXT_PROMPT_TOKENS,
     Prompt,
+    chat_prompt,
     check_limits,
-    cut_text,
     draw,
     file_digest,
     read_prompts,
@@ -18,16 +21,15 @@ from kascade_sglang.calibration.prompts import (
 )
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import expand
-from kascade_sglang.text.books import load_books
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BUNDLED = "bundled books"
-"""Name of the default prompts: English books of the public domain, cut to length."""
+BUNDLED = "bundled chats"
+"""Name of the default prompts, those of ``chats``."""
 
-DEFAULT_LIMIT = 16
-"""How many prompts are drawn of a data set or of the bundled text, unless ``--limit`` says."""
+DEFAULT_LIMIT = 10
+"""How many prompts are drawn of a data set, or chats made, unless ``--limit`` says."""
 
 
 class PromptSet(NamedTuple):
@@ -43,7 +45,7 @@ class PromptSource:
     """What the user asks for; fields are the options' names.
 
     prompts: a file. dataset: a data set, whose rows hold ``text``, ``prompt`` or ``messages``,
-    or the text in the column ``field``. Neither: the bundled text.
+    or the text in the column ``field``. Neither: chats that are made, of ``max_tokens`` each.
     """
 
     prompts: Path | None = None
@@ -86,9 +88,14 @@ class PromptSource:
             short = folder.resolve().name if os.path.isdir(folder) else self.dataset
             name = ":".join(filter(None, (short, self.dataset_config, self.split)))
         else:
-            text = "\n".join(" ".join((title, *rest)) for title, rest in load_books())
-            every = cut_text(text, tokenizer, context, self.max_tokens)
-            prompts = draw(every, self.limit or DEFAULT_LIMIT, self.seed)
+            length = self.max_tokens or min(TEXT_PROMPT_TOKENS, context or TEXT_PROMPT_TOKENS)
+            chats = make_chats(
+                self.limit or DEFAULT_LIMIT,
+                length,
+                self.seed,
+                lambda text: len(tokenizer(text, add_special_tokens=False).input_ids),
+            )
+            prompts = [chat_prompt(chat, tokenizer, PLAIN).cut(length) for chat in chats]
             name = BUNDLED
         return PromptSet(name, digest_of(prompts), prompts)
 

@@ -44,11 +44,14 @@ def test_a_column_by_name(tokenizer: PreTrainedTokenizerFast, dataset: str) -> N
     assert found.prompts[3].ids == [0, 7, 13]
 
 
-def test_bundled_text_is_cut_to_length() -> None:
+def test_chats_are_made_to_length() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    found = PromptSource(max_tokens=512, limit=3).read(tokenizer, 8192)
-    assert found.name == BUNDLED and [len(prompt.ids) for prompt in found.prompts] == [512] * 3
-    assert found == PromptSource(max_tokens=512, limit=3).read(tokenizer, 8192)
+    found = PromptSource(max_tokens=2048, limit=3).read(tokenizer, 8192)
+    assert found.name == BUNDLED and len(found.prompts) == 3
+    assert all(1500 < len(prompt.ids) <= 2048 and prompt.replies for prompt in found.prompts)
+    assert found == PromptSource(max_tokens=2048, limit=3).read(tokenizer, 8192)
+    assert found != PromptSource(max_tokens=2048, limit=3, seed=1).read(tokenizer, 8192)
+    assert max(len(prompt.ids) for prompt in PromptSource().read(tokenizer, 1024).prompts) <= 1024
 
 
 @pytest.mark.parametrize(
