@@ -7,6 +7,7 @@ together, as one call a row would leave a GPU waiting for Python.
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import embedding
 
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_sglang.calibration.hf_attention import LayerCall
@@ -35,11 +36,11 @@ def select_keys(call: LayerCall, rows: torch.Tensor, budget: Budget, pooled: boo
     """
     positions = torch.arange(len(call.k), device=rows.device)
     starts = rows // TILE * TILE
+    hidden = _bias(positions <= rows[:, None], call.q)
     scores = []
     for head in range(call.k.shape[1]):
         logits = _logits(call, call.k[None, :, head], head)  # [R, group, L]
-        logits.masked_fill_((positions > rows[:, None])[:, None], float("-inf"))
-        scores.append(logits.softmax(-1).sum(1))
+        scores.append(logits.add_(hidden).softmax(-1).sum(1))
     score = torch.stack(scores, dim=1)  # [R, H, L]
     if pooled:
         score = score.sum(1, keepdim=True).expand_as(score)
@@ -69,17 +70,30 @@ def attend_rows(call: LayerCall, rows: torch.Tensor, lists: Lists | None) -> tor
         if lists is not None:
             slots = torch.cat([lists.keys[:, head], own], dim=1)
             shown = torch.cat([taken, seen], dim=1)
-        logits = _logits(call, call.k[slots, head], head)  # [R, group, C]
-        weights = logits.masked_fill_(~shown[:, None], float("-inf")).softmax(-1)
-        outputs.append(weights @ call.v[slots, head].to(weights.dtype))
+        # Several times as fast as indexing, on a CPU.
+        keys, values = (embedding(slots, one[:, head].contiguous()) for one in (call.k, call.v))
+        logits = _logits(call, keys, head)  # [R, group, C]
+        weights = logits.add_(_bias(shown, call.q)).softmax(-1)
+        outputs.append(weights @ values.to(weights.dtype))
     return torch.cat(outputs, dim=1).to(call.q.dtype)
+
+
+def _bias(shown: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Of the logits of keys [R, C] that are shown, or not: [R, 1, C], 0 or -inf."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.zeros(shown.shape, dtype=dtype, device=q.device).masked_fill_(
+        ~shown, float("-inf")
+    )[:, None]
 
 
 def _logits(call: LayerCall, keys: torch.Tensor, head: int) -> torch.Tensor:
     """Logits [R, group, C] of a KV head's query heads over keys [R or 1, C, D]."""
     group = call.q.shape[1] // call.k.shape[1]
     dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    queries = call.q[:, head * group : (head + 1) * group].to(dtype)
-    logits = queries @ keys.to(dtype).transpose(1, 2) * call.scale
+    queries = call.q[:, head * group : (head + 1) * group].to(dtype) * call.scale
+    if len(keys) == 1:  # one product: a batch would read the same keys once a row
+        logits = (queries.flatten(0, 1) @ keys[0].to(dtype).T).unflatten(0, (-1, group))
+    else:
+        logits = queries @ keys.to(dtype).transpose(1, 2)
     cap = call.limits.softcap
     return logits if cap is None else torch.tanh(logits / cap) * cap
