@@ -2,9 +2,9 @@
 
 Anchors are chosen on chats of ``kascade calibrate`` by divergence (``kl``) and by mass, evenly
 spaced and drawn at random; ``all`` are all layers. Each set is then tried on other chats, with the
-head maps of the first: ``decode_kl`` over a prompt that was read densely, ``whole_kl`` where the
-prompt was read sparsely, too, tile by tile. Both are KL divergences of the next token, in nats, at
-the positions where the assistant speaks. No server; a GPU makes it fast.
+head maps of the first: ``decode_kl`` over prompts that were read densely, ``whole_kl`` where they
+were read sparsely, too. Both are KL divergences of the next token, in nats, at positions where the
+assistant speaks. No server; a GPU makes it fast.
 """
 
 import argparse
@@ -15,15 +15,156 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from kascade_kernels.budget import Budget
-from kascade_sglang.calibration.answers import Answers, SparseAnswers, answering_rows, answers_of
+from kascade_sglang.calibration import hf_model
+from kascade_sglang.calibration.anchors import AnchorChoice
+from kascade_sglang.calibration.answers import (
+    Answers,
+    Selecting,
+    SparseAnswers,
+    answering_rows,
+    answers_of,
+)
+from kascade_sglang.calibration.build import build_plan, choices_by_mass
+from kascade_sglang.calibration.collect import (
+    LayerStats,
+    average,
+    full_layers,
+    measure_prompt,
+    sample_tiles,
+)
+from kascade_sglang.calibration.elimination import choose
 from kascade_sglang.calibration.hf_attention import KascadeAttention, our_attention
-from kascade_sglang.calibration.hf_model import context_length, load_model, load_tokenizer
-from kascade_sglang.calibration.hf_model import pick_device
 from kascade_sglang.calibration.prompts import Prompt
-from kascade_sglang.calibration.run import CalibrationConfig, Measured, measure, selecting
+from kascade_sglang.calibration.similarity import best_heads
 from kascade_sglang.calibration.sources import PromptSource
 from kascade_sglang.files import append_csv
 from kascade_sglang.plan.schema import Plan
-from kascade_sglang.provenance import provenance
+from kascade_sglang.provenance import gpu_provenance
+
+RESULTS = Path(__file__).parent / "results/anchors.csv"
+COLUMNS = """model chosen_by count anchors decode_kl whole_kl prompts tokens topk_ratio min_k
+    gpu versions commit date""".split()
+BUDGET = Budget(0.1, 128)
+HELD_OUT = 1000
+"""Seed of the chats that anchors are tried on."""
+
+
+class Tried(NamedTuple):
+    """Anchors, and how they were chosen."""
+
+    chosen_by: str
+    anchors: tuple[int, ...]
+
+
+def candidates(
+    choices: Sequence[AnchorChoice],
+    stats: LayerStats,
+    counts: Sequence[int],
+    draws: int,
+    named: dict[str, tuple[int, ...]],
+) -> Iterator[Tried]:
+    """Yield all that is compared. choices: by divergence. named: more anchors, by their name."""
+    layers = stats.layers
+    yield Tried("all", layers)
+    for name, anchors in named.items():
+        yield Tried(name, anchors)
+    for count in counts:
+        yield Tried("kl", next(one.anchors for one in choices if len(one.anchors) == count))
+        yield Tried("mass", choices_by_mass(stats, "per_head", count)[0].anchors)
+        places = [len(layers) * index // count for index in range(count)]
+        yield Tried("even", tuple(layers[place] for place in places))
+        for seed in range(draws):
+            drawn = sorted(random.Random(seed).sample(layers[1:], count - 1))
+            yield Tried("random", (layers[0], *drawn))
+
+
+def whole_loss(model: PreTrainedModel, prompt: Prompt, answers: Answers, plan: Plan) -> float:
+    """Loss at the rows of a prompt that is read under a plan, tile by tile, by the reference."""
+    ids = torch.tensor([prompt.ids], device=model.device)
+    with torch.inference_mode(), our_attention(model):
+        found = model(
+            input_ids=ids,
+            use_cache=False,
+            logits_to_keep=answers.rows,
+            kascade=KascadeAttention(plan),
+        ).logits[0]
+    return answers.divergence(found)
+
+
+def measure(
+    model: PreTrainedModel, prompts: Sequence[Prompt]
+) -> tuple[LayerStats, Selecting, list[AnchorChoice]]:
+    """Measure a model as ``kascade calibrate`` does, and choose by divergence."""
+    layers = full_layers(model, max(len(prompt.ids) for prompt in prompts))
+    measured = []
+    for number, prompt in enumerate(prompts):
+        tiles = sample_tiles(len(prompt.ids), BUDGET, 64, number)
+        measured.append(measure_prompt(model, prompt.ids, tiles, BUDGET, layers))
+    stats = average(layers, measured)
+    how = Selecting(layers, torch.from_numpy(best_heads(stats.similarity)), BUDGET)
+    return stats, how, choose(model, prompts, how, 3)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="bench_anchors", description=__doc__)
+    add = parser.add_argument
+    add("--model-path", required=True, help="a folder or Hugging Face id")
+    add("--counts", type=int, nargs="+", default=[5, 8, 12], help="of anchors")
+    add("--prompts", type=int, default=10, help="to choose by, and as many to try on")
+    add("--tokens", type=int, default=8192, help="of each")
+    add("--draws", type=int, default=2, help="random sets of each count")
+    add("--also", nargs="*", default=[], metavar="NAME=0,2,8", help="more anchors to try")
+    add("--device", default="auto", help="auto (the default), cpu or cuda")
+    add("--out", type=Path, default=RESULTS)
+    add("--commit", help="what to write as the commit, outside a repository")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Choose, try, and write rows as they come."""
+    options = parse_arguments(argv)
+    named = {}
+    for text in options.also:
+        name, _, layers = text.partition("=")
+        named[name] = tuple(map(int, layers.split(",")))
+    path = options.model_path
+    model = hf_model.load_model(path, "auto", hf_model.pick_device(options.device))
+    tokenizer, context = hf_model.load_tokenizer(path), hf_model.context_length(model.config)
+    source = PromptSource(max_tokens=options.tokens, limit=options.prompts)
+    stats, how, choices = measure(model, source.read(tokenizer, context).prompts)
+    held_out = PromptSource(max_tokens=options.tokens, limit=options.prompts, seed=HELD_OUT)
+    prompts = held_out.read(tokenizer, context).prompts
+    answers = [answers_of(model, one, answering_rows(one, BUDGET)) for one in prompts]
+    sparse = [SparseAnswers(one, how) for one in answers]
+    shape, stamp = hf_model.shape_of(model.config), gpu_provenance(options.commit)
+    for tried in candidates(choices, stats, options.counts, options.draws, named):
+        choice = AnchorChoice(tried.anchors, 0.0)
+        plan = build_plan(stats, choice, [], path, shape, BUDGET, "per_head", {})
+        decode = whole = 0.0
+        for prompt, dense, one in zip(prompts, answers, sparse, strict=True):
+            with one.loaded():
+                decode += one.keep(tried.anchors) / len(prompts)
+            whole += whole_loss(model, prompt, dense, plan) / len(prompts)
+        row = {
+            "model": Path(path).resolve().name if Path(path).is_dir() else path,
+            "chosen_by": tried.chosen_by,
+            "count": len(tried.anchors),
+            "anchors": " ".join(map(str, tried.anchors)),
+            "decode_kl": f"{decode:.4g}",
+            "whole_kl": f"{whole:.4g}",
+            "prompts": len(prompts),
+            "tokens": options.tokens,
+            "topk_ratio": BUDGET.ratio,
+            "min_k": BUDGET.min_k,
+        }
+        append_csv(options.out, COLUMNS, [row | stamp])
+        print(f"{tried.chosen_by} {row['anchors']}: {row['decode_kl']}, whole {row['whole_kl']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -69,11 +69,13 @@ class Answers:
     logprobs: torch.Tensor
 
     def loss(self, hidden: torch.Tensor) -> float:
-        """KL divergence in nats of the next token, from dense to ``hidden`` [R, hidden]; the mean.
+        """Return the divergence of what the last layer returns, [R, hidden]."""
+        return self.divergence(next_tokens(self.model, hidden))
 
-        hidden: what the last layer returns.
-        """
-        found = next_tokens(self.model, hidden).log_softmax(-1)
+    def divergence(self, logits: torch.Tensor) -> float:
+        """KL divergence in nats of the next token, from dense to ``logits`` [R, vocabulary]: the
+        mean over rows."""
+        found = logits.float().log_softmax(-1)
         expected = self.logprobs.to(found.device)
         return float((expected.exp() * (expected - found)).double().sum(-1).mean())
 
