@@ -33,6 +33,7 @@ __all__ = [
     "require_layers",
     "require_plain_pool",
     "require_scales",
+    "sinks_of",
     "write_kv",
 ]
 
@@ -117,6 +118,12 @@ def require_layers(model: torch.nn.Module, window_of: Callable[[int], int]) -> N
     for layer in model.modules():
         if isinstance(layer, RadixAttention):
             _require_layer(layer, window_of(layer.layer_id))
+
+
+def sinks_of(model: torch.nn.Module) -> torch.Tensor | None:
+    """Return the sinks of one of a loaded model's layers, [Hq]; None where layers have none."""
+    named = (weight for name, weight in model.named_parameters() if name.endswith(".sinks"))
+    return next(named, None)
 
 
 def key_value_scales(layer: RadixAttention) -> tuple[float, float]:

@@ -41,11 +41,13 @@ def attend(queries, keys, values, hidden, acc, largest, total, scale_log2, MASKE
 @triton.jit
 def begin_softmax(sinks, q_head, live):
     """Largest logit and sum of weights, [ROWS], before any key: those of the sinks, if any."""
-    if sinks is None:
-        return tl.full(q_head.shape, -LOGIT_BOUND, tl.float32), tl.zeros(q_head.shape, tl.float32)
-    sink = load_sinks(sinks, q_head, live)
-    largest = tl.maximum(sink, -LOGIT_BOUND)
-    return largest, tl.exp2(sink - largest)
+    largest = tl.full(q_head.shape, -LOGIT_BOUND, tl.float32)
+    total = tl.zeros(q_head.shape, tl.float32)
+    if sinks is not None:
+        sink = load_sinks(sinks, q_head, live)
+        largest = tl.maximum(sink, largest)
+        total = tl.exp2(sink - largest)
+    return largest, total
 
 
 @triton.jit
