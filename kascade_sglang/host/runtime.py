@@ -10,6 +10,7 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.dense import SCALING, default_dense_backend
@@ -65,8 +66,17 @@ def build_dense_backend(runner: "ModelRunner", name: str | None) -> AttentionBac
     return ATTENTION_BACKENDS[name or default_dense_backend()](runner)
 
 
+def _pool_of_full_layers(pool: Any) -> Any:
+    """Return the pool, or that part of it which layers without a window have: same slots."""
+    return pool.full_kv_pool if type(pool) is SWAKVPool else pool
+
+
 def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
-    """Raise KascadeError unless the KV pool holds ``[slots, KV heads, head dim]`` of ``dtype``."""
+    """Raise KascadeError unless the KV pool holds ``[slots, KV heads, head dim]`` of ``dtype``.
+
+    Where layers with a window have a pool of their own, that of the others must.
+    """
+    pool = _pool_of_full_layers(pool)
     if type(pool) is not MHATokenToKVPool:
         raise KascadeError(
             f"KV pool: expected SGLang's MHATokenToKVPool, got {type(pool).__name__}; "
@@ -150,7 +160,8 @@ def releasable(pool: Any) -> AbstractContextManager[Any]:
     Under ``--enable-memory-saver``, by ``/release_memory_occupation``; else it does nothing. What
     the tensors hold is lost as the pool's keys are.
     """
-    return pool.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE)
+    adapter = _pool_of_full_layers(pool).memory_saver_adapter
+    return adapter.region(GPU_MEMORY_TYPE_KV_CACHE)
 
 
 def key_value_caches(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
