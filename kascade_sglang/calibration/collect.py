@@ -16,7 +16,7 @@ from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.calibration.hf_attention import DenseAttention, LayerCall, our_attention
 from kascade_sglang.calibration.hf_model import decoder_layers, shape_of, windowed_layers
 from kascade_sglang.calibration.importance import importance_hooks
-from kascade_sglang.calibration.limited_attention import layer_scores
+from kascade_sglang.calibration.limited_attention import Limits, layer_scores
 from kascade_sglang.calibration.similarity import own_mass, tile_similarity
 from kascade_sglang.errors import CalibrationError
 
@@ -84,7 +84,7 @@ class _Recorder(DenseAttention):
         self._queries: dict[int, list[torch.Tensor]] = {}  # layer -> per tile [32, Hq, D]
         self.keys: dict[int, torch.Tensor] = {}  # layer -> [L, H, D]
         self.scales: dict[int, float] = {}
-        self.softcaps: dict[int, float] = {}
+        self.limits_of: dict[int, Limits] = {}
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """Attend in a layer; one with a window is not measured."""
@@ -97,8 +97,7 @@ class _Recorder(DenseAttention):
                 "its configuration does not say; not supported"
             )
         self._keep(call.layer, call.q, call.k, call.scale)
-        if limits.softcap is not None:
-            self.softcaps[call.layer] = limits.softcap
+        self.limits_of[call.layer] = limits
         return super().attend(call._replace(limits=limits))
 
     def _keep(self, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
@@ -125,12 +124,13 @@ class _Recorder(DenseAttention):
         home = self.keys[self._layers[0]].device
         scores = torch.stack([self._scores(layer, index, end).to(home) for layer in self._layers])
         group = self._queries[self._layers[0]][index].shape[1] // scores.shape[1]
-        own = group * TILE - scores.sum(dim=-1)  # each query's mass is 1
+        # Each query's mass is 1. A sink's share counts as its own: nothing is lost of it, either.
+        own = group * TILE - scores.sum(dim=-1)
         return scores, own.clamp_(min=0.0)
 
     def _scores(self, layer: int, index: int, end: int) -> torch.Tensor:
         q, k, scale = self._queries[layer][index], self.keys[layer][:end], self.scales[layer]
-        return layer_scores(q, k, scale, self.softcaps.get(layer))
+        return layer_scores(q, k, scale, self.limits_of[layer])
 
 
 def _measure_tiles(

@@ -40,7 +40,7 @@ def select_keys(call: LayerCall, rows: torch.Tensor, budget: Budget, pooled: boo
     scores = []
     for head in range(call.k.shape[1]):
         logits = _logits(call, call.k[None, :, head], head)  # [R, group, L]
-        scores.append(logits.add_(hidden).softmax(-1).sum(1))
+        scores.append(_softmax(call, logits.add_(hidden), head).sum(1))
     score = torch.stack(scores, dim=1)  # [R, H, L]
     if pooled:
         score = score.sum(1, keepdim=True).expand_as(score)
@@ -73,7 +73,7 @@ def attend_rows(call: LayerCall, rows: torch.Tensor, lists: Lists | None) -> tor
         # Several times as fast as indexing, on a CPU.
         keys, values = (embedding(slots, one[:, head].contiguous()) for one in (call.k, call.v))
         logits = _logits(call, keys, head)  # [R, group, C]
-        weights = logits.add_(_bias(shown, call.q)).softmax(-1)
+        weights = _softmax(call, logits.add_(_bias(shown, call.q)), head)
         outputs.append(weights @ values.to(weights.dtype))
     return torch.cat(outputs, dim=1).to(call.q.dtype)
 
@@ -97,3 +97,13 @@ def _logits(call: LayerCall, keys: torch.Tensor, head: int) -> torch.Tensor:
         logits = queries @ keys.to(dtype).transpose(1, 2)
     cap = call.limits.softcap
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _softmax(call: LayerCall, logits: torch.Tensor, head: int) -> torch.Tensor:
+    """Weights of the keys, of logits [R, group, C] of a KV head's query heads."""
+    if call.limits.sinks is None:
+        return logits.softmax(-1)
+    group = logits.shape[1]
+    sinks = call.limits.sinks[head * group : (head + 1) * group].to(logits.dtype)
+    column = sinks.view(1, group, 1).expand(len(logits), group, 1)
+    return torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]

@@ -11,7 +11,7 @@ from kascade_sglang.calibration.collect import full_layers
 from kascade_sglang.calibration.hf_attention import DenseAttention, LayerCall, our_attention
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.errors import CalibrationError
-from tests.support.families import FAMILIES, GEMMA, build
+from tests.support.families import FAMILIES, GEMMA, build, build_with_sinks
 
 BUDGET = Budget(0.1, 64)
 LENGTH = 6 * TILE + 5
@@ -28,6 +28,16 @@ def maps_of(layers: int) -> torch.Tensor:
     maps = torch.tensor([1, 0]).expand(layers, layers, 2).clone()
     maps[range(layers), range(layers)] = torch.tensor([0, 1])
     return maps
+
+
+def weights_of(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of [Hq, L, L]; a head's sink [Hq] takes weight and has no value."""
+    if sinks is None:
+        return logits.softmax(-1)
+    exponents = logits.exp()
+    return exponents / (
+        exponents.sum(-1, keepdim=True) + sinks.to(logits.dtype).exp()[:, None, None]
+    )
 
 
 class Whole(DenseAttention):
@@ -48,11 +58,13 @@ class Whole(DenseAttention):
         unseen = (distance < 0) | (distance >= (limits.window or length))
         logits.masked_fill_(unseen, float("-inf"))
         if layer in self.how.layers:
-            self.hide(layer, logits, group)
-        return torch.einsum("hqk,khd->qhd", logits.softmax(-1), v)
+            self.hide(layer, logits, group, limits.sinks)
+        return torch.einsum("hqk,khd->qhd", weights_of(logits, limits.sinks), v)
 
-    def hide(self, layer: int, logits: torch.Tensor, group: int) -> None:
-        mass = logits.softmax(-1).unflatten(0, (-1, group)).sum(1)  # [H, L, L]
+    def hide(
+        self, layer: int, logits: torch.Tensor, group: int, sinks: torch.Tensor | None
+    ) -> None:
+        mass = weights_of(logits, sinks).unflatten(0, (-1, group)).sum(1)  # [H, L, L]
         mass = mass.sum(0, keepdim=True).expand_as(mass) if self.how.pooled else mass
         anchor = max(one for one in self.anchors if one <= layer)
         places = self.how.layers.index(anchor), self.how.layers.index(layer)
@@ -80,10 +92,8 @@ def loss_of(model: PreTrainedModel, how: Selecting, anchors: tuple[int, ...]) ->
     return float((dense.exp() * (dense - sparse)).sum(-1).mean())
 
 
-@pytest.mark.parametrize(
-    "family, pooled",
-    [("llama3", False), ("llama3", True), ("phi3", False), ("gemma2", False), ("gemma3", False)],
-)
+@pytest.mark.parametrize("family", ["llama3", "phi3", "gemma2", "gemma3", "oss"])
+@pytest.mark.parametrize("pooled", [False, True])
 def test_equals_whole_passes_in_which_all_layers_are_sparse(
     family: str, pooled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +102,8 @@ def test_equals_whole_passes_in_which_all_layers_are_sparse(
     monkeypatch.setitem(FAMILIES, "gemma2", ("Gemma2", {**capped, "num_hidden_layers": 8}, ()))
     gemma3 = ("Gemma3Text", {**GEMMA, "num_hidden_layers": 6, "sliding_window_pattern": 2}, ())
     monkeypatch.setitem(FAMILIES, "gemma3", gemma3)
-    model = build(family).double()
+    # The experts' products know no float64.
+    model = build_with_sinks(1.0, layers=8) if family == "oss" else build(family).double()
     layers = full_layers(model, LENGTH)
     how = Selecting(layers, maps_of(len(layers)), BUDGET, pooled)
     found = answers_of(model, prompt_of(), ROWS)
@@ -100,17 +111,17 @@ def test_equals_whole_passes_in_which_all_layers_are_sparse(
     sparse = SparseAnswers(found, how)
     fewer = (layers[0], *layers[2:])
     with sparse.loaded():
-        assert sparse.keep(layers) == pytest.approx(loss_of(model, how, layers), rel=1e-4)
+        assert sparse.keep(layers) == pytest.approx(loss_of(model, how, layers), rel=1e-3)
         expected = loss_of(model, how, fewer)
         assert expected > 1e-4
-        assert sparse.loss_without(layers[1]) == pytest.approx(expected, rel=1e-4)
-        assert sparse.loss_without(layers[2]) != pytest.approx(expected, rel=1e-3)
-        assert sparse.keep(fewer) == pytest.approx(expected, rel=1e-4)
+        assert sparse.loss_without(layers[1]) == pytest.approx(expected, rel=1e-3)
+        assert sparse.loss_without(layers[2]) != pytest.approx(expected, rel=1e-2)
+        assert sparse.keep(fewer) == pytest.approx(expected, rel=1e-3)
         last = sparse.loss_without(layers[-1])
     with sparse.loaded():  # what is kept outlasts the keys
-        assert sparse.keep(fewer) == pytest.approx(expected, rel=1e-4)
-        assert last == pytest.approx(loss_of(model, how, fewer[:-1]), rel=1e-4)
-        assert sparse.keep(layers) == pytest.approx(loss_of(model, how, layers), rel=1e-4)
+        assert sparse.keep(fewer) == pytest.approx(expected, rel=1e-3)
+        assert last == pytest.approx(loss_of(model, how, fewer[:-1]), rel=1e-3)
+        assert sparse.keep(layers) == pytest.approx(loss_of(model, how, layers), rel=1e-3)
 
 
 def spread(first: int, end: int) -> list[int]:

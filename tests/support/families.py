@@ -36,3 +36,18 @@ def build(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def build_with_sinks(mean: float, layers: int = 4) -> PreTrainedModel:
+    """A gpt-oss with windows in every second layer, the first one, and sinks about the mean."""
+    changes = {
+        "sliding_window": 40,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": layers,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(transformers.GptOssConfig(**{**SMALL, **changes}))
+    for layer in model.get_decoder().layers:
+        layer.self_attn.sinks.data.normal_(mean, 2.0)
+    return model.eval()
