@@ -1,8 +1,11 @@
 """What several kernels share. Logarithms and exponentials are in base 2."""
 
+import math
+
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(math.log2(math.e))
 TILE = tl.constexpr(32)
 CODE_SHIFT = tl.constexpr(13)
 CODE_HALF = tl.constexpr(1 << 12)
@@ -75,6 +78,13 @@ def to_meet(queries, k):
 def bounded(logits):
     """Logits whose differences are finite: +inf are alike, -inf and NaN get no weight."""
     return tl.minimum(tl.maximum(logits, -2 * LOGIT_BOUND), LOGIT_BOUND)
+
+
+@triton.jit
+def load_sinks(sinks, q_head, real):
+    """Sinks of query heads as logits: in base 2, with differences that are finite."""
+    sink = tl.load(sinks + q_head, mask=real, other=0.0).to(tl.float32) * LOG2_E
+    return bounded(sink)
 
 
 @triton.jit

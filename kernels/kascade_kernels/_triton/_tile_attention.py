@@ -9,6 +9,7 @@ from kascade_kernels._triton._primitives import (
     TILE,
     VARY,
     bounded,
+    load_sinks,
     of_mapped_list,
     own_tile_start,
     soften,
@@ -38,8 +39,23 @@ def attend(queries, keys, values, hidden, acc, largest, total, scale_log2, MASKE
 
 
 @triton.jit
+def begin_softmax(sinks, q_head, live):
+    """Largest logit and sum of weights, [ROWS], before any key: those of the sinks, if any."""
+    largest = tl.full(q_head.shape, -LOGIT_BOUND, tl.float32)
+    total = tl.zeros(q_head.shape, tl.float32)
+    if sinks is not None:
+        sink = load_sinks(sinks, q_head, live)
+        largest = tl.maximum(sink, largest)
+        total = tl.exp2(sink - largest)
+    return largest, total
+
+
+@triton.jit
 def attend_bounded(
     queries,
+    sinks,
+    q_head,
+    live,
     k,
     v,
     row_slots,
@@ -60,8 +76,7 @@ def attend_bounded(
     newest: [ROWS], the last position that each sees. Returns acc [ROWS, D] and total [ROWS].
     """
     acc = tl.zeros(queries.shape, tl.float32)
-    total = tl.zeros(newest.shape, tl.float32)
-    largest = tl.full(newest.shape, -LOGIT_BOUND, tl.float32)
+    largest, total = begin_softmax(sinks, q_head, live)
     for first in tl.range(0, selected + TILE, BLOCK, num_stages=1):
         index = first + tl.arange(0, BLOCK)
         own = own_tile_start(end) + index
@@ -94,6 +109,7 @@ def tile_attention_kernel(
     offsets,  # int64 [rows, LISTS]
     counts,  # int32 [rows, LISTS]
     head_map,  # int32 [H]
+    sinks,  # [Hq], or None
     out,  # [tokens, Hq, D]
     v_scale,
     scale_log2,
@@ -130,8 +146,7 @@ def tile_attention_kernel(
     token = tl.load(starts + row) + query
     queries = load_queries(q, k, token, q_head, query < count, stride_q, stride_q_head, D)
     acc = tl.zeros([ROWS, D], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    largest = tl.full([ROWS], -LOGIT_BOUND, tl.float32)
+    largest, total = begin_softmax(sinks, q_head, query < count)
 
     end = tl.load(ends + row).to(tl.int32)
     row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
@@ -178,6 +193,9 @@ def tile_attention_kernel(
         again = load_queries(q, k, token, q_head, live, stride_q, stride_q_head, D)
         acc, total = attend_bounded(
             again,
+            sinks,
+            q_head,
+            live,
             k,
             v,
             row_slots,
