@@ -119,8 +119,6 @@ class Requests:
         if logits == "infinite":
             first.copy_((first.abs() + 1).copysign(first))
             self._infinite_keys(slots[some], float("inf"))
-            # How such keys share a query's weight is not said, so their values are alike.
-            self.v[slots[some]] = self.v[slots[some[0]]].clone()
         elif logits == "nothing":
             first.abs_().add_(1)
             self._infinite_keys(slots, float("-inf"))
@@ -135,8 +133,8 @@ class Requests:
 
     def logit_error(self, request: int, q: torch.Tensor, scale: float) -> torch.Tensor:
         """Bound on what float32 sums err in a logit: 2^-20 of the largest sum of magnitudes."""
-        k = self.k[self.slots(request)].double().nan_to_num(0, 0, 0)
-        return 2**-20 * scale * q.double().norm(dim=-1).amax() * k.norm(dim=-1).amax()
+        q, k = (x.double().nan_to_num(0, 0, 0) for x in (q, self.k[self.slots(request)]))
+        return 2**-20 * scale * q.norm(dim=-1).amax() * k.norm(dim=-1).amax()
 
 
 class Findings:
@@ -150,6 +148,11 @@ class Findings:
         """Note a condition, a bool tensor of any shape that must hold everywhere."""
         self._said.append(said)
         self._hold.append(holds.all())
+
+    def expect_close(self, said: str, out: torch.Tensor, exact: torch.Tensor, bound: float) -> None:
+        """Note that an output is within a bound of the exact one, and NaN where that is."""
+        within = (out.double() - exact).abs() <= bound
+        self.expect(said, within | (out.isnan() & exact.isnan()))
 
     def require(self) -> None:
         """Raise AssertionError unless all conditions held."""

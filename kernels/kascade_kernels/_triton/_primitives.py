@@ -11,7 +11,8 @@ CODE_OFFSET = tl.constexpr(79 << 10)
 
 LOGIT_BOUND = tl.constexpr(1e30)
 """A logit beyond it is as good as infinite. Softmaxes start at its negative as the largest so far:
-keys of -inf then have no weight, also where there are no others."""
+keys of -inf then have no weight, also where there are no others. One of +inf or NaN makes the
+weights of its row NaN, and of no other row."""
 LEAST_TOTAL = tl.constexpr(1e-30)
 """Less than the sum of weights of any key: what divides where no key has weight, for zeros."""
 
@@ -72,14 +73,8 @@ def to_meet(queries, k):
 
 
 @triton.jit
-def bounded(logits):
-    """Logits whose differences are finite: +inf are alike, -inf and NaN get no weight."""
-    return tl.minimum(tl.maximum(logits, -2 * LOGIT_BOUND), LOGIT_BOUND)
-
-
-@triton.jit
 def bounded_lse(largest, total):
-    """Log-sum-exp of a softmax: LOGIT_BOUND where it met +inf, its negative where nothing else."""
+    """Log-sum-exp of a softmax: LOGIT_BOUND where it met +inf, its negative where NaN or no key."""
     lse = tl.maximum(largest + tl.log2(total), -LOGIT_BOUND)
     return tl.where(largest >= LOGIT_BOUND, LOGIT_BOUND, lse)
 
@@ -101,7 +96,7 @@ def soften(logits, block_largest, largest, total):
 @triton.jit
 def store_part(part_lse, part_out, part, acc, largest, total, real, D: tl.constexpr):
     """Store a softmax's mean [M, D] and log-sum-exp [M] as parts that merge_parts can join."""
-    tl.store(part_lse + part, largest + tl.log2(total), mask=real)
+    tl.store(part_lse + part, bounded_lse(largest, total), mask=real)
     at = part[:, None] * D + tl.arange(0, D)[None, :]
     mean = acc / tl.maximum(total, LEAST_TOTAL)[:, None]
     tl.store(part_out + at, mean, mask=real[:, None])
