@@ -5,15 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-RESULTS = Path(__file__).parent / "results/quality_models.csv"
+from benchmarks.tables import QUALITY, RESULTS, newest
+
 HARD = ("niah_multikey_2", "niah_multikey_3")
 """RULER's tasks that real models lose answers in first: one key among many alike."""
-
-
-def newest(path: Path = RESULTS) -> pd.DataFrame:
-    """The CSV's rows; of what was measured twice, the newest."""
-    rows = pd.read_csv(path)
-    return rows.drop_duplicates(["model", "config", "task", "length"], keep="last")
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -42,7 +37,7 @@ def plot(path: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = newest(path)
+    rows = newest(path, QUALITY)
     rows = rows[rows["task"].isin(HARD)].fillna({"prefill_read": 1.0})
     lengths = sorted(rows["length"].unique())
     figure, grid = pyplot.subplots(
@@ -59,5 +54,5 @@ def plot(path: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    source = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "quality_models.csv"
     plot(source, source.with_suffix(".png"))

@@ -4,9 +4,7 @@ A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``. ``--check`` 
 fails where a document differs from them.
 """
 
-import csv
 import itertools
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,32 +13,32 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import plot_quality
-from benchmarks.plot_kernels import newest
-from benchmarks.plot_serving import newest_runs
+from benchmarks.plot_quality import summary
 from benchmarks.serving_profile import STEPS
 from benchmarks.serving_workloads import WORKLOADS, compare, medians
+from benchmarks.tables import (
+    KERNELS,
+    QUALITY,
+    RESULTS,
+    cells,
+    laid_out,
+    markdown,
+    newest,
+    newest_runs,
+    read,
+)
 from kascade_sglang import settings
 from kascade_sglang.evaluation.results import Results
 from kascade_sglang.evaluation.show import BUDGET, means
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Lay out one table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def demo_table() -> str:
     """``make demo``: one column a backend."""
-    with open(RESULTS / "demo.csv", newline="") as file:
-        runs = list(csv.DictReader(file))
-    names = [name for name in runs[0] if name not in ("backend", "commit", "versions", "date")]
-    rows = [[name, *(run[name] for run in runs)] for name in names]
-    return markdown(["--attention-backend", *(run["backend"] for run in runs)], rows)
+    runs = pd.read_csv(RESULTS / "demo.csv", dtype=str).set_index("backend")
+    shown = runs.drop(columns=["commit", "versions", "date"])
+    return laid_out(["--attention-backend"], shown.T, "{}")
 
 
 def quality_table() -> str:
@@ -60,12 +58,11 @@ def quality_table() -> str:
 def models_table() -> str:
     """``make bench-quality``: points below or above dense attention, one row a configuration."""
     lines = []
-    for row in plot_quality.summary(plot_quality.newest()).to_dict("records"):
+    for row in answers().to_dict("records"):
         lengths = [key for key in row if isinstance(key, int)]
-        points = [row[length] for length in lengths] + [row["hard"]]
-        cells = ["" if math.isnan(value) else f"{value:+.1f}" for value in points]
-        cells[-1] += f" (n={row['n']:.0f})"
-        lines.append([row["model"], row["config"], *cells, f"{row['prefill_read']:.0%}"])
+        points = cells((row[length] for length in lengths), "{:+.1f}")
+        hard = f"{row['hard']:+.1f} (n={row['n']:.0f})"
+        lines.append([row["model"], row["config"], *points, hard, f"{row['prefill_read']:.0%}"])
     header = [f"RULER at {length}" for length in lengths]
     hard = "two hard tasks, 16K and 31K"
     return markdown(["model", "config", *header, hard, "keys read in prefill at 31K"], lines)
@@ -122,20 +119,18 @@ def serving_lines(results: str) -> dict[tuple[str, str], list[str]]:
 
     Of each backend, the median of the newest commit's rows.
     """
-    runs, lines = newest_runs(RESULTS / results), {}
-    for model, (name, workload) in itertools.product(
-        dict.fromkeys(key[0] for key in runs), WORKLOADS.items()
-    ):
-        rows = (row for key in runs if key[:2] == (model, name) for row in runs[key])
-        found = medians(rows, workload)
+    path, lines = RESULTS / results, {}
+    runs, models = newest_runs(path), read(path)["model"].unique()
+    for model, (name, workload) in itertools.product(models, WORKLOADS.items()):
+        found = medians(runs[(runs["model"] == model) & (runs["workload"] == name)], workload)
         if "kascade" not in found or len(found) < 2 or not workload.must:
             continue
         best, ratio = compare(found, workload)
         ours, theirs = (
             f"{found[key]:,.{0 if found[key] >= 100 else 1}f}" for key in ("kascade", best)
         )
-        cells = (ours, f"{theirs} ({best})", f"{ratio:.2f}x", f"{workload.must}x")
-        lines[model, name] = [FIGURES[workload.figure], *cells]
+        figures = (ours, f"{theirs} ({best})", f"{ratio:.2f}x", f"{workload.must}x")
+        lines[model, name] = [FIGURES[workload.figure], *figures]
     return lines
 
 
@@ -166,17 +161,20 @@ def speed_table() -> str:
 
 def budgets_table() -> str:
     """``quality_budgets.csv``: decoding with dense prefill, points by length, a row a budget."""
-    rows = plot_quality.newest(RESULTS / "quality_budgets.csv")
+    rows = newest(RESULTS / "quality_budgets.csv", QUALITY)
     rows = rows[(rows["model"] == "qwen2.5-coder-0.5b") & (rows["config"] != "dense")]
     table = rows.pivot_table(index="config", columns="length", values="diff", sort=False)
-    lines = [[name, *(f"{value:+.1f}" for value in row)] for name, row in table.iterrows()]
-    return markdown(["budget", *map(str, table.columns)], lines)
+    return laid_out(["budget"], table, "{:+.1f}")
+
+
+def answers() -> pd.DataFrame:
+    """``quality_models.csv``, a row a model and configuration."""
+    return summary(newest(RESULTS / "quality_models.csv", QUALITY))
 
 
 def answers_table() -> str:
     """``make bench-quality``: the longest prompts of each model, a row a preset."""
-    lines = []
-    table = plot_quality.summary(plot_quality.newest())
+    lines, table = [], answers()
     for row in table[table["config"].isin(("default", "decode", "fast"))].to_dict("records"):
         hard = f"{row['hard']:+.1f} (n={row['n']:.0f})"
         lines.append([row["model"], row["config"], hard, f"{row['prefill_read']:.0%}"])
@@ -186,25 +184,19 @@ def answers_table() -> str:
 
 def profile_table() -> str:
     """``bench_serving --profile``: where one decode step and one prefill go, in ms."""
-    with open(RESULTS / "serving_profile_h100.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["workload"] == "rag-one-prefix"]
-    steps = {"decode": STEPS, "extend": 1}
-    found = {
-        (r["stage"], r["backend"], r["kernel"]): float(r["ms"]) / steps[r["stage"]] for r in rows
-    }
-    backends = dict.fromkeys(row["backend"] for row in rows)
-    kinds = dict.fromkeys(row["kernel"] for row in rows)
-    shares = {kind: max(float(r["share"]) for r in rows if r["kernel"] == kind) for kind in kinds}
-    columns = list(itertools.product(steps, backends))
-    lines = []
-    for kind in sorted(kinds, key=lambda kind: -shares[kind]):
-        values = [found.get((*column, kind)) for column in columns]
-        if shares[kind] >= LEAST_SHARE:
-            lines.append([kind, *("" if ms is None else f"{ms:.2f}" for ms in values)])
-    sums = [sum(ms for (*of, _), ms in found.items() if tuple(of) == one) for one in columns]
-    lines.append(["all", *(f"{ms:.2f}" for ms in sums)])
-    names = {"decode": "a decode step", "extend": "prefill"}
-    return markdown(["", *(f"{names[stage]}, {backend}" for stage, backend in columns)], lines)
+    rows = read(RESULTS / "serving_profile_h100.csv")
+    rows = rows[rows["workload"] == "rag-one-prefix"]
+    stages = {"decode": "a decode step", "extend": "prefill"}
+    steps = rows["stage"].map({"decode": STEPS, "extend": 1})
+    rows = rows.assign(stage=rows["stage"].map(stages), ms=rows["ms"] / steps)
+    columns = ["stage", "backend"]
+    table = rows.pivot_table(index="kernel", columns=columns, values="ms", aggfunc="last")
+    table = table[list(itertools.product(stages.values(), rows["backend"].unique()))]
+    shares = rows.groupby("kernel", sort=False)["share"].max()
+    shares = shares[shares >= LEAST_SHARE].sort_values(ascending=False, kind="stable")
+    shown = table.loc[shares.index]
+    shown.loc["all"] = table.sum()
+    return laid_out([""], shown, "{:.2f}")
 
 
 def kernel_table(name: str, modes: Sequence[str]) -> str:
@@ -212,22 +204,20 @@ def kernel_table(name: str, modes: Sequence[str]) -> str:
 
     modes: the columns; layers' shares are those of the last but one, which every case has.
     """
-    rows = [row for row in newest(RESULTS / name) if row["inputs"] == "random"]
-    found = {(r["case"], r["kind"], r["plan"], r["mode"]): r for r in rows}
+    rows = newest(RESULTS / name, KERNELS)
+    rows = rows[rows["inputs"] == "random"]
+    plans = {"llama-3.1-8b": "Llama-3.1-8B", "qwen3-8b": "Qwen3-8B"}
+    columns = list(itertools.product(plans, modes))
+    composites = rows[rows["kind"] == "composite"]
+    speeds = composites.pivot(index="case", columns=["plan", "mode"], values="speedup")
+    layers = rows[(rows["plan"] == "") & (rows["mode"] == modes[-2])].set_index(["kind", "case"])
     lines = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        composites = [
-            found.get((case, "composite", plan, mode))
-            for plan in ("llama-3.1-8b", "qwen3-8b")
-            for mode in modes
-        ]
-        speeds = [f"{float(row['speedup']):.1f}x" if row else "" for row in composites]
-        layers = [found[case, kind, "", modes[-2]] for kind in ("layer0", "anchor", "reuse")]
-        shares = [f"{float(row['share']):.2f}" for row in layers]
-        lines.append([case, *speeds, *shares, f"{float(layers[-1]['fa3_ms']):.2f}"])
-    plans = [f"{plan}, {mode}" for plan in ("Llama-3.1-8B", "Qwen3-8B") for mode in modes]
-    shares = [f"{kind} / FA3" for kind in ("layer 0", "anchor", "reuse")]
-    return markdown(["case", *plans, *shares, "FA3, ms a layer"], lines)
+    for case in rows["case"].unique():
+        shares = [layers.at[(kind, case), "share"] for kind in LAYERS]
+        lines.append([case, *cells(speeds.reindex(columns=columns).loc[case], "{:.1f}x")])
+        lines[-1] += [*cells(shares, "{:.2f}"), f"{layers.at[('reuse', case), 'fa3_ms']:.2f}"]
+    header = [f"{plans[plan]}, {mode}" for plan, mode in columns]
+    return markdown(["case", *header, *LAYERS.values(), "FA3, ms a layer"], lines)
 
 
 MASS_METHODS = {
@@ -247,64 +237,50 @@ MASS_METHODS = {
 
 def mass_table() -> str:
     """``selection_mass.py``: mean loss of mass in prefill at a ratio of 0.1, one row a method."""
-    with open(RESULTS / "selection_mass.csv", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if (r["phase"], r["ratio"]) == ("prefill", "0.1")]
-    found = {(r["method"], r["source"], r["length"]): r for r in rows}
-    inputs = sorted({key[1:] for key in found}, key=lambda one: (one[0], int(one[1])))
-    lines = [
-        [text, *(f"{1 - float(found[(method, *one)]['mean']):.2%}" for one in inputs)]
-        for method, text in MASS_METHODS.items()
-    ]
-    return markdown(["selection", *(f"{source}, {length}" for source, length in inputs)], lines)
+    rows = read(RESULTS / "selection_mass.csv")
+    rows = rows[(rows["phase"] == "prefill") & (rows["ratio"] == 0.1)]
+    kept = rows.pivot_table(index="method", columns=["source", "length"], values="mean")
+    return laid_out(["selection"], 1 - kept.loc[list(MASS_METHODS)].rename(MASS_METHODS), "{:.2%}")
 
 
 def pieces_table() -> str:
     """``make bench-prefill``: an anchor layer's pieces as shares of FlashAttention-3."""
-    rows = [r for r in newest(RESULTS / "prefill_h100.csv") if r["case"] == "8K-on-120K"]
-    found = {(r["kind"], r["mode"], r["inputs"]): r for r in rows if not r["plan"]}
-    columns = [(mode, inputs) for mode in ("fast", "exact") for inputs in INPUTS]
-    kinds = ("lse", "score", "select", "attend", "anchor", "layer0", "reuse")
-    lines = [
-        [kind, *(f"{float(found[(kind, *column)]['share']):.3f}" for column in columns)]
-        for kind in kinds
-    ]
-    return markdown(["piece", *(", ".join(column) for column in columns)], lines)
+    rows = newest(RESULTS / "prefill_h100.csv", KERNELS)
+    rows = rows[(rows["case"] == "8K-on-120K") & (rows["plan"] == "")]
+    shares = rows.pivot(index="kind", columns=["mode", "inputs"], values="share")
+    kinds = ["lse", "score", "select", "attend", "anchor", "layer0", "reuse"]
+    columns = list(itertools.product(("fast", "exact"), ("random", "heavy_tailed")))
+    return laid_out(["piece"], shares.loc[kinds, columns], "{:.3f}")
 
 
 def decode_pieces_table() -> str:
     """``make bench-decode``: an anchor's pieces beside other libraries', as shares of FA3."""
-    rows = [row for row in newest(RESULTS / "decode_h100.csv") if not row["plan"]]
-    found = {(r["kind"], r["method"], r["case"]): r for r in rows if r["inputs"] == "random"}
-    cases = [case for kind, _, case in found if kind == "score"]
-    pieces = dict.fromkeys(key[:2] for key in found if key[0] in ("score", "select", "attend"))
-    lines = [
-        [kind, method, *(f"{float(found[kind, method, case]['share']):.3f}" for case in cases)]
-        for kind, method in pieces
-    ]
-    return markdown(["piece", "library", *cases], lines)
+    rows = newest(RESULTS / "decode_h100.csv", KERNELS)
+    rows = rows[(rows["plan"] == "") & (rows["inputs"] == "random")]
+    rows = rows[rows["kind"].isin(("score", "select", "attend"))]
+    shares = rows.pivot_table(
+        index=["kind", "method"], columns="case", values="share", aggfunc="last", sort=False
+    )
+    return laid_out(["piece", "library"], shares, "{:.3f}")
 
 
 def ablations_table() -> str:
     """``ablations.py``: right answers by how anchors were chosen, and by the size of a tile."""
-    with open(RESULTS / "ablations_demo.csv", newline="") as file:
-        names = ("choice", "anchors", "tile")
-        latest = {tuple(row[name] for name in names): row for row in csv.DictReader(file)}
-    rows = list(latest.values())
-    rows.sort(key=lambda row: int(row["count"]))  # Stable: as measured, within a count.
+    rows = newest(RESULTS / "ablations_demo.csv", ("choice", "anchors", "tile"))
     lines = []
-    for row in rows:
-        right, low, high = (f"{float(row[name]):.1%}" for name in ("accuracy", "low", "high"))
-        objectives = [f"{float(row[name]):.3f}" for name in ("mass", "error")]
+    for row in rows.sort_values("count", kind="stable").to_dict("records"):
+        right, low, high = (f"{row[name]:.1%}" for name in ("accuracy", "low", "high"))
         answers = f"{right} of {row['n']} ({low} to {high})"
-        cells = (row["count"], row["anchors"], row["tile"], *objectives, answers)
-        lines.append([row["choice"], *cells])
+        plan = (row["choice"], str(row["count"]), row["anchors"], str(row["tile"]))
+        lines.append([*plan, f"{row['mass']:.3f}", f"{row['error']:.3f}", answers])
     header = ["anchors chosen by", "count", "layers", "tile", "mass", "-error", "right (95 %)"]
     return markdown(header, lines)
 
 
 LEAST_SHARE = 0.01
 """Of a profile: kernels below it in every column are only in the sum."""
-INPUTS = ("random", "heavy_tailed")
+LAYERS = {"layer0": "layer 0 / FA3", "anchor": "anchor / FA3", "reuse": "reuse / FA3"}
+"""Kinds of rows, and their columns' names."""
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"speed": speed_table, "answers": answers_table},
     "docs/quickstart.md": {"demo": demo_table},

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.attention_inputs import Case, Sizes, demo, synthetic
+from benchmarks.tables import read
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.codes import encode
 from kascade_kernels.reference import select_topk
@@ -285,20 +286,18 @@ def plot(path: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["method"] not in ("exact", "fp32")]
+    rows = read(path)
+    rows = rows[~rows["method"].isin(("exact", "fp32"))]
     figure, grid = pyplot.subplots(1, 4, figsize=(17, 11), layout="constrained")
-    sources = list(dict.fromkeys((row["source"], row["length"]) for row in rows))
     panels = product(("decode", "prefill"), RATIOS)
     for axes, (phase, ratio) in zip(grid, panels, strict=True):
-        mine = [row for row in rows if row["phase"] == phase and float(row["ratio"]) == ratio]
-        for color, source in enumerate(sources):
-            part = [row for row in mine if (row["source"], row["length"]) == source]
-            names = [row["method"] for row in part]
+        mine = rows[(rows["phase"] == phase) & (rows["ratio"] == ratio)]
+        sources = mine.groupby(["source", "length"], sort=False)
+        for color, ((source, length), part) in enumerate(sources):
             for column, mark in (("mean", "o"), ("query_p01", "|")):
-                loss = [max(1 - float(row[column]), 1e-5) for row in part]
-                label = f"{source[0]} {source[1]}, {column}"
-                axes.plot(loss, names, mark, color=f"C{color}", label=label, alpha=0.8)
+                loss = (1 - part[column]).clip(lower=1e-5)
+                label = f"{source} {length}, {column}"
+                axes.plot(loss, part["method"], mark, color=f"C{color}", label=label, alpha=0.8)
         axes.axvline(0.005, color="black", linestyle="--")
         axes.set(xscale="log", xlabel="mass lost", title=f"{phase}, ratio {ratio}")
         axes.invert_yaxis()

@@ -2,13 +2,11 @@
 
 import pickle
 import random
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 K = 1024
 SEED = 1
@@ -107,12 +105,9 @@ TARGETS = [name for name, workload in WORKLOADS.items() if workload.must and nam
 """What is run where nothing is named. ``host`` is for the model ``four-layers``."""
 
 
-def medians(rows: Iterable[Mapping[str, Any]], workload: Workload) -> dict[str, float]:
+def medians(rows: pd.DataFrame, workload: Workload) -> dict[str, float]:
     """Return the workload's figure under each backend: the median of its rows."""
-    figures = defaultdict(list)
-    for row in rows:
-        figures[row["backend"]].append(float(row[workload.figure]))
-    return {backend: statistics.median(found) for backend, found in figures.items()}
+    return rows.groupby("backend", sort=False)[workload.figure].median().to_dict()
 
 
 def compare(found: dict[str, float], workload: Workload) -> tuple[str, float]:

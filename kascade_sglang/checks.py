@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from kascade_sglang.config import KascadeConfig, load_config
 from kascade_sglang.errors import KascadeError
-from kascade_sglang.host.dense import default_dense_backend, require_dense_backend
+from kascade_sglang.host.dense import WITH_SINKS, default_dense_backend, require_dense_backend
 from kascade_sglang.host.facts import RefusedFlag, ServerFacts
 
 HEAD_DIMS = (64, 128, 256)
@@ -43,6 +43,7 @@ def reasons(facts: ServerFacts, config: KascadeConfig) -> list[str]:
     """Return why this server cannot be served with a configuration, a sentence each."""
     kernels = facts.gpu and config.selection == "topk"
     found = [*_refused_plan(facts, config), *_refused_ranks(facts, config)]
+    found += [*_refused_sinks(facts, config), *_refused_window_pool(facts)]
     return [*found, *_refused_on_gpu(facts, config)] if kernels else found
 
 
@@ -97,6 +98,36 @@ def _refused_plan(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
         yield (
             f"plan.windowed: expected {list(expected)}, the layers that SGLang serves with a "
             f"sliding window, got {list(got)}; run `kascade calibrate` for the model you serve"
+        )
+
+
+def _refused_sinks(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
+    dense = config.dense_backend or default_dense_backend()
+    if facts.model.sinks and dense not in WITH_SINKS:
+        yield (
+            f"--kascade-dense-backend: expected {' or '.join(WITH_SINKS)}, which know attention "
+            f"sinks, got {dense}; add --kascade-dense-backend triton (on a CPU it needs "
+            "TRITON_INTERPRET=1)"
+        )
+    if facts.model.sinks and config.selection != "topk":
+        yield (
+            f"selection: expected topk for a model with attention sinks, got {config.selection}; "
+            "compare selections on another model"
+        )
+
+
+def _refused_window_pool(facts: ServerFacts) -> Iterator[str]:
+    if not facts.model.window_pool:
+        return
+    if not facts.gpu:
+        yield (
+            "--disable-hybrid-swa-memory: expected on a CPU, whose layers share one KV pool, got "
+            "a pool for layers with a window; add the flag"
+        )
+    if facts.stages > 1:
+        yield (
+            "--pp-size: expected 1 where layers with a window have a KV pool of their own, got "
+            f"{facts.stages}; add --disable-hybrid-swa-memory"
         )
 
 

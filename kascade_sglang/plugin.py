@@ -36,8 +36,9 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
 
     require_supported_host()
     require_hooks(kascade_patches.targets())
-    kascade_patches.require_ran("pool_cell_size", "pool_sizes")
     facts = server_facts(runner.server_args, runner.kv_cache_dtype)
+    of_pool = ("window_pool",) if facts.model.window_pool else ("pool_cell_size", "pool_sizes")
+    kascade_patches.require_ran(*of_pool)
     config = check(facts)
     if facts.gpu and config.selection != "topk" and facts.captured_decode:
         raise KascadeError(

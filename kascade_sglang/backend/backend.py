@@ -18,12 +18,17 @@ from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.runtime import (
     AttentionBackend,
     build_dense_backend,
+    sinks_of,
 )
 from kascade_sglang.host.steps import Batch, Layer, Rank, asks_of
 from kascade_sglang.plan.schema import LayerRole
 
 if TYPE_CHECKING:
     from kascade_sglang.host.runtime import ForwardBatch, ModelRunner, RadixAttention
+
+
+SINKS = "sinks"
+"""What a model may give with q, k and v: a logit of each query head."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,18 @@ class KascadeAttnBackend(AttentionBackend):
         self.counter = KeyCounter(config, rank.layers, self.paths.sizes.context) if counts else None
         publish(config, metrics=counts)
         anchors = [layer for layer in config.plan.anchors if layer in rank.layers]
-        dtype = runner.model_config.dtype
-        if anchors and config.sparse_prefill and rank.device.startswith("cuda"):
-            warm_up(self.paths, anchors[0], dtype, fp8=config.fp8)
-        if anchors and rank.eager and rank.device.startswith("cuda") and decodes_alone:
-            warm_up_decode(self.paths, anchors[0], rank.captured, rank.eager, dtype, fp8=config.fp8)
+        if anchors and rank.device.startswith("cuda"):
+            self._warm_up(rank, anchors[0])
+
+    def _warm_up(self, rank: Rank, anchor: int) -> None:
+        """Compile what no graph's capture will."""
+        dtype, config = self._runner.model_config.dtype, self.config
+        v_scale = 1.0 if config.fp8 else None
+        layer = Layer(anchor, 1.0, v_scale, sinks_of(self._runner.model))
+        if config.sparse_prefill:
+            warm_up(self.paths, layer, dtype)
+        if rank.eager and self.paths.decode.attends_densely:
+            warm_up_decode(self.paths, layer, rank.captured, rank.eager, dtype)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""
@@ -168,21 +180,22 @@ class KascadeAttnBackend(AttentionBackend):
         save_kv_cache: bool,
         **kwargs: object,
     ) -> torch.Tensor:
-        if k is None or kwargs:
+        if k is None or kwargs.keys() - {SINKS}:
             raise KascadeError(
-                f"layer {layer.layer_id}: expected q, k and v alone, got "
+                f"layer {layer.layer_id}: expected q, k, v and sinks, got "
                 f"{sorted(kwargs) or 'no k'}; serve with another --attention-backend"
             )
-        role, facts = self.config.plan.role(layer.layer_id), Layer.of(layer, self.config.fp8)
+        role = self.config.plan.role(layer.layer_id)
+        facts = Layer.of(layer, self.config.fp8, kwargs.get(SINKS))
         if self.running is None or role is LayerRole.WINDOW:
-            out = dense_forward(q, k, v, layer, batch, save_kv_cache)
+            out = dense_forward(q, k, v, layer, batch, save_kv_cache, **kwargs)
             self.paths.kv.copy(layer.layer_id, batch.out_cache_loc)
             return out
         path, step = self.running.path, self.running.step
         # Gemma 3 turns heads and tokens round, and leaves the numbers where they were.
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
         if role is LayerRole.DENSE and not path.attends_densely:
-            out = dense_forward(q, k, v, layer, batch, save_kv_cache)
+            out = dense_forward(q, k, v, layer, batch, save_kv_cache, **kwargs)
             self._select(queries, facts, batch.out_cache_loc)
             return out
         if save_kv_cache:

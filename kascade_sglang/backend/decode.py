@@ -240,6 +240,7 @@ class DecodePath:
                 values=values,
                 out=None if out is None else out[mine],
                 v_scale=layer.v_scale,
+                sinks=layer.sinks,
             )
             select_slots(scratch.codes, table, group.rows, group.lists, append_own=True)
         return step.lists
@@ -255,4 +256,5 @@ class DecodePath:
         """Attend every request to the lists of its anchor."""
         keys, values = self._kv.of(layer.index)
         where = (selected, step.spans, head_map, layer.scale, step.buffers.parts)
-        return decode_attention(q, keys, values, *where, v_scale=layer.v_scale)
+        of_layer = {"v_scale": layer.v_scale, "sinks": layer.sinks}
+        return decode_attention(q, keys, values, *where, **of_layer)

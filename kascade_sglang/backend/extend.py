@@ -161,6 +161,7 @@ class ExtendPath:
             rows,
             lists,
             scale,
+            sinks=layer.sinks,
             stride=1 if self._config.exact else LSE_STRIDE,
             max_end=group.keys + TILE,
         )
@@ -192,4 +193,5 @@ class ExtendPath:
         out = torch.empty_like(q)
         out[step.tokens :].zero_()
         where = (self._table, step.rows, selected, head_map, layer.scale)
-        return tile_attention(q, keys, values, *where, v_scale=layer.v_scale, out=out)
+        of_layer = {"v_scale": layer.v_scale, "sinks": layer.sinks}
+        return tile_attention(q, keys, values, *where, **of_layer, out=out)

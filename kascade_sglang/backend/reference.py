@@ -107,6 +107,7 @@ class ReferencePath:
                     layer.index,
                     layer.scale,
                     self._config.pooled,
+                    layer.sinks,
                 )
                 positions = selector(case)
             selection.append(step.slots[request][positions.expand(heads, -1)])
@@ -122,10 +123,9 @@ class ReferencePath:
     ) -> torch.Tensor:
         """Attend every tile to its selection and, causally, to itself; padding stays zero."""
         keys, values = self._kv.of(layer.index)
-        out = torch.zeros_like(q)
+        out, of_layer = torch.zeros_like(q), (layer.scale, layer.v_scale or 1.0, layer.sinks)
         for tile, slots in zip(step, selected, strict=True):
             queries, own = q[tile.queries], step.slots[tile.request][tile.own_start : tile.end]
-            out[tile.queries] = tile_attention(
-                queries, keys, values, slots[head_map], own, layer.scale, layer.v_scale or 1.0
-            )
+            where = (slots[head_map], own)
+            out[tile.queries] = tile_attention(queries, keys, values, *where, *of_layer)
         return out

@@ -27,6 +27,7 @@ class Case(NamedTuple):
 
     q: [n, Hq, D] the tile's queries. keys: [L, H, D] the keys up to the last query's own, float32
     or float64. count: keys to select. pooled: whether one list is to serve all KV heads.
+    sinks: [Hq], where heads have them.
     """
 
     q: torch.Tensor
@@ -35,6 +36,7 @@ class Case(NamedTuple):
     layer: int
     scale: float
     pooled: bool
+    sinks: torch.Tensor | None = None
 
     @property
     def candidates(self) -> int:
@@ -44,7 +46,7 @@ class Case(NamedTuple):
 
 def topk(case: Case) -> torch.Tensor:
     """Kascade: the exact Top-k of attention mass."""
-    scores = tile_scores(case.q, case.keys, case.scale)
+    scores = tile_scores(case.q, case.keys, case.scale, case.sinks)
     return select_topk(pool_heads(scores) if case.pooled else scores, case.count)
 
 

@@ -36,7 +36,7 @@ _MASKED_QUERIES_AT_ONCE = 128
 class LayerAttention(Protocol):
     """Attention of one layer for one request.
 
-    What also computes layers with a window or with capped logits has ``attend``, and the names of
+    What also computes layers with a window, capped logits or sinks has ``attend``, and the names of
     these options in ``limits``.
     """
 
@@ -71,8 +71,9 @@ def _forward(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    limits = Limits(options.get("sliding_window"), options.get("softcap"))
-    if limits != Limits():
+    of_layer = [options.get(name) for name in _UNSUPPORTED]
+    if any(option is not None for option in of_layer):
+        limits = Limits(*of_layer)
         call = LayerCall(module.layer_idx, q, k, v, scale, limits)
         return kascade.attend(call).unsqueeze(0), None
     return kascade(module.layer_idx, q, k, v, scale).unsqueeze(0), None
@@ -142,9 +143,10 @@ class LayerCall(NamedTuple):
 
 
 class DenseAttention:
-    """Attention to all that a layer sees, with a window or soft-capped logits, too.
+    """Attention to all that a layer sees, with a window, soft-capped logits or sinks, too.
 
-    Kinds that do more override ``attend``.
+    Kinds that do more override ``attend``. Those of calibration know no sinks, so no layer's sinks
+    come through transformers.
     """
 
     limits = ("sliding_window", "softcap")
@@ -169,7 +171,7 @@ class KascadeAttention:
     names ``windowed`` attend in the model's window.
     """
 
-    limits = ("sliding_window",)
+    limits = ("sliding_window", "s_aux")
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -192,24 +194,32 @@ class KascadeAttention:
             )
         if windowed:
             return limited_attention(q, k, v, scale, limits)
-        length = k.shape[0]
+        length, sinks = k.shape[0], limits.sinks
         if layer in self._plan.anchors:
             self._selected[layer] = {
-                tile: self._select(tile, q_tile, k[:end], scale)
+                tile: self._select(tile, q_tile, k[:end], scale, sinks)
                 for tile, q_tile, end in query_tiles(q, length)
             }
         if self._plan.role(layer) is LayerRole.DENSE:
-            return dense_attention(q, k, v, scale)
+            return DenseAttention().attend(call)
         outputs = []
         for tile, q_tile, end in query_tiles(q, length):
             selected = self.keys_for(layer, tile)
             own = torch.arange(TILE * tile, end, device=q.device)
-            outputs.append(tile_attention(q_tile, k, v, selected, own, scale))
+            where = (selected, own, scale)
+            outputs.append(tile_attention(q_tile, k, v, *where, sinks=sinks))
         return torch.cat(outputs)
 
-    def _select(self, tile: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    def _select(
+        self,
+        tile: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Return the positions a tile's anchor selects: int64 [H, count], pooled [1, count]."""
-        scores = tile_scores(q, k, scale)
+        scores = tile_scores(q, k, scale, sinks)
         if self._plan.heads == "pooled":
             scores = pool_heads(scores)
         return select_topk(scores, self._plan.budget.selected(tile))

@@ -1,8 +1,8 @@
-"""Dense attention for layers that torch's SDPA has no fast path for: soft caps, sliding windows.
+"""Dense attention for layers that torch's SDPA has no fast path for: caps, windows, sinks.
 
 Gemma 2 caps its logits, ``cap tanh(logit / cap)``, and every second layer of it, five in six of
-Gemma 3's, see only a window of positions. Kascade selects keys in full-attention layers alone;
-the others only have to compute what the model computes.
+Gemma 3's, see only a window of positions. Heads of gpt-oss have a sink each. Kascade selects keys
+in full-attention layers alone; the others only have to compute what the model computes.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,12 @@ class Limits:
     """What a layer's attention has beside the causal mask.
 
     window: positions that a query sees, its own included. softcap: bound of the logits.
+    sinks: [Hq], logits of one more key a head, which has no value.
     """
 
     window: int | None = None
     softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 def limited_attention(
@@ -47,11 +49,19 @@ def limited_attention(
         hidden = distance < 0
         if limits.window is not None:
             hidden |= distance >= limits.window
-        weights = torch.softmax(logits.masked_fill_(hidden, float("-inf")), dim=-1)
+        weights = softmax(logits.masked_fill_(hidden, float("-inf")), limits.sinks)
         values = v[first:end].transpose(0, 1).unsqueeze(1).to(weights.dtype)  # [H, 1, keys, D]
         block = weights @ values  # [H, group, n, D]
         outputs.append(block.permute(2, 0, 1, 3).reshape(end - start, q_heads, -1).to(q.dtype))
     return torch.cat(outputs)
+
+
+def softmax(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Weights of the keys, [H, group, n, L] like the logits; sinks: [Hq], if heads have them."""
+    if sinks is None:
+        return torch.softmax(logits, dim=-1)
+    column = sinks.to(logits.dtype).view(*logits.shape[:2], 1, 1).expand(*logits.shape[:3], 1)
+    return torch.softmax(torch.cat([logits, column], dim=-1), dim=-1)[..., :-1]
 
 
 def capped_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:

@@ -21,6 +21,7 @@ from kascade_sglang.calibration.hf_attention import (
     our_attention,
 )
 from kascade_sglang.calibration.hf_model import shape_of
+from kascade_sglang.calibration.limited_attention import softmax
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.plan.schema import LayerRole, Plan
 
@@ -106,11 +107,14 @@ class _Watched:
 
 
 def dense_weights(call: LayerCall) -> torch.Tensor:
-    """Attention of the one query over all keys, mean over a KV head's query heads: [H, L]."""
+    """Attention of the one query over all keys, mean over a KV head's query heads: [H, L].
+
+    In float64. What sinks take is missing.
+    """
     heads, dim = call.k.shape[1:]
     rows = call.q.reshape(heads, -1, dim).double()
     logits = rows @ call.k.permute(1, 2, 0).double() * call.scale
-    return logits.softmax(dim=-1).mean(dim=1)
+    return softmax(logits.unsqueeze(2), call.limits.sinks)[:, :, 0].mean(dim=1)
 
 
 @torch.inference_mode()

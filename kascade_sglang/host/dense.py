@@ -16,6 +16,9 @@ SCALING = ("fa3", "triton")
 """Those that apply a layer's k_scale and v_scale to all that they read of an fp8 cache. (SGLang
 0.5.17's flashinfer does so but for cached prefixes.)"""
 
+WITH_SINKS = ("fa3", "triton")
+"""Those that take a model's attention sinks."""
+
 LIBRARIES = {"fa3": "sgl_kernel", "flashinfer": "flashinfer", "triton": "triton"}
 """What SGLang imports for a backend when it builds one."""
 

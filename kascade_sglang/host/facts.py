@@ -22,7 +22,9 @@ class ModelFacts:
     path: what ``--model-path`` says. options: the ``"kascade"`` key of its config.
     shape: of the whole model, all ranks. dtype: torch's name of it.
     windowed: layers whose queries see only the last ``window`` positions, their own included, as
-        SGLang serves the model. unsupported: why Kascade cannot serve it, empty where it can.
+        SGLang serves the model. window_pool: whether these have a KV pool of their own.
+    sinks: whether layers have attention sinks.
+    unsupported: why Kascade cannot serve it, empty where it can.
     """
 
     path: str
@@ -32,6 +34,8 @@ class ModelFacts:
     context: int
     windowed: tuple[int, ...] = ()
     window: int = 0
+    window_pool: bool = False
+    sinks: bool = False
     unsupported: tuple[str, ...] = ()
 
 

@@ -10,6 +10,7 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.dense import SCALING, default_dense_backend
@@ -33,6 +34,7 @@ __all__ = [
     "require_layers",
     "require_plain_pool",
     "require_scales",
+    "sinks_of",
     "write_kv",
 ]
 
@@ -64,8 +66,17 @@ def build_dense_backend(runner: "ModelRunner", name: str | None) -> AttentionBac
     return ATTENTION_BACKENDS[name or default_dense_backend()](runner)
 
 
+def _pool_of_full_layers(pool: Any) -> Any:
+    """Return the pool, or that part of it which layers without a window have: same slots."""
+    return pool.full_kv_pool if type(pool) is SWAKVPool else pool
+
+
 def require_plain_pool(pool: Any, dtype: torch.dtype) -> None:
-    """Raise KascadeError unless the KV pool holds ``[slots, KV heads, head dim]`` of ``dtype``."""
+    """Raise KascadeError unless the KV pool holds ``[slots, KV heads, head dim]`` of ``dtype``.
+
+    Where layers with a window have a pool of their own, that of the others must.
+    """
+    pool = _pool_of_full_layers(pool)
     if type(pool) is not MHATokenToKVPool:
         raise KascadeError(
             f"KV pool: expected SGLang's MHATokenToKVPool, got {type(pool).__name__}; "
@@ -119,6 +130,12 @@ def require_layers(model: torch.nn.Module, window_of: Callable[[int], int]) -> N
             _require_layer(layer, window_of(layer.layer_id))
 
 
+def sinks_of(model: torch.nn.Module) -> torch.Tensor | None:
+    """Return the sinks of one of a loaded model's layers, [Hq]; None where layers have none."""
+    named = (weight for name, weight in model.named_parameters() if name.endswith(".sinks"))
+    return next(named, None)
+
+
 def key_value_scales(layer: RadixAttention) -> tuple[float, float]:
     """Return a layer's k_scale and v_scale: what is stored in fp8 times these is K and V."""
     scales = (layer.k_scale_float, layer.v_scale_float)
@@ -143,7 +160,8 @@ def releasable(pool: Any) -> AbstractContextManager[Any]:
     Under ``--enable-memory-saver``, by ``/release_memory_occupation``; else it does nothing. What
     the tensors hold is lost as the pool's keys are.
     """
-    return pool.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE)
+    adapter = _pool_of_full_layers(pool).memory_saver_adapter
+    return adapter.region(GPU_MEMORY_TYPE_KV_CACHE)
 
 
 def key_value_caches(pool: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """SGLang's ServerArgs, model config, registry and releases, turned into facts of ours."""
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from sglang.srt.server_args import (
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.facts import ModelFacts, RefusedFlag, ServerFacts
-from kascade_sglang.host.release import resolves_late
+from kascade_sglang.host.release import VERIFIED_WITH_SINKS, resolves_late
 from kascade_sglang.plan.schema import ModelShape
 
 NAME = "kascade"
@@ -61,6 +62,8 @@ SUPPORTED_VALUES_LATER: dict[str, tuple[object, ...]] = {
 SERVED_WITHOUT_WINDOWS = frozenset(
     f"{name}ForCausalLM" for name in ("Mistral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe")
 )
+# Architectures with attention sinks in every layer, and windows in a KV pool of their own.
+SERVED_WITH_SINKS = frozenset({"GptOssForCausalLM"})
 
 
 def resolved(server_args: Any) -> Any:
@@ -177,6 +180,8 @@ def _model_facts(args: Any, model: Any) -> ModelFacts:
         context=model.context_len,
         windowed=windowed,
         window=window,
+        window_pool=model.is_hybrid_swa,
+        sinks=model.has_attention_sinks,
         unsupported=tuple(_unsupported(model)),
     )
 
@@ -200,9 +205,14 @@ def _windows(model: Any) -> tuple[tuple[int, ...], int]:
     return windowed, text.sliding_window if windowed else 0
 
 
+def served_with_sinks(hf_config: Any) -> bool:
+    """Whether a model's attention sinks are served."""
+    return bool(SERVED_WITH_SINKS.intersection(hf_config.architectures or ()))
+
+
 def _unsupported(model: Any) -> Iterator[str]:
     """Say what about a model Kascade does not serve."""
-    text = model.hf_text_config
+    text, served = model.hf_text_config, served_with_sinks(model.hf_config)
     cap = getattr(text, "attn_logit_softcapping", None)
     if model.attention_arch.name == "MLA":
         yield "multi-head latent attention (MLA) has no KV heads to select for"
@@ -212,12 +222,14 @@ def _unsupported(model: Any) -> Iterator[str]:
         yield "expected a generative decoder, got an embedding or reward model"
     if model.is_multimodal:
         yield "multimodal models are not supported"
-    if model.is_hybrid_swa:
+    if model.is_hybrid_swa and not served:
         yield "sliding-window layers with a KV pool of their own are not supported"
     elif len(_windows(model)[0]) == model.num_hidden_layers:
         yield "every layer has a sliding window, so none is left to make sparse"
-    if model.has_attention_sinks:
-        yield "attention sinks are not supported"
+    if model.has_attention_sinks and not served:
+        yield "attention sinks are not supported, but for gpt-oss"
+    elif model.has_attention_sinks and version("sglang") not in VERIFIED_WITH_SINKS:
+        yield f"attention sinks are supported on SGLang {', '.join(VERIFIED_WITH_SINKS)} alone"
     if cap:
         yield f"every layer caps its logits at {cap}, so none is left to make sparse"
     if model.head_dim != model.v_head_dim:

@@ -123,19 +123,24 @@ class Layer:
 
     scale: a logit is q.k * scale, with k as it is stored.
     v_scale: a value is what is stored times that; None where the pool holds values themselves.
+    sinks: [Hq] of this rank's query heads, where the layer has them.
     """
 
     index: int
     scale: float
     v_scale: float | None = None
+    sinks: torch.Tensor | None = None
 
     @staticmethod
-    def of(layer: RadixAttention, fp8: bool) -> Layer:
-        """Read SGLang's layer; fp8: whether the pool holds its keys and values in 8 bits."""
+    def of(layer: RadixAttention, fp8: bool, sinks: torch.Tensor | None = None) -> Layer:
+        """Read SGLang's layer; fp8: whether the pool holds its keys and values in 8 bits.
+
+        sinks: those that the model gave with its call.
+        """
         if not fp8:
-            return Layer(layer.layer_id, layer.scaling)
+            return Layer(layer.layer_id, layer.scaling, sinks=sinks)
         k_scale, v_scale = key_value_scales(layer)
-        return Layer(layer.layer_id, layer.scaling * k_scale, v_scale)
+        return Layer(layer.layer_id, layer.scaling * k_scale, v_scale, sinks)
 
 
 ASKS = "kascade_asks"

@@ -25,10 +25,11 @@ from kascade_sglang.plan.schema import (
 
 _ANCHORS_IN_NAME = re.compile(r"_layers_(\d+(?:_\d+)*)$")
 _MAX_BYTES = 2**20
-_HEADER_READERS = {
-    (1, 0): npy_format.read_array_header_1_0,
-    (2, 0): npy_format.read_array_header_2_0,
-}
+_DAMAGED = (
+    *(ValueError, TypeError, SyntaxError, tokenize.TokenError),
+    *(RecursionError, MemoryError, OverflowError),
+)
+"""What NumPy raises, by how a file is damaged; the last for arrays larger than memory."""
 
 
 def plan_from_npy(
@@ -109,34 +110,24 @@ def _read_table(path: Path) -> np.ndarray:
     try:
         require_file(path, _MAX_BYTES)
         with path.open("rb") as file:
-            version = npy_format.read_magic(file)
-            if version not in _HEADER_READERS:
-                raise PlanError(f"head map: npy format {version} is not supported")
-            shape, column_major, dtype = _HEADER_READERS[version](file)
-            data = file.read()
+            table = npy_format.read_array(file, allow_pickle=False)
+            if file.read(1):
+                raise PlanError(f"head map: more data than {list(table.shape)} of {table.dtype}")
     except PlanError:
         raise
     except OSError as error:
         raise PlanError(f"cannot read the head map ({error.strerror})") from error
-    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError) as error:
+    except _DAMAGED as error:
         raise PlanError(f"head map: not a valid .npy file ({error})") from error
-    whole = all(type(size) is int for size in shape)
-    if (
-        dtype != np.int32
-        or len(shape) != 2
-        or not whole
-        or not 1 <= shape[0] <= MAX_LAYERS
-        or shape[1] < 1
-    ):
-        raise PlanError(f"head map: expected int32 [layers, kv_heads], got {dtype} {list(shape)}")
-    if len(data) != shape[0] * shape[1] * dtype.itemsize:
-        raise PlanError(f"head map: {len(data)} bytes of data do not make {list(shape)} of {dtype}")
-    table = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if column_major else "C")
-    wrong = np.argwhere((table < 0) | (table >= shape[1]))
+    if table.dtype != np.int32 or table.ndim != 2 or len(table) > MAX_LAYERS or not table.size:
+        raise PlanError(
+            f"head map: expected int32 [layers, kv_heads], got {table.dtype} {list(table.shape)}"
+        )
+    wrong = np.argwhere((table < 0) | (table >= table.shape[1]))
     if len(wrong):
         layer, head = wrong[0]
         raise PlanError(
             f"head map: layer {layer}, head {head} borrows from head {table[layer, head]}; the "
-            f"model has heads 0 to {shape[1] - 1}"
+            f"model has heads 0 to {table.shape[1] - 1}"
         )
     return table

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.errors import KascadeError
@@ -47,15 +49,19 @@ class LayerRole(Enum):
     WINDOW = "window"
 
 
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[Whole, Field(ge=1, le=MAX_LAYERS)]
+
+
 @dataclass(frozen=True)
 class ModelShape:
-    """The part of a model's configuration that a plan depends on."""
+    """The part of a model's configuration that a plan depends on; files are held to the types."""
 
-    layers: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
+    layers: Count
+    q_heads: Whole
+    kv_heads: Count
+    head_dim: Whole
+    hidden: Whole
 
     def differences(self, other: "ModelShape") -> list[str]:
         """Return one phrase for each field in which ``other``, the model served, differs."""
@@ -97,7 +103,6 @@ class Plan:
                 f"plan.model.id: expected a name of at most {MAX_NAME} printable characters, got "
                 f"{self.model[:MAX_NAME]!r}"
             )
-        _check_shape(self.shape)
         _check_windowed(self.windowed, self.shape.layers)
         _check_anchors(self.anchors, self.shape.layers, self.windowed)
         for phase, least in (("decode", self.decode_min_k), ("prefill", self.prefill_min_k)):
@@ -105,8 +110,6 @@ class Plan:
                 Budget(self.budget.ratio, self.budget.min_k if least is None else least)
             except ValueError as error:
                 raise PlanError(f"plan.{phase}_{error}") from error
-        if self.heads not in HEAD_MODES:
-            raise PlanError(f"plan.heads: expected one of {HEAD_MODES}, got {self.heads!r}")
         for layer in self.reuse_layers:
             _check_similarity(layer, self.similarity.get(layer), self.shape.kv_heads)
         extra = sorted(set(self.similarity) - set(self.reuse_layers))
@@ -187,17 +190,7 @@ class Plan:
         write_atomically(path, (json.dumps(self.to_json(), indent=1) + "\n").encode())
 
 
-def _check_shape(shape: ModelShape) -> None:
-    for name in ("layers", "kv_heads"):
-        if not 1 <= getattr(shape, name) <= MAX_LAYERS:
-            raise PlanError(
-                f"plan.model.{name}: expected 1 to {MAX_LAYERS}, got {getattr(shape, name)}"
-            )
-
-
 def _check_windowed(windowed: tuple[int, ...], layers: int) -> None:
-    if any(type(layer) is not int for layer in windowed):
-        raise PlanError(f"plan.windowed: expected whole numbers, got {list(windowed)}")
     inside = all(0 <= layer < layers for layer in windowed)
     if not inside or list(windowed) != sorted(set(windowed)) or len(windowed) == layers:
         raise PlanError(
@@ -207,8 +200,6 @@ def _check_windowed(windowed: tuple[int, ...], layers: int) -> None:
 
 
 def _check_anchors(anchors: tuple[int, ...], layers: int, windowed: tuple[int, ...]) -> None:
-    if any(type(anchor) is not int for anchor in anchors):
-        raise PlanError(f"plan.anchors: expected whole numbers, got {list(anchors)}")
     first = next(layer for layer in range(layers) if layer not in windowed)
     if not anchors or list(anchors) != sorted(set(anchors)) or anchors[0] != first:
         raise PlanError(
@@ -235,55 +226,51 @@ def _check_similarity(layer: int, rows: Any, kv_heads: int) -> None:
         )
 
 
-def _int(raw: dict[str, Any], name: str) -> int:
-    value = raw.get(name)
-    if type(value) is not int:
-        raise PlanError(f"plan.{name}: expected a whole number, got {value!r}")
-    return value
+class _File(BaseModel):
+    """The form of a plan file; ``Plan`` and ``Budget`` check what it says."""
+
+    version: Literal[VERSION]
+    tile: Literal[TILE]
+    shape: Annotated[ModelShape, Field(validation_alias="model")]
+    model: Annotated[str, Field(validation_alias=AliasPath("model", "id"))]
+    anchors: tuple[Whole, ...]
+    similarity: dict[int, tuple[tuple[Annotated[float, Field(strict=True)], ...], ...]]
+    topk_ratio: Any
+    min_k: Any
+    heads: Literal[HEAD_MODES]
+    provenance: dict[str, Any]
+    anchor_of: tuple[Whole, ...]
+    windowed: tuple[Whole, ...] = ()
+    decode_min_k: Whole = None
+    prefill_min_k: Whole = None
 
 
 def plan_from_json(raw: Any) -> Plan:
     """Build a plan from the file's JSON value; raises PlanError naming the field that is wrong."""
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise PlanError(f'plan: not a Kascade plan (no "format": "{FORMAT}")')
-    if raw.get("version") != VERSION:
-        raise PlanError(
-            f"plan.version: expected {VERSION}, got {raw.get('version')!r}; "
-            "calibrate again with this release"
-        )
-    if raw.get("tile") != TILE:
-        raise PlanError(f"plan.tile: expected {TILE}, got {raw.get('tile')!r}")
     try:
-        model = raw["model"]
-        shape = ModelShape(
-            *(_int(model, name) for name in ("layers", "q_heads", "kv_heads", "head_dim", "hidden"))
-        )
-        similarity = {
-            int(layer): tuple(tuple(float(value) for value in row) for row in rows)
-            for layer, rows in raw["similarity"].items()
-        }
-        plan = Plan(
-            model=str(model["id"]),
-            shape=shape,
-            anchors=tuple(raw["anchors"]),
-            similarity=similarity,
-            budget=Budget(raw["topk_ratio"], raw["min_k"]),
-            heads=raw["heads"],
-            provenance=dict(raw["provenance"]),
-            windowed=tuple(raw.get("windowed", ())),
-            decode_min_k=_int(raw, "decode_min_k") if "decode_min_k" in raw else None,
-            prefill_min_k=_int(raw, "prefill_min_k") if "prefill_min_k" in raw else None,
-        )
-        anchor_of = tuple(raw["anchor_of"])
-    except PlanError:
-        raise
-    except KeyError as error:
-        raise PlanError(f"plan: field {error} is missing; calibrate again") from error
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise PlanError(f"plan: a field has the wrong form ({error}); calibrate again") from error
-    if anchor_of != plan.anchor_of:
+        file = _File.model_validate(raw)
+        budget = Budget(file.topk_ratio, file.min_k)
+    except ValidationError as error:
+        raise PlanError(_refusal(**error.errors(include_url=False)[0])) from error
+    except ValueError as error:
+        raise PlanError(f"plan.{error}") from error
+    said = {name: value for name, value in file if name in Plan.__dataclass_fields__}
+    plan = Plan(budget=budget, **said)
+    if file.anchor_of != plan.anchor_of:
         raise PlanError("plan.anchor_of: every layer must reuse its nearest earlier anchor")
     return plan
+
+
+def _refusal(loc: tuple[Any, ...], msg: str, input: Any, **_: Any) -> str:
+    """Say what pydantic found first in a sentence of ours."""
+    name = ".".join(map(str, ("plan", *loc)))
+    if msg == "Field required":
+        return f"{name} is missing; calibrate again"
+    for theirs, ours in (("Input should be", "expected"), (" valid integer", " whole number")):
+        msg = msg.replace(theirs, ours)
+    return f"{name}: {msg}, got {input!r}; calibrate again"
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from kascade_kernels.structs import FP8, Lists, Rows
+from kascade_kernels.structs import FP8, SINKS, Lists, Rows
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
@@ -65,6 +65,14 @@ def require_lists(lists: Lists, rows: int, per_row: tuple[int, ...]) -> None:
     require_dtype("lists.counts", lists.counts, torch.int32)
     require_contiguous("lists.offsets", lists.offsets)
     require_contiguous("lists.counts", lists.counts)
+
+
+def require_sinks(sinks: torch.Tensor | None, q_heads: int) -> None:
+    """Raise ValueError unless there is a sink for each query head, or none for any."""
+    if sinks is not None:
+        require_shape("sinks", sinks, (q_heads,))
+        require_dtype("sinks", sinks, *SINKS)
+        require_contiguous("sinks", sinks)
 
 
 def require_lse(name: str, lse: torch.Tensor, shape: tuple[int, int, int]) -> None:

@@ -28,6 +28,7 @@ def decode_attention(
     parts: Parts,
     out: torch.Tensor | None = None,
     v_scale: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend every row to the list of each KV head's anchor head.
 
@@ -39,6 +40,7 @@ def decode_attention(
     head_map: int32 [H], which of a row's lists a KV head reads.
     scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
     v_scale: that of the values, where they have one.
+    sinks: [Hq], where heads have them: logits of one more key without a value.
     Returns [rows, Hq, D]. Not checked: that slots and head map are within range, that spans have
         room.
     """
@@ -78,4 +80,4 @@ def decode_attention(
         **tuning.launch("decode_attention", q.device).options(),
     )
     out = torch.empty_like(q) if out is None else out
-    return merge_parts(parts, splits, lists.counts, spans.attend, out, head_map, v_scale)
+    return merge_parts(parts, splits, lists.counts, spans.attend, out, head_map, v_scale, sinks)

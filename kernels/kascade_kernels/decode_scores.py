@@ -16,6 +16,7 @@ from kascade_kernels.checks import (
     require_lists,
     require_same_stride,
     require_shape,
+    require_sinks,
 )
 from kascade_kernels.decode_lists import Spans
 from kascade_kernels.find_shared_prefixes import SharedPrefix
@@ -74,6 +75,7 @@ def decode_scores(
     values: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     v_scale: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Score all candidates of every row into ``scratch.codes``; with ``values`` also attend.
 
@@ -84,6 +86,7 @@ def decode_scores(
     lists: their counts say which need scores: those that hold all keys get no codes.
     scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
     v_scale: that of the values, where they have one.
+    sinks: [Hq], where heads have them: logits of one more key, which takes mass and is not scored.
     Codes order like the post-softmax mass, summed over the group (section 3.3) or, where the
     scratch has one list, over all heads. Logits are rounded to half precision, less the
     maximum of their block of 64.
@@ -93,6 +96,7 @@ def decode_scores(
     launch = tuning.launch(f"decode_scores{kind}", q.device)
     cache = keys.values if eight_bit else keys
     _check(q, cache, values, req_to_token, lists, scratch)
+    require_sinks(sinks, q.shape[1])
     (count, q_heads, dim), kv_heads = q.shape, cache.shape[1]
     splits, group = spans.score_splits, q_heads // kv_heads
     decode_scores_kernel[(kv_heads, count, splits)](
@@ -128,11 +132,12 @@ def decode_scores(
         ATTEND=values is not None,
         **launch.options(),
     )
-    _pool(rows, lists, scratch, parts, splits)
+    _pool(rows, lists, scratch, parts, splits, sinks)
     if values is None:
         return None
     out = torch.empty_like(q) if out is None else out
-    return merge_parts(parts, splits, rows.ends.unsqueeze(1), spans.score, out, v_scale=v_scale)
+    ends = rows.ends.unsqueeze(1)
+    return merge_parts(parts, splits, ends, spans.score, out, v_scale=v_scale, sinks=sinks)
 
 
 def _check(
@@ -157,7 +162,14 @@ def _check(
     require_lists(lists, count, (scratch.codes.codes.shape[1],))
 
 
-def _pool(rows: Rows, lists: Lists, scratch: ScoreScratch, parts: Parts, splits: int) -> None:
+def _pool(
+    rows: Rows,
+    lists: Lists,
+    scratch: ScoreScratch,
+    parts: Parts,
+    splits: int,
+    sinks: torch.Tensor | None,
+) -> None:
     """Turn logits into codes: normalise each query head's, sum them, and count high bytes."""
     count, (_, per_row, chunks, _) = rows.ends.shape[0], scratch.codes.high.shape
     _, q_heads, stride = scratch.logits.shape
@@ -168,6 +180,7 @@ def _pool(rows: Rows, lists: Lists, scratch: ScoreScratch, parts: Parts, splits:
         part_lse=parts.lse,
         ends=rows.ends,
         counts=lists.counts,
+        sinks=sinks,
         codes=scratch.codes.codes,
         high_counts=scratch.codes.high,
         stride_logits_head=stride,

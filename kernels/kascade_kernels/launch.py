@@ -1,13 +1,11 @@
 """Shapes that several launches share."""
 
-import math
-
 import triton
 
-from kascade_kernels._triton import _tile_lse, _tiles
+from kascade_kernels._triton import _primitives, _tile_lse, _tiles
 from kascade_kernels._triton._primitives import TILE
 
-LOG2_E = math.log2(math.e)
+LOG2_E = _primitives.LOG2_E.value
 """Kernels take logits in base 2."""
 KERNEL_TILE = TILE.value
 """Positions that share a selection, as the kernels are written."""

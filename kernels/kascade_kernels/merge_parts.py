@@ -8,7 +8,7 @@ import torch
 
 from kascade_kernels import tuning
 from kascade_kernels._triton._merge_parts import merge_parts_kernel
-from kascade_kernels.checks import require_contiguous
+from kascade_kernels.checks import require_contiguous, require_sinks
 from kascade_kernels.decode_lists import Spans, most_splits
 
 
@@ -56,6 +56,7 @@ def merge_parts(
     out: torch.Tensor,
     head_map: torch.Tensor | None = None,
     v_scale: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Merge the parts of every row and head into ``out``, [rows, Hq, D].
 
@@ -63,9 +64,11 @@ def merge_parts(
     cut from, and spans: int32 [rows], steps of one part, say how many were written.
     head_map: int32 [H], which of a row's lengths each KV head has, where there are several.
     v_scale: what the result is multiplied with.
+    sinks: [Hq], where heads have them: logits of one more key without a value.
     """
     rows, q_heads, dim = out.shape
     require_contiguous("out", out)
+    require_sinks(sinks, q_heads)
     heads = 1 if head_map is None else len(head_map)
     launch = tuning.launch("merge_parts", out.device)
     merge_parts_kernel[(q_heads, rows)](
@@ -74,6 +77,7 @@ def merge_parts(
         lengths=lengths,
         spans=spans,
         head_map=spans if head_map is None else head_map,
+        sinks=sinks,
         out=out,
         v_scale=v_scale,
         STEP=tuning.STEP,

@@ -12,6 +12,10 @@ Keys and values may be fp8, as a pool stores them: a key is then what is stored 
 k_scale, a value that times its v_scale. Logits are linear in the keys, so k_scale is a part of
 ``scale``; v_scale is an argument of its own.
 
+Sinks, [Hq], are learned: to each query of a head its sink is the logit of one more key, which takes
+its share of the weight and has no value (gpt-oss). Weights of real keys then sum to less than 1, so
+heads count for less in scores, too.
+
 Infinite logits, beyond 1e30 in base 2: keys of -inf have no weight, also where a query sees no
 others; its output is then zero, and it adds nothing to scores. Keys of +inf are selected before
 any others; what a tile selects that scores NaN is any valid list. Attention of a query that meets
@@ -51,6 +55,14 @@ def working_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _with_sinks(logits: torch.Tensor, sinks: torch.Tensor | None, queries: int) -> torch.Tensor:
+    """Logits [H, group * n, N] of n queries with their sinks [Hq] as a last column, if any."""
+    if sinks is None:
+        return logits
+    column = sinks.to(logits.dtype).view(logits.shape[0], -1, 1).repeat_interleave(queries, dim=1)
+    return torch.cat([logits, column], dim=-1)
+
+
 def _rows_by_kv_head(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """[n, Hq, D] -> [H, group * n, D]: all query rows that read one KV head."""
     n, q_heads, dim = q.shape
@@ -83,31 +95,39 @@ def _tile_logits(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor
 
 
 def tile_lse(
-    q: torch.Tensor, k: torch.Tensor, scale: float, weight: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    weight: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Log-sum-exp in base 2 of every query row over all keys that it sees.
+    """Log-sum-exp in base 2 of every query row over all keys that it sees, and its head's sink.
 
     q: [n, Hq, D]. k: [L, H, D]. weight: [L], the logarithm of how many keys each stands for.
+    sinks: [Hq], where heads have them.
     Returns [H, n * group]: of each KV head the group's heads of one query side by side, within
     +-1e30.
     """
     logits = _tile_logits(q, k, scale)
     if weight is not None:
         logits = logits + weight * math.log(2)
-    lse = torch.logsumexp(logits, dim=-1) / math.log(2)
+    lse = torch.logsumexp(_with_sinks(logits, sinks, q.shape[0]), dim=-1) / math.log(2)
     lse = lse.clamp(-LOGIT_BOUND, LOGIT_BOUND)
     return lse.view(k.shape[1], -1, q.shape[0]).transpose(1, 2).flatten(1)
 
 
-def tile_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+def tile_scores(
+    q: torch.Tensor, k: torch.Tensor, scale: float, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """Post-softmax attention mass of every candidate key, summed over the tile and the group.
 
     q: [n, Hq, D] the tile's queries. k: [L, H, D] the keys up to the last query's own.
+    sinks: [Hq], where heads have them.
     Returns [H, C], C = the number of keys before the tile, in float32 (float64 for float64); +inf
     for keys whose logit is.
     Source: section 3.3, "post-softmax pooling".
     """
-    logits = _tile_logits(q, k, scale)
+    logits = _with_sinks(_tile_logits(q, k, scale), sinks, q.shape[0])
     start = _tile_start(k)
     weights = torch.softmax(logits, dim=-1)
     if not _is_finite(weights):
@@ -120,9 +140,11 @@ def pool_heads(scores: torch.Tensor) -> torch.Tensor:
     return scores.sum(dim=0, keepdim=True)
 
 
-def decode_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+def decode_scores(
+    q: torch.Tensor, k: torch.Tensor, scale: float, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """``tile_scores`` of a tile of which one query, [Hq, D], is new."""
-    return tile_scores(q.unsqueeze(0), k, scale)
+    return tile_scores(q.unsqueeze(0), k, scale, sinks)
 
 
 def select_topk(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -149,12 +171,14 @@ def tile_attention(
     own: torch.Tensor,
     scale: float,
     v_scale: float = 1.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one tile to its selected keys and, causally, to its own tile.
 
     q: [n, Hq, D]. k_cache, v_cache: [slots, H, D].
     selected: [H, count] slots of each KV head's selected keys.
     own: [m] slots of the tile's own keys up to the last query's (m >= n), in order.
+    sinks: [Hq], where heads have them.
     Returns [n, Hq, D] in q's dtype.
     """
     n, q_heads, dim = q.shape
@@ -166,7 +190,8 @@ def tile_attention(
     values = v_cache[slots, heads].to(rows.dtype)
     logits = rows @ keys.transpose(1, 2) * scale
     _hide_later(logits[:, :, selected.shape[1] :], n)
-    out = softmax(logits) @ values * v_scale  # [H, group * n, D]
+    weights = softmax(_with_sinks(logits, sinks, n))[:, :, : logits.shape[2]]
+    out = weights @ values * v_scale  # [H, group * n, D]
     out = out.reshape(kv_heads, -1, n, values.shape[-1]).permute(2, 0, 1, 3)
     return out.reshape(n, q_heads, -1).to(q.dtype)
 
@@ -178,18 +203,27 @@ def decode_attention(
     listed: torch.Tensor,
     scale: float,
     v_scale: float = 1.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of one new query, [Hq, D], to the slots [H, count] on its KV heads' lists."""
+    """Attention of one new query, [Hq, D], to the slots [H, count] on its KV heads' lists.
+
+    sinks: [Hq], where heads have them.
+    """
     own = listed[0, :0]
-    return tile_attention(q.unsqueeze(0), k_cache, v_cache, listed, own, scale, v_scale)[0]
+    return tile_attention(q.unsqueeze(0), k_cache, v_cache, listed, own, scale, v_scale, sinks)[0]
 
 
-def merge_parts(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+def merge_parts(
+    out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention over all keys, [D], from that over some of them: out [parts, D], lse [parts].
 
-    lse: of each part's logits, in base 2.
+    lse: of each part's logits, in base 2. sink: [], the head's, of which no part knows.
     """
-    return softmax(lse * math.log(2)) @ out
+    logits = lse * math.log(2)
+    if sink is not None:
+        logits = torch.cat([logits, sink.to(lse.dtype).view(1)])
+    return softmax(logits)[: len(out)] @ out
 
 
 def decode_lists(ends: list[int], budgets: list[Budget]) -> list[int]:

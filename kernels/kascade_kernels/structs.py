@@ -10,6 +10,10 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Types in which a pool may hold keys and values beside the queries' own."""
 
 
+SINKS = (torch.float32, torch.bfloat16, torch.float16)
+"""Types in which a model may have its sinks."""
+
+
 class Rows(NamedTuple):
     """Query tiles of a step, one row each; decoding is the case of one query a row.
 

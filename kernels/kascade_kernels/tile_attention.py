@@ -13,6 +13,7 @@ from kascade_kernels.checks import (
     require_last_dim_contiguous,
     require_lists,
     require_shape,
+    require_sinks,
 )
 from kascade_kernels.launch import LOG2_E
 from kascade_kernels.structs import Lists, Rows
@@ -29,6 +30,7 @@ def tile_attention(
     scale: float,
     *,
     v_scale: float | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every row to its selected slots and, causally, to its own tile.
@@ -39,6 +41,7 @@ def tile_attention(
     head_map: int32 [H], entries below ``lists.per_row``.
     scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
     v_scale: that of the values, where they have one.
+    sinks: [Hq], where heads have them: logits of one more key without a value.
     out: like q; queries that no row holds are left as they are.
     Accumulates in float32, own tile first, then the list in its order: a row's result depends
     neither on the rest of the batch nor on where its keys lie.
@@ -51,6 +54,7 @@ def tile_attention(
     require_lists(lists, count, (1, kv_heads))
     require_shape("head_map", head_map, (kv_heads,))
     require_dtype("head_map", head_map, torch.int32)
+    require_sinks(sinks, kv_heads * group)
     if scale <= 0:
         raise ValueError(f"scale: expected a positive number, got {scale}")
     if out is None:
@@ -72,6 +76,7 @@ def tile_attention(
         offsets=lists.offsets,
         counts=lists.counts,
         head_map=head_map,
+        sinks=sinks,
         out=out,
         v_scale=v_scale,
         scale_log2=scale * LOG2_E,

@@ -14,7 +14,7 @@ from kascade_kernels import tuning
 from kascade_kernels._triton._tile_lse import merge_lse_kernel, tile_lse_kernel
 from kascade_kernels._triton._tiles import block_count
 from kascade_kernels.budget import TILE
-from kascade_kernels.checks import check_tiles, require_lists, require_lse
+from kascade_kernels.checks import check_tiles, require_lists, require_lse, require_sinks
 from kascade_kernels.launch import EDGE, LOG2_E
 from kascade_kernels.structs import Lists, Rows
 
@@ -33,15 +33,17 @@ def tile_lse(
     lists: Lists,
     scale: float,
     *,
+    sinks: torch.Tensor | None = None,
     stride: int = 1,
     max_end: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Log-sum-exp of every query row over all keys that it sees, in base 2.
+    """Log-sum-exp of every query row over all keys that it sees and its sink, in base 2.
 
     q: [tokens, Hq, D]. k_cache: [slots, H, D], in q's type or in fp8.
     req_to_token: int32 [requests, max context].
     scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
+    sinks: [Hq], where heads have them: logits of one more key.
     stride: 1 is exact. A larger one reads the first and last 128 candidates and the own tile in
         full and every stride-th key between, each for all that were left out: an estimate that is
         a function of the tile alone.
@@ -53,6 +55,7 @@ def tile_lse(
     """
     count, kv_heads, group = check_tiles(q, k_cache, req_to_token, rows)
     require_lists(lists, count, (1, kv_heads))
+    require_sinks(sinks, kv_heads * group)
     shape = (count, kv_heads, TILE * group)
     if stride < 1:
         raise ValueError(f"stride: expected at least 1, got {stride}")
@@ -93,5 +96,5 @@ def tile_lse(
         **launch.options(),
     )
     merge = tuning.launch("merge_lse", q.device)
-    merge_lse_kernel[(count, kv_heads)](lse=out, **common, **merge.options())
+    merge_lse_kernel[(count, kv_heads)](sinks=sinks, lse=out, **common, **merge.options())
     return out

@@ -24,9 +24,11 @@ from kascade_patches import (
     sampling_params_verify,
     scheduler_internal_state,
     server_args_add_cli_args,
+    server_args_backend_names,
     server_args_from_cli_args,
     server_args_resolve,
     support_triton,
+    window_pool,
 )
 from kascade_sglang.errors import KascadeError
 
@@ -36,11 +38,14 @@ EVERYWHERE = (
     pool_cell_size,
     pool_sizes,
     sampling_params_verify,
+    window_pool,
 )
 IN_SCHEDULERS = (req_init, forward_batch_init_new)
 """Importing their modules would slow down processes that serve no requests."""
 INFORMING = (scheduler_internal_state,)
 """Nothing depends on these, so no start is refused where SGLang has lost what they hook."""
+OF_SINKS = (server_args_backend_names,)
+"""Only models with attention sinks depend on these; where SGLang has lost them, it says so."""
 WITHOUT_GPU = (
     support_triton,
     get_last_loc,
@@ -71,7 +76,7 @@ def register_hooks() -> None:
 
     # Like IN_SCHEDULERS, but nothing depends on them.
     informing = INFORMING if SCHEDULER in sys.modules else ()
-    for module in (*_modules(), *informing):
+    for module in (*_modules(), *OF_SINKS, *informing):
         HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
 
 

@@ -13,7 +13,7 @@ from kascade_sglang.backend import paths
 from kascade_sglang.backend.decode import DecodeBuffers, DecodeStep
 from kascade_sglang.backend.warm_up import warm_up
 from kascade_sglang.errors import KascadeError
-from kascade_sglang.host.steps import Batch
+from kascade_sglang.host.steps import Batch, Layer
 from tests.support.harness import DEVICE, DTYPE, HEAD_DIM, Harness, attended, expected_output
 from tests.support.shapes import INTERPRETED
 
@@ -254,7 +254,7 @@ def test_kernels_refuse_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not KERNELS, reason="nothing is compiled")
 def test_warming_up_changes_no_result() -> None:
     plain, warmed = Harness([161], exact=False), Harness([161], exact=False)
-    warm_up(warmed.backend.paths, 0, DTYPE, fp8=False)
+    warm_up(warmed.backend.paths, Layer(0, 1.0), DTYPE)
     with pytest.raises(KascadeError, match="before its anchor"):
         warmed.backend.paths.store.get(1)
     for harness in (plain, warmed):
@@ -326,7 +326,7 @@ def test_kernels_that_do_not_fit_the_gpu_are_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(harness.backend.paths.extend, "select", select)
     with pytest.raises(KascadeError, match="to fit this GPU, got out of resource.*kascade-exact"):
-        warm_up(harness.backend.paths, 0, DTYPE, fp8=False)
+        warm_up(harness.backend.paths, Layer(0, 1.0), DTYPE)
 
 
 @pytest.mark.skipif(KERNELS, reason="the kernels can be captured: test_graphs.py")

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from benchmarks import kernel_common, plot_kernels
+from benchmarks.tables import KERNELS, newest
 
 INTERPRETED = triton.knobs.runtime.interpret and not torch.cuda.is_available()
 FLASHINFER = ("flashinfer_select", "flashinfer_attend", "flashinfer_cascade", "flashinfer_decode")
@@ -108,7 +109,7 @@ def test_rows_are_appended_and_the_newest_is_drawn(bench: ModuleType, tmp_path: 
         row = bench.Row("16x128K", "composite", "exact", ms, 4.0, plan="qwen3-8b")
         kernel_common.append_rows(path, [row], stamp)
     assert len(list(csv.DictReader(path.open()))) == 2
-    assert [row["speedup"] for row in plot_kernels.newest(path)] == ["4.000"]
+    assert newest(path, KERNELS)["speedup"].tolist() == [4.0]
     plot_kernels.plot(path, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 1000
 

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.bench_quality import CONFIGS, Model, by_prompt, paired, phases, split
 from benchmarks.chats import make_chat
-from benchmarks.plot_quality import newest, summary
+from benchmarks.plot_quality import summary
+from benchmarks.tables import QUALITY, RESULTS, newest
 from kascade_sglang.evaluation.endpoint import Reply
 from kascade_sglang.evaluation.results import SavedReply
 
@@ -54,7 +55,7 @@ def test_chats_ask_for_what_their_documents_hold() -> None:
 
 
 def test_the_table_leaves_out_what_was_not_asked_whole() -> None:
-    rows = newest()
+    rows = newest(RESULTS / "quality_models.csv", QUALITY)
     table = summary(rows).set_index("config")
     assert table.loc["fast"].isna().any() and not table.loc["prefill_min_k_4096"].isna().any()
     mine = rows[(rows["config"] == "prefill_min_k_4096") & (rows["length"] == 8192)]

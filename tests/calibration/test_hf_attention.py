@@ -7,6 +7,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -19,12 +21,14 @@ from kascade_kernels.budget import TILE, Budget
 from kascade_kernels.reference import pool_heads, select_topk, tile_scores
 from kascade_sglang.calibration.hf_attention import (
     KascadeAttention,
+    LayerCall,
     dense_attention,
     kascade_generate,
     kascade_prompt_logprobs,
     query_tiles,
 )
 from kascade_sglang.calibration.hf_model import shape_of
+from kascade_sglang.calibration.limited_attention import Limits
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.plan.schema import Plan, PlanError
 
@@ -62,6 +66,22 @@ def mistral(window: int | None = None) -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=window)).eval()
 
 
+def gpt_oss() -> PreTrainedModel:
+    """Windows of 40 positions in layers 0 and 2, and sinks that take much, in every layer."""
+    torch.manual_seed(0)
+    small = {"sliding_window": 40, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = GptOssForCausalLM(GptOssConfig(**SMALL, **small)).eval()
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.normal_(2.0, 2.0)
+    return model
+
+
+def gpt_oss_plan(model: PreTrainedModel, budget: Budget, anchors: tuple[int, ...]) -> Plan:
+    similarity = {} if 3 in anchors else {3: ((0.1, 0.9), (0.8, 0.2))}
+    shape = shape_of(model.config)
+    return Plan("tiny", shape, anchors, similarity, budget, "per_head", windowed=(0, 2))
+
+
 def dense_logprobs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
@@ -93,8 +113,27 @@ def test_other_decoders(build: type) -> None:
     assert len(sparse) == 199
 
 
+def test_a_model_with_sinks() -> None:
+    """Windowed layers and full ones are transformers' own, where the budget covers all keys."""
+    model, prompt = gpt_oss(), prompt_of(100)
+    plan = gpt_oss_plan(model, EVERYTHING, (1,))
+    expected = dense_logprobs(model, prompt)[:-1][torch.arange(99), prompt[1:]]
+    found = torch.tensor(kascade_prompt_logprobs(model, plan, prompt)).double()
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+    tokens, logprobs = kascade_generate(model, plan, prompt, 10)
+    table = dense_logprobs(model, prompt + tokens)[99:-1]
+    assert tokens == table.argmax(-1).tolist()
+    chosen = table[torch.arange(10), tokens]
+    torch.testing.assert_close(torch.tensor(logprobs).double(), chosen, atol=2e-4, rtol=0)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(float("-inf"))
+    without = torch.tensor(kascade_prompt_logprobs(model, plan, prompt)).double()
+    assert (without - expected).abs().max() > 0.1, "the sinks say nothing"
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize("heads", ["per_head", "pooled"])
-def test_sparse_equals_dense_attention_under_a_mask(heads: str) -> None:
+def test_sparse_equals_dense_attention_under_a_mask(heads: str, sinks: bool) -> None:
     """Each layer against full float64 attention in which unselected keys are masked out."""
     generator = torch.Generator().manual_seed(5)
     length, kv_heads, group, dim = 7 * TILE + 9, 2, 3, 16
@@ -109,7 +148,9 @@ def test_sparse_equals_dense_attention_under_a_mask(heads: str) -> None:
     for layer, (q, k, v) in enumerate(states):
         logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * 0.25
         causal = torch.ones(length, length, dtype=torch.bool).tril()
-        full = logits.masked_fill(~causal, float("-inf")).softmax(-1)
+        column = 2 * torch.randn(kv_heads * group, generator=generator, dtype=torch.float64)
+        given = column if sinks else None
+        full = weights_of(logits.masked_fill(~causal, float("-inf")), given)
         if layer in plan.anchors:
             allowed[layer] = masks(full, length, kv_heads, heads)
         mask = allowed[plan.anchor_of[layer]]
@@ -118,12 +159,19 @@ def test_sparse_equals_dense_attention_under_a_mask(heads: str) -> None:
         elif layer in plan.head_map and heads == "per_head":
             mask = mask[list(plan.head_map[layer])]
         mask = (mask & causal).repeat_interleave(group, 0)
-        weights = logits.masked_fill(~mask, float("-inf")).softmax(-1)
+        weights = weights_of(logits.masked_fill(~mask, float("-inf")), given)
         expected = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
-        found = attention(layer, q, k, v, 0.25)
+        found = attention.attend(LayerCall(layer, q, k, v, 0.25, Limits(sinks=given)))
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
         if layer:
             assert not mask[:, -1].all()
+
+
+def weights_of(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of [Hq, n, L] with each head's sink in the denominator, written out."""
+    exponents = logits.exp()
+    of_sinks = 0 if sinks is None else sinks.exp()[:, None, None]
+    return exponents / (exponents.sum(-1, keepdim=True) + of_sinks)
 
 
 def masks(full: torch.Tensor, length: int, kv_heads: int, heads: str) -> torch.Tensor:

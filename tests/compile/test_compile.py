@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,24 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHAPES = [(torch.bfloat16, 128, 4), (torch.float16, 64, 7), (torch.bfloat16, 256, 2)]
 
 
-def made(dtype: torch.dtype, dim: int, group: int, stored: torch.dtype | None) -> DecodeCase:
-    """Two requests."""
-    return DecodeCase.make([65, 9], HEADS, group, dim, dtype=dtype, stored=stored)
+def made(
+    dtype: torch.dtype, dim: int, group: int, stored: torch.dtype | None, sinks: bool
+) -> DecodeCase:
+    """Two requests; sinks are bfloat16, as SGLang's gpt-oss has them."""
+    case = DecodeCase.make([65, 9], HEADS, group, dim, dtype=dtype, stored=stored)
+    return replace(case, sinks=torch.zeros(HEADS * group).bfloat16() if sinks else None)
 
 
 def launch_decode(
-    dtype: torch.dtype, dim: int, group: int, stored: torch.dtype | None = None
+    dtype: torch.dtype,
+    dim: int,
+    group: int,
+    stored: torch.dtype | None = None,
+    *,
+    sinks: bool = False,
 ) -> None:
     """Launch what a decode step launches, all ways of scoring."""
-    case, budget, v_scale = made(dtype, dim, group, stored), Budget(), stored and 0.5
+    case, budget, v_scale = made(dtype, dim, group, stored, sinks), Budget(), stored and 0.5
     q_heads, spans = HEADS * group, case.spans(budget)
     lists = case.lists(case.counts(HEADS, budget), append_own=True)
     parts = Parts.allocate(spans, q_heads, dim)
@@ -57,14 +66,19 @@ def launch_decode(
     select_slots(scratch.codes, case.req_to_token, case.rows, lists, append_own=True)
     head_map = torch.zeros(HEADS, dtype=torch.int32)
     where = (lists, spans, head_map, case.scale, parts)
-    decode_attention(case.q, case.k, case.v, *where, v_scale=v_scale)
+    decode_attention(case.q, case.k, case.v, *where, v_scale=v_scale, sinks=case.sinks)
 
 
 def launch_prefill(
-    dtype: torch.dtype, dim: int, group: int, stored: torch.dtype | None = None
+    dtype: torch.dtype,
+    dim: int,
+    group: int,
+    stored: torch.dtype | None = None,
+    *,
+    sinks: bool = False,
 ) -> None:
     """Launch what a prefill step launches, all ways of scoring, per head and pooled."""
-    case, budget, v_scale = made(dtype, dim, group, stored), Budget(), stored and 0.5
+    case, budget, v_scale = made(dtype, dim, group, stored, sinks), Budget(), stored and 0.5
     one = torch.ones(2, dtype=torch.int32)
     ends = case.rows.ends.to(torch.int32)
     rows = Rows(case.rows.requests, ends, one, one)
@@ -72,7 +86,8 @@ def launch_prefill(
     copy = allocate_key_copy(len(case.k), HEADS, dim, "cpu")
     scratch = ScoreScratch.allocate(2, HEADS * group, HEADS, CONTEXT, empty_on("cpu")).codes
     lists, one = (case.lists(case.counts(n, budget), append_own=False) for n in (HEADS, 1))
-    lse = tile_lse(case.q, case.k, table, rows, lists, scale, max_end=CONTEXT)
+    more = {"sinks": case.sinks}
+    lse = tile_lse(case.q, case.k, table, rows, lists, scale, max_end=CONTEXT, **more)
     for keys in (case.k, copy):
         tile_scores(case.q, keys, table, rows, lists, lse, scale, out=scratch.codes)
         pooled = scratch.codes[:, :1]
@@ -81,7 +96,7 @@ def launch_prefill(
     select_slots(scratch, table, rows, lists, append_own=False)
     head_map = torch.zeros(HEADS, dtype=torch.int32)
     where = (table, rows, lists, head_map, scale)
-    tile_attention(case.q, case.k, case.v, *where, v_scale=v_scale)
+    tile_attention(case.q, case.k, case.v, *where, v_scale=v_scale, **more)
 
 
 def launch_as_on(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +162,16 @@ def test_hopper_spills_little(
     said = subprocess.run([*ptxas, source], capture_output=True, text=True, check=True).stderr
     [spilled] = re.findall(r"(\d+) bytes spill stores", said)
     assert int(spilled) <= 128
+
+
+@pytest.mark.parametrize("launch", [launch_decode, launch_prefill], ids=["decode", "prefill"])
+def test_compiles_with_sinks(launch: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the heads of gpt-oss: 8 of 64 dimensions share a KV head."""
+    launch_as_on(90, monkeypatch)
+    with compiled_launches(90) as compiled:
+        launch(torch.bfloat16, 64, 8, sinks=True)
+    for kernel in compiled:
+        assert kernel.metadata.shared <= SHARED_MEMORY[90], kernel.metadata.name
 
 
 def test_hopper_pipelines_gathers(monkeypatch: pytest.MonkeyPatch) -> None:

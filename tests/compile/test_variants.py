@@ -34,13 +34,22 @@ class Pool:
 
 
 @pytest.mark.parametrize(
-    ("exact", "kv_cache_dtype"),
-    [(False, "auto"), (True, "auto"), (False, "fp8_e4m3")],
-    ids=["default", "exact", "fp8"],
+    ("exact", "kv_cache_dtype", "sinks"),
+    [
+        (False, "auto", None),
+        (True, "auto", None),
+        (False, "fp8_e4m3", None),
+        (False, "auto", torch.zeros(HEADS * GROUP, dtype=torch.bfloat16)),
+    ],
+    ids=["default", "exact", "fp8", "sinks"],
 )
 @pytest.mark.parametrize("heads", ["per_head", "pooled"])
 def test_warming_up_compiles_all_that_prefill_launches(
-    exact: bool, kv_cache_dtype: str, heads: str, monkeypatch: pytest.MonkeyPatch
+    exact: bool,
+    kv_cache_dtype: str,
+    sinks: torch.Tensor | None,
+    heads: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     shape = ModelShape(2, HEADS * GROUP, HEADS, DIM, 64)
@@ -49,13 +58,13 @@ def test_warming_up_compiles_all_that_prefill_launches(
     config = KascadeConfig(plan, Budget(), heads, **options)
     pool = Pool(FP8_TYPES.get(kv_cache_dtype, torch.bfloat16))
     v_scale = 1.0 if config.fp8 else None
-    anchor, reuse = Layer(0, 1.0, v_scale), Layer(1, 1.0, v_scale)
+    anchor, reuse = (Layer(index, 1.0, v_scale, sinks) for index in range(2))
     table = torch.zeros(8, CONTEXT, dtype=torch.int32)
     rank = Rank(range(HEADS), range(2), table, slots=SLOTS, device="cpu")
     paths = build_paths(rank, pool, config)
     batches = [[(0, 5)], [(0, 2000)], [(96, 3000), (7, 9)], [(65_000, 65_001)] * 3, [(31, 9_999)]]
     with launched_variants(90) as compiled:
-        warm_up(paths, 0, torch.bfloat16, fp8=config.fp8)
+        warm_up(paths, anchor, torch.bfloat16)
     with launched_variants(90) as launched:
         for spans in batches:
             tokens = sum(end - begin for begin, end in spans)
@@ -96,7 +105,7 @@ def test_warming_up_compiles_all_that_eager_decoding_launches(
     paths = build_paths(rank, Pool(torch.bfloat16), config)
     paths.decode.reserve(captured)
     with launched_variants(90) as compiled:
-        warm_up_decode(paths, 0, captured, eager, torch.bfloat16, fp8=False)
+        warm_up_decode(paths, Layer(0, 1.0), captured, eager, torch.bfloat16)
     head_map = torch.zeros(HEADS, dtype=torch.int32)
     with launched_variants(90) as launched:
         for count in range(captured + 1, eager + 1):

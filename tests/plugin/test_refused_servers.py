@@ -7,6 +7,7 @@ import ast
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -18,6 +19,7 @@ from sglang.srt.server_args import ServerArgs
 from kascade_sglang import checks
 from kascade_sglang.host import server
 from kascade_sglang.host.dense import FP8_TYPES
+from kascade_sglang.host.release import VERIFIED_WITH_SINKS
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
 from tests.support.models import GEMMA_3, WINDOWED_PLAN, make_plan, parse
 
@@ -40,6 +42,7 @@ class Refused:
     environ: dict[str, str] = field(default_factory=dict)
     gpu: bool = False
     hip: str | None = None  # torch's version of AMD's libraries, where it is built with them
+    release: str | None = None  # of SGLang, where it is not the one that is installed
 
 
 def of_flag(name: str, flags: str, words: str = "") -> Refused:
@@ -107,13 +110,19 @@ SINKS = {
     "add_swa_attention_sink_bias": True,
     "hybrid_layer_pattern": [1, 0, 1, 0],
 }
-# SGLang itself refuses this one with an AssertionError, by the backend's name.
 GPT_OSS = {
     "architectures": ["GptOssForCausalLM"],
     "model_type": "gpt_oss",
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+
+
+def of_gpt_oss(words: str, flags: str = "", **changes: Any) -> Refused:
+    """A row of a model that only some releases serve."""
+    return Refused(words, flags, model=GPT_OSS, plan=WINDOWED_PLAN, **changes)
+
+
 ONE_LIST = "makes one list for all heads, which works with --tp-size 1 alone"
 OTHERS = (
     Refused("model: multi-head latent attention (MLA) has no KV heads to select for", model=MLA),
@@ -144,8 +153,22 @@ OTHERS = (
         "model: every layer has a sliding window, so none is left to make sparse",
         model={**GEMMA_3, "layer_types": ["sliding_attention"] * 4},
     ),
-    Refused("model: attention sinks are not supported", model=SINKS),
-    Refused("model: attention sinks are not supported", model=GPT_OSS),
+    Refused("model: attention sinks are not supported, but for gpt-oss", model=SINKS),
+    Refused(
+        "model: attention sinks are supported on SGLang 0.5.17 alone",
+        model=GPT_OSS,
+        release="0.5.23",
+    ),
+    of_gpt_oss("--kascade-dense-backend: expected fa3 or triton, which know attention sinks, got "),
+    of_gpt_oss("--disable-hybrid-swa-memory: expected on a CPU, whose layers share one KV pool"),
+    of_gpt_oss(
+        "--pp-size: expected 1 where layers with a window have a KV pool of their own, got 2",
+        "--pp-size 2",
+    ),
+    of_gpt_oss(
+        "selection: expected topk for a model with attention sinks, got random",
+        environ={"KASCADE_SELECTION": "random"},
+    ),
     Refused(
         "model: every layer caps its logits at 50.0, so none is left to make sparse",
         model={"attn_logit_softcapping": 50.0},
@@ -209,6 +232,11 @@ def test_a_refused_server(
     capfd: pytest.CaptureFixture[str],
     row: Refused,
 ) -> None:
+    if row.model is GPT_OSS:
+        release = row.release or version("sglang")
+        if row.release is None and release not in VERIFIED_WITH_SINKS:
+            pytest.skip("this release does not serve it")
+        monkeypatch.setattr(server, "version", lambda name: release)
     monkeypatch.setattr(server, "has_gpu", lambda: row.gpu)
     monkeypatch.setattr(torch.version, "hip", row.hip)
     for name, value in row.environ.items():
@@ -239,6 +267,11 @@ def test_the_same_server_without_what_is_refused(
         assert checks.check(facts).kv_cache_dtype == name
     windowed = make_model(make_plan(**WINDOWED_PLAN), **GEMMA_3)
     assert checks.check(server.server_facts(parse(windowed))).window_of(2) == 8
+    if version("sglang") in VERIFIED_WITH_SINKS:
+        gpt_oss = make_model(make_plan(**WINDOWED_PLAN), **GPT_OSS)
+        flags = ("--disable-hybrid-swa-memory", "--kascade-dense-backend", "triton")
+        facts = server.server_facts(parse(gpt_oss, *flags))
+        assert checks.check(facts).window_of(2) == 8 and facts.model.sinks
 
 
 def sentences(function: FunctionType) -> Iterator[str]:

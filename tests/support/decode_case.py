@@ -17,7 +17,7 @@ from tests.support.shapes import DEVICE
 
 @dataclass
 class DecodeCase:
-    """Requests of the given lengths, each with one new query at its end."""
+    """Requests of the given lengths, each with one new query at its end; sinks: [Hq] or None."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -26,6 +26,7 @@ class DecodeCase:
     rows: Rows
     lengths: list[int]
     scale: float
+    sinks: torch.Tensor | None = None
 
     @staticmethod
     def make(
@@ -76,7 +77,7 @@ class DecodeCase:
     def scores(self, row: int, pooled: bool = False) -> torch.Tensor:
         """Float64 scores of a row's candidates, [H or 1, candidates]."""
         keys = self.k[self.slots_of(row)].double()
-        scores = reference.decode_scores(self.q[row].double(), keys, self.scale)
+        scores = reference.decode_scores(self.q[row].double(), keys, self.scale, self.sinks)
         return pool_heads(scores) if pooled else scores
 
     def spans(self, budget: Budget, batch_invariant: bool = False) -> Spans:
@@ -112,7 +113,8 @@ class DecodeCase:
         """
         shared = self.shared(spans) if shared is None else shared
         where = (self.req_to_token, self.rows, lists, spans, shared, self.scale)
-        return decode_scores(self.q, keys, *where, scratch, parts, values, v_scale=v_scale)
+        more = {"v_scale": v_scale, "sinks": self.sinks}
+        return decode_scores(self.q, keys, *where, scratch, parts, values, **more)
 
     def counts(self, per_row: int, budget: Budget) -> list[list[int]]:
         """Keys before the own tile that each list of each row holds by a budget."""

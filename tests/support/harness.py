@@ -12,6 +12,7 @@ from kascade_kernels.structs import Lists
 from kascade_sglang.backend.backend import KascadeAttnBackend
 from kascade_sglang.backend.reference import ReferencePath, Tile
 from kascade_sglang.backend.sizes import runs_kernels
+from kascade_sglang.calibration.limited_attention import Limits, limited_attention
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.steps import Batch, set_asks
@@ -75,6 +76,7 @@ class Harness:
     """Requests with fixed Q, K, V of every layer; each ``step`` runs some of their tokens.
 
     scales: k_scale and v_scale of the layers after the first, which torch_native reads unscaled.
+    sinks: whether layers have them; the dense backend is then ``DenseWithSinks``.
     outputs[layer][request]: [length, Hq, D], filled as steps run.
     asks: by request, the ``Ask`` that it came with.
     selections[layer][request]: {(tile, first position): int64 [H, selected] positions}.
@@ -104,6 +106,7 @@ class Harness:
         max_ratio: float | None = None,
         kv_cache_dtype: str = "auto",
         scales: tuple[float, float] | None = None,
+        sinks: bool = False,
     ) -> None:
         plan = make_plan(layers, kv_heads, group, anchors, windowed)
         budget = budget or Budget(0.1, 64)
@@ -130,6 +133,7 @@ class Harness:
         graphs = SimpleNamespace(backend="full", max_bs=len(self.req_to_token), bs=None)
         self.runner = SimpleNamespace(
             device=DEVICE,
+            model=torch.nn.Module(),
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
             token_to_kv_pool=self.pool,
             model_config=SimpleNamespace(
@@ -144,6 +148,10 @@ class Harness:
             ps=SimpleNamespace(tp_rank=0),
         )
         self.backend = KascadeAttnBackend(self.runner, self.config)
+        drawn = torch.randn(layers, kv_heads * group, generator=torch.Generator().manual_seed(5))
+        self.sinks = list((3 + 3 * drawn).to(DEVICE)) if sinks else [None] * layers
+        if sinks:
+            self.backend.dense = DenseWithSinks(self)
         self.qkv = [
             [
                 self._tensors(data_seed + 100 * layer + request, length, dtype)
@@ -241,7 +249,8 @@ class Harness:
             torch.cat([self.qkv[layer_id][r][i][b:e] for r, b, e in spans]) for i in range(3)
         )
         layer = self.layer(layer_id)
-        out = self.backend.forward(q.flatten(1), k, v, layer, batch)
+        given = {} if self.sinks[layer_id] is None else {"sinks": self.sinks[layer_id]}
+        out = self.backend.forward(q.flatten(1), k, v, layer, batch, **given)
         out = out.view(-1, self.kv_heads * self.group, HEAD_DIM)
         lengths = [end - begin for _, begin, end in spans]
         for (request, begin, end), part in zip(spans, out.split(lengths), strict=True):
@@ -279,6 +288,36 @@ class Harness:
             self.step([(request, start, min(start + chunk, self.lengths[request]))])
 
 
+class DenseWithSinks:
+    """What SGLang's backends for a GPU do, in plain torch: torch_native knows no sinks."""
+
+    needs_cpu_seq_lens = True
+
+    def __init__(self, harness: Harness) -> None:
+        self._harness = harness
+
+    def init_forward_metadata(self, batch: SimpleNamespace) -> None:
+        """Prepare nothing."""
+
+    def forward_extend(self, q, k, v, layer, batch, save_kv_cache: bool, *, sinks: torch.Tensor):
+        """Attend to all that a layer sees: [tokens, Hq * D]."""
+        harness, index = self._harness, layer.layer_id
+        pool, limits = harness.pool, Limits(harness.config.window_of(index) or None, sinks=sinks)
+        pool.set_kv_buffer(layer, SimpleNamespace(loc=batch.out_cache_loc), k, v)
+        rows = zip(batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), strict=True)
+        slots = [harness.req_to_token[row, :end].to(torch.int64) for row, end in rows]
+        queries = q.view(len(k), -1, HEAD_DIM).split(batch.extend_seq_lens_cpu)
+        outputs = [
+            limited_attention(
+                own, pool.keys[index][of], pool.values[index][of], layer.scaling, limits
+            )
+            for own, of in zip(queries, slots, strict=True)
+        ]
+        return torch.cat(outputs).flatten(1)
+
+    forward_decode = forward_extend
+
+
 def attended(harness: Harness, layer_id: int, request: int) -> torch.Tensor:
     """Which keys each query attends to by the recorded selections: bool [H, length, length]."""
     length, plan = len(harness.qkv[layer_id][request][0]), harness.config.plan
@@ -305,6 +344,9 @@ def expected_output(harness: Harness, layer_id: int, request: int) -> torch.Tens
     mask = attended(harness, layer_id, request)
     logits = torch.einsum("qhgd,khd->hgqk", q.view(length, -1, group, HEAD_DIM), k)
     logits *= HEAD_DIM**-0.5
-    logits = logits.masked_fill(~mask[:, None], float("-inf"))
-    out = torch.einsum("hgqk,khd->qhgd", logits.softmax(-1), v)
+    exponents = logits.masked_fill(~mask[:, None], float("-inf")).exp()
+    total, sinks = exponents.sum(-1, keepdim=True), harness.sinks[layer_id]
+    if sinks is not None:
+        total += sinks.double().cpu().exp().view(harness.kv_heads, -1, 1, 1)
+    out = torch.einsum("hgqk,khd->qhgd", exponents / total, v)
     return out.reshape(length, -1, HEAD_DIM)

@@ -1,6 +1,6 @@
 """Extends of several requests on shuffled pages, cut into tiles, and what float64 says of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ class TileCase:
     """Requests with keys up to some length, whose last tokens are queries.
 
     places: (request, end, first query in q, queries) of each row. Slots that hold no key are NaN.
+    sinks: [Hq], where heads have them.
     """
 
     q: torch.Tensor
@@ -24,6 +25,7 @@ class TileCase:
     req_to_token: torch.Tensor
     places: list[tuple[int, int, int, int]]
     scale: float
+    sinks: torch.Tensor | None = None
 
     @staticmethod
     def make(
@@ -74,7 +76,7 @@ class TileCase:
     def only(self, chosen: list[int]) -> "TileCase":
         """The same requests with these rows, in this order."""
         places = [self.places[row] for row in chosen]
-        return TileCase(self.q, self.k, self.v, self.req_to_token, places, self.scale)
+        return replace(self, places=places)
 
     def slots_of(self, row: int) -> torch.Tensor:
         """Slots of the positions that a row's last query sees."""
@@ -100,17 +102,18 @@ class TileCase:
     def scores(self, row: int) -> torch.Tensor:
         """Float64 scores of a row's candidates, [H, candidates]."""
         keys = self.k[self.slots_of(row)].double()
-        return reference.tile_scores(self.queries_of(row).double(), keys, self.scale)
+        return reference.tile_scores(self.queries_of(row).double(), keys, self.scale, self.sinks)
 
     def exact_lse(self, row: int, weight: torch.Tensor | None = None) -> torch.Tensor:
         """Float64 log-sum-exps of a row, [H, count * group], rows query-major."""
         keys = self.k[self.slots_of(row)].double()
-        return reference.tile_lse(self.queries_of(row).double(), keys, self.scale, weight)
+        q = self.queries_of(row).double()
+        return reference.tile_lse(q, keys, self.scale, weight, self.sinks)
 
     def lse(self, budget: Budget, **options: object) -> torch.Tensor:
         """What ``tile_lse`` makes of these rows where a budget says how long lists are."""
         where = (self.req_to_token, self.rows, self.lists(budget, self.k.shape[1]))
-        return tile_lse(self.q, self.k, *where, self.scale, **options)
+        return tile_lse(self.q, self.k, *where, self.scale, sinks=self.sinks, **options)
 
     def draw_lists(self, counts: list[int], heads: int) -> list[torch.Tensor]:
         """Some candidates of every row, ascending by position, as slots: int64 [heads, count]."""

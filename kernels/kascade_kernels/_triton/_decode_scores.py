@@ -11,6 +11,7 @@ from kascade_kernels._triton._primitives import (
     bounded_lse,
     encode_score,
     list_of,
+    load_sinks,
     load_slots,
     own_tile_start,
     power_of_2,
@@ -143,6 +144,7 @@ def pool_scores_kernel(
     part_lse,  # float32 [rows, Hq, SPLITS]
     ends,  # [rows]
     counts,  # int32 [rows, LISTS]
+    sinks,  # [Hq], or None
     codes,  # uint16 [rows, LISTS, stride]
     high_counts,  # int16 [rows, LISTS, chunks, 256]
     stride_logits_head,
@@ -166,7 +168,13 @@ def pool_scores_kernel(
     address = head[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
     parts = tl.load(part_lse + address, mask=member[:, None] < PER_LIST, other=0.0)
     top = tl.maximum(tl.max(parts, 1), -LOGIT_BOUND)
-    lse = top + tl.log2(tl.sum(tl.exp2(parts - top[:, None]), 1))  # [PER_LIST padded]
+    if sinks is not None:
+        sink = load_sinks(sinks, list_ * PER_LIST + member, member < PER_LIST)
+        top = tl.maximum(top, sink)
+    total = tl.sum(tl.exp2(parts - top[:, None]), 1)
+    if sinks is not None:
+        total += tl.exp2(sink - top)
+    lse = top + tl.log2(total)  # [PER_LIST padded]
     # Finite also where no key has weight, and so that keys of +inf get more mass than any others.
     lse = tl.minimum(tl.maximum(lse, -LOGIT_BOUND), LOGIT_BOUND / 2)
     for chunk in tl.range(program, chunks, tl.num_programs(0)):

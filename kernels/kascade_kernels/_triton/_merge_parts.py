@@ -3,7 +3,12 @@
 import triton
 import triton.language as tl
 
-from kascade_kernels._triton._primitives import LEAST_TOTAL, LOGIT_BOUND, of_mapped_list
+from kascade_kernels._triton._primitives import (
+    LEAST_TOTAL,
+    LOGIT_BOUND,
+    load_sinks,
+    of_mapped_list,
+)
 
 
 @triton.jit
@@ -13,6 +18,7 @@ def merge_parts_kernel(
     lengths,  # [rows, LISTS], keys that were cut into parts
     spans,  # int32 [rows], steps of one part
     head_map,  # int32 [H], which of a row's lengths a KV head has; read where LISTS > 1
+    sinks,  # [Hq], or None
     out,  # [rows, Hq, D]
     v_scale,
     STEP: tl.constexpr,
@@ -32,7 +38,14 @@ def merge_parts_kernel(
     split = tl.arange(0, SPLITS)
     lse = tl.load(part_lse + index * SPLITS + split, mask=split < used, other=float("-inf"))
     top = tl.maximum(tl.max(lse, 0), -LOGIT_BOUND)
-    total = tl.maximum(tl.sum(tl.exp2(lse - top), 0), LEAST_TOTAL)
+    if sinks is not None:
+        sink = load_sinks(sinks, q_head, True)
+        top = tl.maximum(top, sink)
+    total = tl.sum(tl.exp2(lse - top), 0)
+    if sinks is not None:
+        # No part knows of it, so it counts once however many there are.
+        total += tl.exp2(sink - top)
+    total = tl.maximum(total, LEAST_TOTAL)
     merged = tl.zeros([D], tl.float32)
     for first in range(0, used, BLOCK):
         part = first + tl.arange(0, BLOCK)

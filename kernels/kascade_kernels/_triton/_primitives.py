@@ -1,8 +1,11 @@
 """What several kernels share. Logarithms and exponentials are in base 2."""
 
+import math
+
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(math.log2(math.e))
 TILE = tl.constexpr(32)
 CODE_SHIFT = tl.constexpr(13)
 CODE_HALF = tl.constexpr(1 << 12)
@@ -70,6 +73,13 @@ def widen(keys):
 def to_meet(queries, k):
     """Queries as they are multiplied with the keys that ``k`` points at, once widened."""
     return queries.to(tl.float16) if k.dtype.element_ty.is_fp8() else queries
+
+
+@triton.jit
+def load_sinks(sinks, q_head, real):
+    """Sinks of query heads as logits: in base 2, with differences that are finite."""
+    sink = tl.load(sinks + q_head, mask=real, other=0.0).to(tl.float32) * LOG2_E
+    return tl.minimum(tl.maximum(sink, -2 * LOGIT_BOUND), LOGIT_BOUND)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from kascade_kernels._triton._primitives import (
     LOGIT_BOUND,
     TILE,
     VARY,
+    load_sinks,
     own_tile_start,
     soften,
 )
@@ -35,6 +36,18 @@ def attend(queries, keys, values, hidden, acc, largest, total, scale_log2, MASKE
     return acc, largest, total
 
 
+@triton.jit
+def begin_softmax(sinks, q_head, live):
+    """Largest logit and sum of weights, [ROWS], before any key: those of the sinks, if any."""
+    largest = tl.full(q_head.shape, -LOGIT_BOUND, tl.float32)
+    total = tl.zeros(q_head.shape, tl.float32)
+    if sinks is not None:
+        sink = load_sinks(sinks, q_head, live)
+        largest = tl.maximum(sink, largest)
+        total = tl.exp2(sink - largest)
+    return largest, total
+
+
 @triton.jit(do_not_specialize=VARY)
 def tile_attention_kernel(
     q,  # [tokens, Hq, D]
@@ -49,6 +62,7 @@ def tile_attention_kernel(
     offsets,  # int64 [rows, LISTS]
     counts,  # int32 [rows, LISTS]
     head_map,  # int32 [H]
+    sinks,  # [Hq], or None
     out,  # [tokens, Hq, D]
     v_scale,
     scale_log2,
@@ -85,8 +99,7 @@ def tile_attention_kernel(
     token = tl.load(starts + row) + query
     queries = load_queries(q, k, token, q_head, query < count, stride_q, stride_q_head, D)
     acc = tl.zeros([ROWS, D], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    largest = tl.full([ROWS], -LOGIT_BOUND, tl.float32)
+    largest, total = begin_softmax(sinks, q_head, query < count)
 
     end = tl.load(ends + row).to(tl.int32)
     row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table

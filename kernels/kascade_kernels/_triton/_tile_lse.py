@@ -9,6 +9,7 @@ from kascade_kernels._triton._primitives import (
     VARY,
     bounded_lse,
     list_of,
+    load_sinks,
     own_tile_start,
     power_of_2,
 )
@@ -152,6 +153,7 @@ def merge_lse_kernel(
     ends,  # [rows]
     tokens,  # int32 [rows]
     counts,  # int32 [rows, LISTS]
+    sinks,  # [Hq], or None
     lse,  # float32 [rows, HEADS, TILE * GROUP]
     room,
     HEADS: tl.constexpr,
@@ -160,7 +162,7 @@ def merge_lse_kernel(
     STRIDE: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Merge the spans of one row and KV head in order; +inf where there is no query."""
+    """Merge the spans of one row and KV head, and sinks, in order; +inf where there is no query."""
     # Grid: (rows, HEADS).
     row, head = tl.program_id(0), tl.program_id(1)
     end = tl.load(ends + row).to(tl.int32)
@@ -179,6 +181,11 @@ def merge_lse_kernel(
         part = tl.load(parts + span * (TILE * GROUP), mask=live, other=0.0)
         largest = tl.maximum(largest, part)
     total = tl.zeros(query_row.shape, tl.float32)
+    if sinks is not None:
+        # No span knows of it, so it counts once however many there are.
+        sink = load_sinks(sinks, head * GROUP + query_row % GROUP, live)
+        largest = tl.maximum(largest, sink)
+        total += tl.exp2(sink - largest)
     for span in range(used):
         part = tl.load(parts + span * (TILE * GROUP), mask=live, other=0.0)
         total += tl.exp2(part - largest)
