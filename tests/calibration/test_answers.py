@@ -111,17 +111,17 @@ def test_equals_whole_passes_in_which_all_layers_are_sparse(
     sparse = SparseAnswers(found, how)
     fewer = (layers[0], *layers[2:])
     with sparse.loaded():
-        assert sparse.keep(layers) == pytest.approx(loss_of(model, how, layers), rel=1e-3)
+        assert sparse.keep(layers) == pytest.approx(loss_of(model, how, layers), rel=1e-3, abs=1e-6)
         expected = loss_of(model, how, fewer)
         assert expected > 1e-4
-        assert sparse.loss_without(layers[1]) == pytest.approx(expected, rel=1e-3)
+        assert sparse.loss_without(layers[1]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
         assert sparse.loss_without(layers[2]) != pytest.approx(expected, rel=1e-2)
-        assert sparse.keep(fewer) == pytest.approx(expected, rel=1e-3)
+        assert sparse.keep(fewer) == pytest.approx(expected, rel=1e-3, abs=1e-6)
         last = sparse.loss_without(layers[-1])
     with sparse.loaded():  # what is kept outlasts the keys
-        assert sparse.keep(fewer) == pytest.approx(expected, rel=1e-3)
-        assert last == pytest.approx(loss_of(model, how, fewer[:-1]), rel=1e-3)
-        assert sparse.keep(layers) == pytest.approx(loss_of(model, how, layers), rel=1e-3)
+        assert sparse.keep(fewer) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert last == pytest.approx(loss_of(model, how, fewer[:-1]), rel=1e-3, abs=1e-6)
+        assert sparse.keep(layers) == pytest.approx(loss_of(model, how, layers), rel=1e-3, abs=1e-6)
 
 
 def spread(first: int, end: int) -> list[int]:
