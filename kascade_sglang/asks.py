@@ -23,6 +23,8 @@ PHASES_OF = {
     "prefill_min_k": ("prefill",),
 }
 """Budgets that a request may ask for, and the phases that they are about."""
+KINDS = ("nothing", "dense", "phases", "budget")
+"""What requests are counted by; see ``kind_of``."""
 MARK = "\x1fkascade:"
 """Begins what we add to a request's ``extra_key``; no user's key may hold it."""
 
@@ -136,6 +138,19 @@ def _given(asked: object) -> dict[str, Any]:
 def _canonical(budget: Budget) -> Budget:
     """Return one budget for all that attend to everything."""
     return EVERYTHING if budget.is_everything else budget
+
+
+def kind_of(asked: object, ask: Ask | None) -> str:
+    """Return which of ``KINDS`` a request is counted as.
+
+    asked: what it says. ask: what that comes to, None where it is what the server does anyway:
+    ``nothing``. ``dense``: it reads all keys in both phases. ``budget``: it names a budget.
+    """
+    if ask is None:
+        return "nothing"
+    if ask.prefill == ask.decode == EVERYTHING:
+        return "dense"
+    return "phases" if _given(asked).keys().isdisjoint(PHASES_OF) else "budget"
 
 
 _here: dict[str, AskReader] = {}

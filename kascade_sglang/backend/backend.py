@@ -64,7 +64,8 @@ class KascadeAttnBackend(AttentionBackend):
         self.needs_cpu_seq_lens = not decodes_alone or self.dense.needs_cpu_seq_lens
         counts = rank.reports_metrics
         self.counter = KeyCounter(config, rank.layers, self.paths.sizes.context) if counts else None
-        publish(config, metrics=counts)
+        # Every stage has every request.
+        publish(config, metrics=counts, requests=counts and 0 in rank.layers)
         anchors = [layer for layer in config.plan.anchors if layer in rank.layers]
         if anchors and rank.device.startswith("cuda"):
             self._warm_up(rank, anchors[0])

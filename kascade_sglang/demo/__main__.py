@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from kascade_sglang.calibration.hf_model import load_model, load_tokenizer, pick_device
 from kascade_sglang.calibration.prompts import to_prompt
@@ -29,7 +30,7 @@ from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import load_plan
 from kascade_sglang.provenance import provenance
 from kascade_sglang.servers.client import Answer, ask, ask_all, client_of
-from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.demo_model import MODEL, MODEL_NAME, demo_arguments
 from kascade_sglang.servers.process import Server, run_command
 from kascade_sglang.sparsity import key_reads
 from kascade_sglang.text.documents import Document, make_document, messages
@@ -179,6 +180,9 @@ def draw_selection(config: KascadeConfig, path: Path) -> None:
     """Answer the first question once more, offline, and draw what each layer read for it."""
     document = documents()[0]
     question = document.questions[0]
+    # The plan names the model's folder, which says nothing to a reader.
+    config = replace(config, plan=replace(config.plan, model=MODEL_NAME))
+    disable_progress_bar()
     with console.status("drawing what was read: two minutes on a CPU"):
         model = load_model(str(MODEL), "auto", pick_device("auto"))
         tokenizer = load_tokenizer(str(MODEL))

@@ -1,15 +1,16 @@
 """Note what a request asks for, and keep its KV apart in the radix cache.
 
 Why: KV depends on the attention that made it, and SGLang tells KV by tokens and ``extra_key``.
-How: after a request is made in the scheduler, read what it asks for and add that to its
-    ``extra_key``, behind the user's own. What may not be asked for ends the request with status
-    400, as what SGLang itself refuses there. Registered only where the scheduler's module is.
+How: after a request is made in the scheduler, read what it asks for, count it, and add it to the
+    request's ``extra_key``, behind the user's own. What may not be asked for ends the request with
+    status 400, as what SGLang itself refuses there. Registered only where the scheduler's module
+    is.
 Remove when: plugins can verify a request's parameters and name its KV.
 """
 
 from typing import Any
 
-from kascade_sglang.asks import MARK, NAME, Ask, asked_in, reader_here
+from kascade_sglang.asks import MARK, NAME, Ask, asked_in, kind_of, reader_here
 from kascade_sglang.errors import KascadeError
 
 TARGET = "sglang.srt.managers.schedule_batch.Req.__init__"
@@ -22,13 +23,16 @@ def hook(result: None, request: Any, *arguments: object, **named: object) -> Non
     """Read what a request asks for."""
     asked = asked_in(getattr(request.sampling_params, "custom_params", None))
     key = request.extra_key or ""
-    if asked is None and MARK not in key:
-        return
     try:
-        ask = _read(request, asked, key)
+        ask = None if asked is None and MARK not in key else _read(request, asked, key)
     except KascadeError as error:
         request.set_finish_with_abort(str(error))
         return
+    if reader_here() is not None:
+        # Not before: see ``published``.
+        from kascade_sglang.backend.published import count_request
+
+        count_request(kind_of(asked, ask))
     if ask is not None:
         setattr(request, ATTRIBUTE, ask)
         request.extra_key = key + ask.key

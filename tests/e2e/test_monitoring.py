@@ -26,6 +26,26 @@ def metrics_named() -> set[str]:
     return set(re.findall(r"\b(?:sglang:|kascade_)\w+", "\n".join([*targets, *variables])))
 
 
+ASKED = (
+    *({"phases": "none"}, {"topk_ratio": 1.0}),
+    *({"topk_ratio": 0.1}, {"phases": "decode"}, None),
+)
+
+
+def body_of(asked: dict[str, object] | None) -> dict[str, object]:
+    """A request of /generate; asked: what it asks of Kascade."""
+    params = {"max_new_tokens": 2, "ignore_eos": True}
+    if asked is not None:
+        params["custom_params"] = {"kascade": asked}
+    return {"input_ids": list(range(64)), "sampling_params": params}
+
+
+def requests_by_kind(server: Server) -> dict[str, float]:
+    """Requests so far, by what they asked for."""
+    samples = read_samples(server.url)
+    return {s.labels["asked"]: s.value for s in samples if s.name == "kascade_requests_total"}
+
+
 def test_a_server_tells_what_it_serves_with(tmp_path: Path) -> None:
     flags = ["--kascade-topk-ratio", "0.2", "--kascade-phases", "decode"]
     with Server([*demo_arguments("kascade"), *flags], tmp_path / "log") as server:
@@ -33,6 +53,11 @@ def test_a_server_tells_what_it_serves_with(tmp_path: Path) -> None:
         body = {"model": MODEL_NAME, "stream": True, "ignore_eos": True, **chat}
         reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
         assert reply.status_code == 200 and "[DONE]" in reply.text
+        before = requests_by_kind(server)
+        for asked in ASKED:
+            again = httpx.post(f"{server.url}/generate", json=body_of(asked), timeout=120)
+            assert again.status_code == 200
+        counted = requests_by_kind(server)
         info = httpx.get(f"{server.url}/server_info", timeout=60).json()
         missing, until = metrics_named(), time.monotonic() + 60
         while missing and time.monotonic() < until:
@@ -48,10 +73,14 @@ def test_a_server_tells_what_it_serves_with(tmp_path: Path) -> None:
     assert settings["min_k"] == str(plan.budget.min_k)
     (labels,) = [each.labels for each in samples if each.name == "kascade_settings"]
     assert labels == settings
+    grown = {kind: counted[kind] - before[kind] for kind in counted}
+    assert grown == {"nothing": 2, "dense": 2, "phases": 0, "budget": 1}
 
 
 def test_the_dashboard_shows_what_is_kascades_own() -> None:
     ours = {name for name in metrics_named() if name.startswith("kascade_")}
-    counted = {f"kascade_{what}_total" for what in ("key_reads", "list_lengths", "steps")}
+    counted = {
+        f"kascade_{what}_total" for what in ("key_reads", "list_lengths", "steps", "requests")
+    }
     assert ours == counted | {"kascade_settings"}
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])

@@ -3,7 +3,7 @@
 import pytest
 
 from kascade_kernels.budget import Budget
-from kascade_sglang.asks import EVERYTHING, Ask, AskReader
+from kascade_sglang.asks import EVERYTHING, Ask, AskReader, kind_of
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
 from tests.support.models import make_plan
@@ -33,6 +33,29 @@ def reader(phases: frozenset[str] = BOTH, **changes: object) -> AskReader:
 )
 def test_what_is_left_out_is_the_server_s(asked: dict[str, object], expected: Ask | None) -> None:
     assert reader().read(asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind"),
+    [
+        ({"min_k": 256}, "nothing"),
+        ({"phases": "both"}, "nothing"),
+        ({"phases": "none"}, "dense"),
+        ({"topk_ratio": 1}, "dense"),
+        ({"phases": "decode", "min_k": None}, "phases"),
+        ({"phases": "decode", "topk_ratio": 0.05}, "budget"),
+        ({"prefill_topk_ratio": 1}, "budget"),
+    ],
+    ids=str,
+)
+def test_requests_are_counted_by_what_they_come_to(asked: dict[str, object], kind: str) -> None:
+    assert kind_of(asked, reader().read(asked)) == kind
+
+
+@pytest.mark.parametrize("kind", ["dense", "budget"])
+def test_a_server_without_sparse_prefill_counts_alike(kind: str) -> None:
+    asked = {"phases": "none"} if kind == "dense" else {"topk_ratio": 0.05}
+    assert kind_of(asked, reader(phases=frozenset({"decode"})).read(asked)) == kind
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_a_scheduler_tells_it(make_model: MakeModel, monkeypatch: pytest.MonkeyP
     scheduler_internal_state.hook(output, None, None)
     assert output.internal_state == {"max_running_requests": 1}, "another backend's server"
     config = checks.check(server_facts(parse(make_model(), *FLAGS)))
-    published.publish(config, metrics=False)
+    published.publish(config, metrics=False, requests=False)
     scheduler_internal_state.hook(output, None, None)
     assert output.internal_state == {"max_running_requests": 1, "kascade": SERVES}
 
