@@ -156,9 +156,9 @@ def kind_of(asked: object, ask: Ask | None) -> str:
 _here: dict[str, AskReader] = {}
 
 
-def accept(reader: AskReader) -> None:
-    """Let requests that this process serves ask from now on."""
-    _here[NAME] = reader
+def accept(config: KascadeConfig, phases: frozenset[str], context: int) -> None:
+    """Let requests that this process serves ask from now on; arguments are AskReader's."""
+    _here[NAME] = AskReader(config, phases, context)
 
 
 def reader_here() -> AskReader | None:

@@ -25,7 +25,7 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     All checks run again: ServerArgs may have been made before the plugin was loaded.
     """
     import kascade_patches
-    from kascade_sglang.asks import AskReader, accept
+    from kascade_sglang.asks import accept
     from kascade_sglang.backend.backend import KascadeAttnBackend
     from kascade_sglang.checks import check
     from kascade_sglang.errors import KascadeError
@@ -52,5 +52,5 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     require_plain_pool(runner.token_to_kv_pool, stored)
     if config.fp8:
         require_scales(runner.model, config.dense_backend)
-    accept(AskReader(config, facts.phases, facts.model.context))
+    accept(config, facts.phases, facts.model.context)
     return KascadeAttnBackend(runner, config)

@@ -29,7 +29,7 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
 
     Arguments of a command line end the process instead, with status 1 and the sentence.
     """
-    from kascade_sglang.asks import AskReader, accept
+    from kascade_sglang.asks import accept
     from kascade_sglang.backend.in_force import in_force
     from kascade_sglang.checks import check
     from kascade_sglang.host.release import require_supported_host
@@ -59,7 +59,7 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
             raise
         facts = server_facts(server_args)
         config = check(facts)
-        accept(AskReader(config, facts.phases, facts.model.context))
+        accept(config, facts.phases, facts.model.context)
         announce(config.changed)
         serves = " ".join(f"{name}={value}" for name, value in in_force(config).items())
         logger.info("kascade: serves with %s", serves)

@@ -76,6 +76,28 @@ class CapturedDecode:
         return [out[: len(positions)].view(len(positions), 8, HEAD_DIM) for out in self.outputs]
 
 
+class EagerAndCaptured:
+    """The same requests, prefilled, to be decoded in both ways."""
+
+    def __init__(self, **options: Any) -> None:
+        self.eager, self.captured = (
+            Harness(LENGTHS, budget=Budget(0.1, 64), **options) for _ in range(2)
+        )
+        for harness in (self.eager, self.captured):
+            harness.step([(0, 0, 300), (1, 0, 60), (2, 0, 20)])
+        self.decode = CapturedDecode(self.captured, rows=3)
+
+    def step(self, offset: int, asks: dict[int, Ask]) -> None:
+        """Decode the tokens so far behind the prompts; both ways give the same bits."""
+        eager, steps = self.eager, {0: 300 + offset, 1: 60 + offset, 2: 20 + offset}
+        eager.asks = self.captured.asks = asks
+        eager.step([(request, at, at + 1) for request, at in steps.items()])
+        outputs = self.decode.replay(steps)
+        for layer in range(eager.layers):
+            for row, (request, at) in enumerate(steps.items()):
+                assert torch.equal(outputs[layer][row], eager.outputs[layer][request][at])
+
+
 FP8 = {"exact": False, "kv_cache_dtype": "fp8_e4m3", "scales": (0.6, 1.5)}
 
 
@@ -84,44 +106,19 @@ FP8 = {"exact": False, "kv_cache_dtype": "fp8_e4m3", "scales": (0.6, 1.5)}
 )
 @pytest.mark.parametrize("heads", ["per_head", "pooled"])
 def test_replays_equal_eager_steps(options: dict[str, Any], heads: str) -> None:
-    budget = Budget(0.1, 64)
-
-    def prefilled() -> Harness:
-        harness = Harness(LENGTHS, budget=budget, heads=heads, **options)
-        harness.step([(0, 0, 300), (1, 0, 60), (2, 0, 20)])
-        return harness
-
-    eager, captured = prefilled(), prefilled()
-    decode = CapturedDecode(captured, rows=3)
+    pair = EagerAndCaptured(heads=heads, **options)
     # 60 to 66 crosses the length up to which the budget covers everything.
     for offset in range(6):
-        steps = {0: 300 + offset, 1: 60 + offset, 2: 20 + offset}
-        eager.step([(request, at, at + 1) for request, at in steps.items()])
-        outputs = decode.replay(steps)
-        for layer in range(eager.layers):
-            for row, (request, at) in enumerate(steps.items()):
-                assert torch.equal(outputs[layer][row], eager.outputs[layer][request][at])
+        pair.step(offset, {})
 
 
 def test_what_requests_ask_for_changes_between_replays() -> None:
     """One graph: nobody asks, then two do, then another one, then nobody."""
     dense, more = Ask(EVERYTHING, EVERYTHING), Ask(Budget(0.1, 64), Budget(0.4, 96))
 
-    def prefilled() -> Harness:
-        harness = Harness(LENGTHS, budget=Budget(0.1, 64), exact=False, max_ratio=0.5)
-        harness.step([(0, 0, 300), (1, 0, 60), (2, 0, 20)])
-        return harness
-
-    eager, captured = prefilled(), prefilled()
-    decode = CapturedDecode(captured, rows=3)
+    pair = EagerAndCaptured(exact=False, max_ratio=0.5)
     for offset, asks in enumerate([{}, {0: dense, 1: more}, {0: more}, {}]):
-        eager.asks = captured.asks = asks
-        steps = {0: 300 + offset, 1: 60 + offset, 2: 20 + offset}
-        eager.step([(request, at, at + 1) for request, at in steps.items()])
-        outputs = decode.replay(steps)
-        for layer in range(eager.layers):
-            for row, (request, at) in enumerate(steps.items()):
-                assert torch.equal(outputs[layer][row], eager.outputs[layer][request][at])
+        pair.step(offset, asks)
 
 
 def test_padding_changes_nothing() -> None:

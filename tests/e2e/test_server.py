@@ -22,6 +22,7 @@ from tests.support.requests import (
     assert_equals,
     document,
     generate,
+    grown_counters,
     post,
     prompt_ids,
     reference,
@@ -88,10 +89,7 @@ def test_counters_equal_the_budget(server: Server) -> None:
     """What a report says of one request is what the backend counted, plus one step run ahead."""
     ids = prompt_ids(7, 1800)
     config = load_config(str(MODEL), shipped_plan().shape)
-    before = server.key_counters()
-    generate(server, ids, 9)
-    time.sleep(1)
-    grown = {key: value - before.get(key, 0) for key, value in server.key_counters().items()}
+    grown = grown_counters(server, lambda: generate(server, ids, 9))
     prefill = key_reads(config, np.arange(len(ids)))
     for kind in ("attended", "scored", "dense"):
         assert grown["prefill", kind] == getattr(prefill, kind)

@@ -70,7 +70,7 @@ def gpt_oss(folder: Path) -> list[str]:
     torch.manual_seed(0)
     model = GptOssForCausalLM(GptOssConfig(**SMALL))
     for layer in model.model.layers:
-        layer.self_attn.sinks.data.copy_(2 + 2 * torch.randn(4).bfloat16().float())
+        layer.self_attn.sinks.data.copy_((2 + 2 * torch.randn(4)).bfloat16())
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     plan_of(model).save(folder / PLAN_NAME)
@@ -83,7 +83,7 @@ def gpt_oss(folder: Path) -> list[str]:
 def shorter_in_decoding(q: torch.Tensor, *states: Any) -> torch.Tensor:
     """A window as SGLang 0.5.17's triton backend has it: a decode step sees one position less."""
     *others, limits = states
-    window = limits.window - (len(q) == 1)
+    window = limits.window and limits.window - (len(q) == 1)
     return limited_attention(q, *others, Limits(window, sinks=limits.sinks))
 
 

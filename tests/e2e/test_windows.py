@@ -1,6 +1,5 @@
 """Real servers of tiny random models with sliding windows, against transformers' own attention."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.support.requests import (
     TOLERANCE,
     assert_equals,
     generate,
+    grown_counters,
     prompt_ids,
     tokenizer,
     tokens_and_logprobs,
@@ -130,10 +130,7 @@ def test_gemma_3_beyond_it_is_the_reference(
 def test_windows_are_counted_as_what_they_hold(server: Server, plan: Plan) -> None:
     ids = prompt_ids(4, 1200)
     config = KascadeConfig(plan, plan.budget, plan.heads, window=WINDOW)
-    before = server.key_counters()
-    generate(server, ids, NEW)
-    time.sleep(1)
-    grown = {key: value - before.get(key, 0) for key, value in server.key_counters().items()}
+    grown = grown_counters(server, lambda: generate(server, ids, NEW))
     prefill = key_reads(config, np.arange(len(ids)))
     for kind in ("attended", "scored", "dense"):
         assert grown["prefill", kind] == getattr(prefill, kind)

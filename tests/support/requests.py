@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import time
 import urllib.request
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from kascade_sglang.demo.__main__ import documents
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.servers.client import ask_all
+from kascade_sglang.servers.counters import KeyCounters
 from kascade_sglang.servers.demo_model import MODEL
 from kascade_sglang.servers.process import Server
 from kascade_sglang.text.documents import Document, make_document, messages
@@ -24,6 +27,23 @@ REPLIES = Path(__file__).with_name("cpu_replies.json")
 """The replies of a float32 server on a CPU; test_gpu.py says how to write them."""
 TOLERANCE = 2e-3
 """Largest difference of a log probability in float32: GEMMs of other shapes round differently."""
+
+
+def settled_counters(server: Server) -> KeyCounters:
+    """A server's counters once no step adds to them: one may run ahead of the last reply."""
+    for _ in range(50):
+        before = server.key_counters()
+        time.sleep(0.2)
+        if server.key_counters() == before:
+            return before
+    raise AssertionError("the counters went on growing for ten seconds")
+
+
+def grown_counters(server: Server, ask: Callable[[], object]) -> KeyCounters:
+    """By how much the counters of a server grow as something asks it."""
+    before = settled_counters(server)
+    ask()
+    return {key: value - before.get(key, 0) for key, value in settled_counters(server).items()}
 
 
 @cache
