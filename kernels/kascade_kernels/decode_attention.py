@@ -35,11 +35,14 @@ def decode_attention(
     q: [rows, Hq, D]. k_cache, v_cache: [slots, H, D], in q's type or in fp8; keys are gathered
         straight from the pool.
     lists: with the query's own tile, so every key on them is visible.
+    spans: with room for each list: it holds ``STEP * spans.attend * spans.attend_splits`` keys of
+        its row at most, as the spans that ``decode_lists`` makes allow for its lengths.
     head_map: int32 [H], which of a row's lists a KV head reads.
     scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
     v_scale: that of the values, where they have one.
     sinks: [Hq], where heads have them: logits of one more key without a value.
-    Returns [rows, Hq, D]. Not checked: that slots and head map are within range.
+    Returns [rows, Hq, D]. Not checked: that slots and head map are within range, that spans have
+        room.
     """
     count, q_heads, dim = q.shape
     kv_heads = k_cache.shape[1]

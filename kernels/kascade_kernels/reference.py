@@ -17,11 +17,10 @@ its share of the weight and has no value (gpt-oss). Weights of real keys then su
 heads count for less in scores, too.
 
 Infinite logits, beyond 1e30 in base 2: keys of -inf have no weight, also where a query sees no
-others; its output is then zero, and it adds nothing to scores. Keys of +inf share all of a
-query's weight, here evenly (decode kernels split a row, and weigh the parts evenly), and are
-selected before any others. In attention a logit of NaN counts as -inf; what a tile selects that
-scores one is any valid list. Neither reaches another tile, nor another request. Values are not
-looked at: weights of zero times NaN or infinity are NaN.
+others; its output is then zero, and it adds nothing to scores. Keys of +inf are selected before
+any others; what a tile selects that scores NaN is any valid list. Attention of a query that meets
+a logit of +inf or NaN is NaN, as softmax is: no other query's. Values are not looked at: weights
+of zero times NaN or infinity are NaN.
 """
 
 import math
@@ -39,13 +38,11 @@ LARGEST = 3e38
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension of [..., N], with infinite logits as said above."""
+    """Softmax over the last dimension of [..., N]; zeros where all logits are -inf."""
     weights = torch.softmax(logits, dim=-1)
     if _is_finite(weights):
         return weights
-    most = min(LOGIT_BOUND, torch.finfo(logits.dtype).max)
-    bounded = logits.nan_to_num(nan=-math.inf, posinf=most, neginf=-math.inf)
-    return torch.softmax(bounded, dim=-1).nan_to_num(nan=0.0)
+    return weights.masked_fill_((logits == -math.inf).all(dim=-1, keepdim=True), 0.0)
 
 
 def _is_finite(weights: torch.Tensor) -> bool:
@@ -134,7 +131,7 @@ def tile_scores(
     start = _tile_start(k)
     weights = torch.softmax(logits, dim=-1)
     if not _is_finite(weights):
-        weights = softmax(logits).masked_fill_(logits == math.inf, math.inf)
+        weights = weights.nan_to_num(nan=0.0).masked_fill_(logits == math.inf, math.inf)
     return weights[:, :, :start].sum(dim=1)
 
 

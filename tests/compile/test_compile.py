@@ -1,13 +1,17 @@
 """Every kernel compiles for GPUs that are not there: Ampere, Hopper and Blackwell."""
 
+import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 # First, because it replaces functions of Triton that kernels might call.
 import sglang.srt.utils.common  # noqa: F401
 import torch
+import triton
 
 from kascade_kernels import tuning
 from kascade_kernels.arena import empty_on
@@ -141,6 +145,23 @@ def test_compiles_with_keys_in_fp8(
         assert kernel.metadata.shared <= SHARED_MEMORY[capability], kernel.metadata.name
         # To bfloat16 one value at a time.
         assert "cvt.bf16.f16" not in kernel.asm["ptx"], kernel.metadata.name
+
+
+@pytest.mark.parametrize(("dtype", "dim", "group"), SHAPES, ids=str)
+def test_hopper_spills_little(
+    dtype: torch.dtype, dim: int, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention of tiles fills all registers: a little more code is much slower there."""
+    launch_as_on(90, monkeypatch)
+    with compiled_launches(90) as compiled:
+        launch_prefill(dtype, dim, group)
+    [kernel] = [one for one in compiled if one.metadata.name == "tile_attention_kernel"]
+    source = tmp_path / "kernel.ptx"
+    source.write_text(kernel.asm["ptx"])
+    ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", tmp_path / "out"]
+    said = subprocess.run([*ptxas, source], capture_output=True, text=True, check=True).stderr
+    [spilled] = re.findall(r"(\d+) bytes spill stores", said)
+    assert int(spilled) <= 128
 
 
 @pytest.mark.parametrize("launch", [launch_decode, launch_prefill], ids=["decode", "prefill"])

@@ -1,12 +1,16 @@
 """What a launch computes on: requests of drawn lengths and logits, and what was found wrong."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from kascade_kernels import reference
 from kascade_kernels.budget import TILE
+from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
+from kascade_kernels.structs import KeyCopy
 from tests.support.shapes import DEVICE
 
 ON_GPU = DEVICE == "cuda"
@@ -119,8 +123,6 @@ class Requests:
         if logits == "infinite":
             first.copy_((first.abs() + 1).copysign(first))
             self._infinite_keys(slots[some], float("inf"))
-            # How such keys share a query's weight is not said, so their values are alike.
-            self.v[slots[some]] = self.v[slots[some[0]]].clone()
         elif logits == "nothing":
             first.abs_().add_(1)
             self._infinite_keys(slots, float("-inf"))
@@ -135,27 +137,88 @@ class Requests:
 
     def logit_error(self, request: int, q: torch.Tensor, scale: float) -> torch.Tensor:
         """Bound on what float32 sums err in a logit: 2^-20 of the largest sum of magnitudes."""
-        k = self.k[self.slots(request)].double().nan_to_num(0, 0, 0)
-        return 2**-20 * scale * q.double().norm(dim=-1).amax() * k.norm(dim=-1).amax()
+        q, k = (x.double().nan_to_num(0, 0, 0) for x in (q, self.k[self.slots(request)]))
+        return 2**-20 * scale * q.norm(dim=-1).amax() * k.norm(dim=-1).amax()
 
 
 class Findings:
     """Conditions on the device, looked at together: waiting for each would take longest."""
 
     def __init__(self) -> None:
-        self._said: list[str] = []
+        self._said: list[Callable[[], str]] = []
         self._hold: list[torch.Tensor] = []
 
-    def expect(self, said: str, holds: torch.Tensor) -> None:
-        """Note a condition, a bool tensor of any shape that must hold everywhere."""
-        self._said.append(said)
+    def expect(self, said: str | Callable[[], str], holds: torch.Tensor) -> None:
+        """Note a condition, a bool tensor of any shape that must hold everywhere.
+
+        said: what it is; a function where that takes computing, called if the condition fails.
+        """
+        self._said.append(said if callable(said) else lambda: said)
         self._hold.append(holds.all())
 
     def require(self) -> None:
         """Raise AssertionError unless all conditions held."""
         hold = torch.stack(self._hold).tolist() if self._hold else []
         wrong = [said for said, held in zip(self._said, hold, strict=True) if not held]
-        assert not wrong, f"{len(wrong)} of {len(hold)} conditions fail: {'; '.join(wrong[:5])}"
+        first = "\n".join(said() for said in wrong[:5])
+        assert not wrong, f"{len(wrong)} of {len(hold)} conditions fail:\n{first}"
+
+
+@dataclass
+class Attended:
+    """What queries of one KV head attended to, and what came of it.
+
+    q, out: [n, group, D]. k, v: [slots, 1, D]. selected, own: slots of the keys on the list, and
+    of the own tile's, of which each query sees those up to its own.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    selected: torch.Tensor
+    own: torch.Tensor
+    scale: float
+    out: torch.Tensor
+
+    def check(self, findings: Findings, said: str, logit_error: torch.Tensor) -> None:
+        """Expect the definition's output, NaN where that is, but for what rounding may err."""
+        lists = (self.selected[None], self.own, self.scale)
+        exact = reference.tile_attention(self.q.double(), self.k, self.v, *lists)
+        bound = rounding(self.v) + 10 * logit_error
+        off = (self.out.double() - exact).abs()
+        right = (off <= bound) | (self.out.isnan() & exact.isnan())
+        findings.expect(lambda: f"{said}{self._explain(exact, float(bound))}", right)
+
+    def _explain(self, exact: torch.Tensor, bound: float) -> str:
+        """Tell a kernel's fault from a bound that is too narrow."""
+        keys, n = torch.cat([self.selected, self.own]), len(self.q)
+        logits = self.q.transpose(0, 1) @ self.k[keys, 0].T * self.scale  # [group, n, keys]
+        seen = torch.ones(n, len(keys), dtype=torch.bool, device=DEVICE).tril(len(keys) - n)
+        weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+        eager = (weights @ self.v[keys, 0]).transpose(0, 1)
+        off, eager_off, values, logits = (
+            f"{float(x.double().nan_to_num(-torch.inf).max()):.3g}"
+            for x in (
+                (self.out.double() - exact).abs(),
+                (eager.double() - exact).abs(),
+                self.v[keys].abs(),
+                logits.abs(),
+            )
+        )
+        return (
+            f": off by {off}, where eager attention is by {eager_off} and {bound:.3g} is allowed; "
+            f"{len(keys)} keys, values to {values}, logits to {logits}, "
+            f"NaN in {int(self.out.isnan().sum())} numbers for {int(exact.isnan().sum())}, "
+            f"{self.out.dtype}"
+        )
+
+
+def copy_of(requests: Requests) -> KeyCopy:
+    """The 8-bit copy of all requests' keys."""
+    slots, heads, dim = requests.k.shape
+    copy = allocate_key_copy(slots, heads, dim, DEVICE)
+    copy_keys(requests.k, requests.table[requests.table > 0].long(), copy)
+    return copy
 
 
 def candidates_of(length: int) -> int:

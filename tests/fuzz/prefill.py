@@ -9,14 +9,22 @@ from kascade_kernels import reference
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, tile_of
 from kascade_kernels.codes import encode
-from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.launch import EDGE
 from kascade_kernels.select_slots import CodeBuffer, count_high, select_slots
 from kascade_kernels.structs import KeyCopy, Lists
 from kascade_kernels.tile_attention import tile_attention
 from kascade_kernels.tile_lse import tile_lse
 from kascade_kernels.tile_scores import tile_scores
-from tests.fuzz.cases import LONG, SHAPES, Findings, Requests, Shape, draw_counts, rounding
+from tests.fuzz.cases import (
+    LONG,
+    SHAPES,
+    Attended,
+    Findings,
+    Requests,
+    Shape,
+    copy_of,
+    draw_counts,
+)
 from tests.support.shapes import DEVICE
 from tests.support.tile_case import TileCase
 
@@ -41,7 +49,7 @@ def prefill(draw: random.Random) -> int:
     ]
     lists = _lists(counts)
     head_map = [draw.randrange(shape.lists) for _ in range(shape.kv_heads)]
-    copy = _copy(requests) if shape.eight_bit else None
+    copy = copy_of(requests) if shape.eight_bit else None
     lse, buffer = _score(case, lists, shape, copy)
     select_slots(buffer, case.req_to_token, case.rows, lists, append_own=False)
     mapped = torch.tensor(head_map, dtype=torch.int32, device=DEVICE)
@@ -53,17 +61,17 @@ def prefill(draw: random.Random) -> int:
         request = of_request[table_row]
         slots = case.slots_of(row)
         selected = _check_lists(findings, row, buffer, slots, lists, counts[row])
+        error = requests.logit_error(request, case.queries_of(row), case.scale)
+        own_out = out[first : first + count]
+        _check_attention(findings, case, row, own_out, selected, head_map, error)
         if requests.logits[request] == "nan":
             continue
-        error = requests.logit_error(request, case.queries_of(row), case.scale)
         if copy is None:
             _check_scores(findings, case, row, buffer, counts[row], shape, error)
         else:
             if requests.logits[request] != "infinite":  # A key left out would be +inf less inf.
                 _check_sampled(findings, case, row, lse, counts[row], error)
             _check_eight_bit(findings, case, row, lse, copy, buffer, counts[row], shape)
-        own_out = out[first : first + count]
-        _check_attention(findings, case, row, own_out, selected, head_map, error)
     findings.require()
     return len(requests.lengths)
 
@@ -85,13 +93,6 @@ def _lists(counts: list[list[int]]) -> Lists:
     held = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
     slots = torch.full((held.numel() * LONG,), -1, dtype=torch.int32, device=DEVICE)
     return Lists(slots, torch.arange(held.numel(), device=DEVICE).view_as(held) * LONG, held)
-
-
-def _copy(requests: Requests) -> KeyCopy:
-    slots, heads, dim = requests.k.shape
-    copy = allocate_key_copy(slots, heads, dim, DEVICE)
-    copy_keys(requests.k, requests.table[requests.table > 0].long(), copy)
-    return copy
 
 
 def _score(
@@ -222,9 +223,8 @@ def _check_attention(
     error: torch.Tensor,
 ) -> None:
     slots, group = case.slots_of(row), case.q.shape[1] // case.k.shape[1]
-    own, q = slots[TILE * tile_of(len(slots) - 1) :], case.queries_of(row).double()
+    own, q = slots[TILE * tile_of(len(slots) - 1) :], case.queries_of(row)
     for head, source in enumerate(head_map):
         of, k, v = slice(head * group, (head + 1) * group), case.k[:, [head]], case.v[:, [head]]
-        exact = reference.tile_attention(q[:, of], k, v, selected[source][None], own, case.scale)
-        off = (out[:, of].double() - exact).abs()
-        findings.expect(f"row {row} head {head}: attention", off <= rounding(v) + 10 * error)
+        attended = Attended(q[:, of], k, v, selected[source], own, case.scale, out[:, of])
+        attended.check(findings, f"row {row} head {head}: attention", error)

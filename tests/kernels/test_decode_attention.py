@@ -1,5 +1,7 @@
 """Decode attention over lists against the float64 reference."""
 
+import math
+
 import pytest
 import torch
 
@@ -102,25 +104,47 @@ def test_lists_of_one_row_differ_in_length() -> None:
                 torch.testing.assert_close(out[row, group].double(), exact, rtol=2e-3, atol=2e-3)
 
 
+def attend_whole(case: DecodeCase) -> torch.Tensor:
+    """Attention of one request of one KV head to all its keys, in a few programs."""
+    slots = case.slots_of(0)
+    lists = Lists(
+        slots.to(torch.int32),
+        torch.zeros(1, 1, dtype=torch.int64, device=DEVICE),
+        torch.full((1, 1), len(slots), dtype=torch.int32, device=DEVICE),
+    )
+    spans, head_map = spans_of(lists), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    parts = Parts.allocate(spans, 4, 32)
+    return decode_attention(case.q, case.k, case.v, lists, spans, head_map, case.scale, parts)
+
+
 def test_keys_of_infinite_logits_are_left_out() -> None:
     """Also where they are all that one program reads."""
     case = DecodeCase.make([200], kv_heads=1)
     slots = case.slots_of(0)
     case.k[slots[64:128]] = -torch.inf
     case.q.abs_()
-    lists = Lists(
-        slots.to(torch.int32),
-        torch.zeros(1, 1, dtype=torch.int64, device=DEVICE),
-        torch.full((1, 1), 200, dtype=torch.int32, device=DEVICE),
-    )
-    spans, head_map = spans_of(lists), torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    parts = Parts.allocate(spans, 4, 32)
-    out = decode_attention(case.q, case.k, case.v, lists, spans, head_map, case.scale, parts)
+    out = attend_whole(case)
     finite = torch.cat([slots[:64], slots[128:]])[None]
     exact = reference.decode_attention(
         case.q[0].double(), case.k.double(), case.v.double(), finite, case.scale
     )
     torch.testing.assert_close(out[0].double(), exact, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("key", [math.inf, math.nan])
+def test_infinite_logits_stay_with_their_query(key: float) -> None:
+    """Of one program or of all: such a query gets NaN, and the row's other heads do not."""
+    case = DecodeCase.make([200], kv_heads=1)
+    case.q[0, :, 0] = torch.tensor([1.0, 2.0, -1.0, -2.0])
+    slot = case.slots_of(0)[70]
+    case.k[slot], case.k[slot, :, 0] = 0, key
+    out = attend_whole(case)
+    exact = reference.decode_attention(
+        case.q[0].double(), case.k.double(), case.v.double(), case.slots_of(0)[None], case.scale
+    )
+    torch.testing.assert_close(out[0].double(), exact, rtol=2e-3, atol=2e-3, equal_nan=True)
+    met = [True, True, key != key, key != key]
+    assert out[0].isnan().any(1).tolist() == out[0].isnan().all(1).tolist() == met
 
 
 def test_wrong_head_map_type() -> None:

@@ -15,6 +15,7 @@ from kascade_kernels import tuning
 from tests.fuzz import __main__ as fuzz
 from tests.fuzz import cases
 from tests.support.capture import launched_variants
+from tests.support.interpreter import tune
 from tests.support.shapes import INTERPRETED, needs_kernels
 
 
@@ -70,7 +71,16 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, off(getattr(module, name)))
     monkeypatch.setattr(cases, "WEIGHTS", {"usual": 1})
     for kind in ("prefill", "decode"):
-        assert "attention" in fuzz.run(kind, seed=0)[1]
+        said = fuzz.run(kind, seed=0)[1]
+        for part in ("head 0: attention", "eager attention is by", "keys, values to", "float16"):
+            assert part in said
+
+
+@needs_kernels
+def test_lists_may_be_longer_than_those_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where programs of the budget's length would not reach their end."""
+    tune(monkeypatch, "attend", most=2)
+    assert fuzz.run("decode", seed=124)[1] is None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -1,5 +1,7 @@
 """Attention of query tiles to selected keys against the float64 reference."""
 
+import math
+
 import pytest
 import torch
 
@@ -166,6 +168,32 @@ def test_lists_of_one_row_differ_in_length() -> None:
 def test_large_logits_stay_finite(magnitude: float) -> None:
     case = TileCase.make([(96, 140)], spread=magnitude)
     assert attend(case, case.draw_lists([40, 70], heads=2), [0, 1]).isfinite().all()
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("at", [70, 130], ids=["listed", "own"])
+@pytest.mark.parametrize("key", [math.inf, -math.inf, math.nan])
+def test_infinite_logits_stay_with_their_query(key: float, at: int) -> None:
+    """Queries that meet +inf or NaN get NaN; the others of their tile do not."""
+    case = TileCase.make([(96, 160)], kv_heads=1)
+    lists = case.draw_lists([96, 128], heads=1)
+    case.q[..., 0] = case.q[..., 0].abs() + 1
+    case.q[::2, :, 0] *= -1
+    slot = case.slots_of(1)[at]
+    case.k[slot], case.k[slot, :, 0] = 0, key
+    out = attend(case, lists, [0])
+    wanted = torch.cat([exact(case, row, lists, [0]) for row in range(2)])
+    torch.testing.assert_close(out.double(), wanted, atol=4e-3, rtol=0, equal_nan=True)
+    sees = torch.arange(96, 160, device=DEVICE)[:, None] >= at
+    met = sees & ~(case.q[..., 0] * key < 0)
+    assert torch.equal(out.isnan(), met[..., None].expand_as(out))
+
+
+def test_queries_that_see_no_key_get_zeros() -> None:
+    case = TileCase.make([(96, 140)], kv_heads=1)
+    case.q.abs_().add_(1)
+    case.k.fill_(-math.inf)
+    assert (attend(case, case.draw_lists([40, 70], heads=1), [0]) == 0).all()
 
 
 def test_refusals() -> None:

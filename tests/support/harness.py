@@ -130,28 +130,9 @@ class Harness:
         self._place(lengths, page_size, slot_seed)
         stored = FP8_TYPES.get(kv_cache_dtype, dtype)
         self.pool = FakePool(layers, self.slots, kv_heads, stored)
-        graphs = SimpleNamespace(backend="full", max_bs=len(self.req_to_token), bs=None)
-        self.runner = SimpleNamespace(
-            device=DEVICE,
-            model=torch.nn.Module(),
-            req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
-            token_to_kv_pool=self.pool,
-            model_config=SimpleNamespace(
-                context_len=max(lengths), get_num_kv_heads=lambda ranks: kv_heads, dtype=dtype
-            ),
-            server_args=SimpleNamespace(
-                tp_size=1,
-                enable_metrics=False,
-                cuda_graph_config=SimpleNamespace(decode=graphs),
-                max_running_requests=None,
-            ),
-            ps=SimpleNamespace(tp_rank=0),
-        )
+        self.runner = self._make_runner(max(lengths), dtype)
         self.backend = KascadeAttnBackend(self.runner, self.config)
-        drawn = torch.randn(layers, kv_heads * group, generator=torch.Generator().manual_seed(5))
-        self.sinks = list((3 + 3 * drawn).to(DEVICE)) if sinks else [None] * layers
-        if sinks:
-            self.backend.dense = DenseWithSinks(self)
+        self.sinks = self._add_sinks() if sinks else [None] * layers
         self.qkv = [
             [
                 self._tensors(data_seed + 100 * layer + request, length, dtype)
@@ -168,6 +149,33 @@ class Harness:
             for _ in range(layers)
         ]
         self.selections = [[{} for _ in lengths] for _ in range(layers)]
+
+    def _make_runner(self, context: int, dtype: torch.dtype) -> SimpleNamespace:
+        """What SGLang's model runner says, without a model."""
+        kv_heads = self.kv_heads
+        graphs = SimpleNamespace(backend="full", max_bs=len(self.req_to_token), bs=None)
+        return SimpleNamespace(
+            device=DEVICE,
+            model=torch.nn.Module(),
+            req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
+            token_to_kv_pool=self.pool,
+            model_config=SimpleNamespace(
+                context_len=context, get_num_kv_heads=lambda ranks: kv_heads, dtype=dtype
+            ),
+            server_args=SimpleNamespace(
+                tp_size=1,
+                enable_metrics=False,
+                cuda_graph_config=SimpleNamespace(decode=graphs),
+                max_running_requests=None,
+            ),
+            ps=SimpleNamespace(tp_rank=0),
+        )
+
+    def _add_sinks(self) -> list[torch.Tensor]:
+        """Draw each layer's, [Hq], and let a dense backend that takes them compute beside us."""
+        generator, heads = torch.Generator().manual_seed(5), self.kv_heads * self.group
+        self.backend.dense = DenseWithSinks(self)
+        return list((3 + 3 * torch.randn(self.layers, heads, generator=generator)).to(DEVICE))
 
     def _place(self, lengths: list[int], page_size: int, seed: int) -> None:
         """Give every request pages in random order; slot 0's page stays unused."""

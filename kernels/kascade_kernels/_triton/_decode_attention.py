@@ -5,7 +5,6 @@ import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
     LOGIT_BOUND,
-    bounded,
     of_mapped_list,
     soften,
     store_part,
@@ -66,7 +65,7 @@ def decode_attention_kernel(
         address = slot[:, None] * stride_k + head * D + dim[None, :]
         keys = widen(tl.load(k + address, mask=visible[:, None], other=0.0))
         s = tl.dot(queries, tl.trans(keys)) * scale_log2
-        s = tl.where(visible[None, :], bounded(s), float("-inf"))
+        s = tl.where(visible[None, :], s, float("-inf"))
         weights, shrink, largest, total = soften(s, tl.max(s, 1), largest, total)
         values = widen(tl.load(v + address, mask=visible[:, None], other=0.0))
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])

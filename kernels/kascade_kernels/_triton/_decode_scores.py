@@ -8,7 +8,7 @@ import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
     LOGIT_BOUND,
-    bounded,
+    bounded_lse,
     encode_score,
     list_of,
     load_sinks,
@@ -116,8 +116,8 @@ def decode_scores_kernel(
             s = products * (q_scales * scale_log2)[:, None] * k_scale[None, :]
         else:
             s = tl.dot(queries, tl.trans(keys)) * scale_log2
-        s = tl.where(visible[None, :], bounded(s), float("-inf"))
-        m_block = tl.maximum(tl.max(s, 1), -LOGIT_BOUND)
+        s = tl.where(visible[None, :], s, float("-inf"))
+        m_block = tl.minimum(tl.maximum(tl.max(s, 1), -LOGIT_BOUND), LOGIT_BOUND)
         if any_scored:
             # The block's maximum apart: half precision is then finest where scores are largest.
             where = q_heads * stride_logits_head + start
@@ -134,7 +134,7 @@ def decode_scores_kernel(
     if ATTEND:
         store_part(part_lse, part_out, part, acc, largest, total, real, D)
     else:
-        tl.store(part_lse + part, largest + tl.log2(total), mask=real)
+        tl.store(part_lse + part, bounded_lse(largest, total), mask=real)
 
 
 @triton.jit

@@ -14,7 +14,8 @@ CODE_OFFSET = tl.constexpr(79 << 10)
 
 LOGIT_BOUND = tl.constexpr(1e30)
 """A logit beyond it is as good as infinite. Softmaxes start at its negative as the largest so far:
-keys of -inf then have no weight, also where there are no others."""
+keys of -inf then have no weight, also where there are no others. One of +inf or NaN makes the
+weights of its row NaN, and of no other row."""
 LEAST_TOTAL = tl.constexpr(1e-30)
 """Less than the sum of weights of any key: what divides where no key has weight, for zeros."""
 
@@ -75,21 +76,15 @@ def to_meet(queries, k):
 
 
 @triton.jit
-def bounded(logits):
-    """Logits whose differences are finite: +inf are alike, -inf and NaN get no weight."""
-    return tl.minimum(tl.maximum(logits, -2 * LOGIT_BOUND), LOGIT_BOUND)
-
-
-@triton.jit
 def load_sinks(sinks, q_head, real):
     """Sinks of query heads as logits: in base 2, with differences that are finite."""
     sink = tl.load(sinks + q_head, mask=real, other=0.0).to(tl.float32) * LOG2_E
-    return bounded(sink)
+    return tl.minimum(tl.maximum(sink, -2 * LOGIT_BOUND), LOGIT_BOUND)
 
 
 @triton.jit
 def bounded_lse(largest, total):
-    """Log-sum-exp of a softmax: LOGIT_BOUND where it met +inf, its negative where nothing else."""
+    """Log-sum-exp of a softmax: LOGIT_BOUND where it met +inf, its negative where NaN or no key."""
     lse = tl.maximum(largest + tl.log2(total), -LOGIT_BOUND)
     return tl.where(largest >= LOGIT_BOUND, LOGIT_BOUND, lse)
 
@@ -111,7 +106,7 @@ def soften(logits, block_largest, largest, total):
 @triton.jit
 def store_part(part_lse, part_out, part, acc, largest, total, real, D: tl.constexpr):
     """Store a softmax's mean [M, D] and log-sum-exp [M] as parts that merge_parts can join."""
-    tl.store(part_lse + part, largest + tl.log2(total), mask=real)
+    tl.store(part_lse + part, bounded_lse(largest, total), mask=real)
     at = part[:, None] * D + tl.arange(0, D)[None, :]
     mean = acc / tl.maximum(total, LEAST_TOTAL)[:, None]
     tl.store(part_out + at, mean, mask=real[:, None])

@@ -8,9 +8,7 @@ from kascade_kernels._triton._primitives import (
     LOGIT_BOUND,
     TILE,
     VARY,
-    bounded,
     load_sinks,
-    of_mapped_list,
     own_tile_start,
     soften,
 )
@@ -48,51 +46,6 @@ def begin_softmax(sinks, q_head, live):
         largest = tl.maximum(sink, largest)
         total = tl.exp2(sink - largest)
     return largest, total
-
-
-@triton.jit
-def attend_bounded(
-    queries,
-    sinks,
-    q_head,
-    live,
-    k,
-    v,
-    row_slots,
-    list_slots,
-    selected,
-    end,
-    newest,
-    head,
-    scale_log2,
-    stride_k,
-    stride_k_head,
-    stride_v,
-    stride_v_head,
-    BLOCK: tl.constexpr,
-):
-    """Attention of query rows that met a logit of +inf or NaN, with all logits bounded.
-
-    newest: [ROWS], the last position that each sees. Returns acc [ROWS, D] and total [ROWS].
-    """
-    acc = tl.zeros(queries.shape, tl.float32)
-    largest, total = begin_softmax(sinks, q_head, live)
-    for first in tl.range(0, selected + TILE, BLOCK, num_stages=1):
-        index = first + tl.arange(0, BLOCK)
-        own = own_tile_start(end) + index
-        listed = (index >= TILE) & (index < selected + TILE)
-        # Hidden keys are the last own one, too: values of others might be NaN.
-        slot = clamped_slots(row_slots, own, end - 1)
-        slot = tl.where(listed, tl.load(list_slots + index - TILE, mask=listed, other=0), slot)
-        keys = gather_keys(k, slot, head, stride_k, stride_k_head, queries.shape[1])
-        values = gather_keys(v, slot, head, stride_v, stride_v_head, queries.shape[1])
-        seen = listed[None, :] | ((index < TILE)[None, :] & (own[None, :] <= newest[:, None]))
-        products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        logits = tl.where(seen, bounded(products * scale_log2), float("-inf"))
-        weights, shrink, largest, total = soften(logits, tl.max(logits, 1), largest, total)
-        weights = weights.to(values.dtype)
-        acc = tl.dot(weights, values, acc * shrink[:, None], input_precision="ieee")
-    return acc, total
 
 
 @triton.jit(do_not_specialize=VARY)
@@ -159,8 +112,11 @@ def tile_attention_kernel(
         queries, own_keys, own_values, unseen, acc, largest, total, scale_log2, True
     )
 
-    selected = of_mapped_list(counts, row, head_map, head, LISTS)
-    list_slots = slots + of_mapped_list(offsets, row, head_map, head, LISTS)
+    # Loads by one address, so that the loop's ends and pointers are one for all threads: those of
+    # of_mapped_list spill registers in it. That they wait for the map does not matter here.
+    list_ = row * LISTS + tl.load(head_map + head)
+    selected = tl.load(counts + list_)
+    list_slots = slots + tl.load(offsets + list_)
     whole = selected // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
         slot = tl.load(list_slots + first + tl.arange(0, BLOCK)).to(tl.int64)
@@ -180,37 +136,8 @@ def tile_attention_kernel(
         )
 
     # Read again: row offsets kept through the loop would spill registers.
-    count = tl.load(tokens + row)
     token = tl.load(starts + row) + query_row // GROUP
-    live = query_row // GROUP < count
-    # Rows that met +inf or NaN are rare: looking for them in the loop would be a tenth of its
-    # instructions. Pointers are read again for the same reason as above.
-    if tl.max((total != total).to(tl.int32), axis=0) > 0:
-        row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
-        selected = of_mapped_list(counts, row, head_map, head, LISTS)
-        list_slots = slots + of_mapped_list(offsets, row, head_map, head, LISTS)
-        newest = tl.minimum(end - count + query_row // GROUP, end - 1)
-        again = load_queries(q, k, token, q_head, live, stride_q, stride_q_head, D)
-        acc, total = attend_bounded(
-            again,
-            sinks,
-            q_head,
-            live,
-            k,
-            v,
-            row_slots,
-            list_slots,
-            selected,
-            end,
-            newest,
-            head,
-            scale_log2,
-            stride_k,
-            stride_k_head,
-            stride_v,
-            stride_v_head,
-            BLOCK,
-        )
+    live = query_row // GROUP < tl.load(tokens + row)
     at = token.to(tl.int64) * stride_out + q_head * stride_out_head
     if v_scale is not None:
         acc *= v_scale
