@@ -201,7 +201,8 @@ def measure(step: Step, repeats: int = 11) -> float:
     """Time of a step in ms, L2 cold: the median over replays of a graph of several.
 
     Between steps a graph reads memory that is larger than the L2 cache, as the weights of other
-    layers are; what that takes is measured alone and subtracted.
+    layers are; what that takes is measured alone and subtracted. flashinfer's ``bench_gpu_time``
+    makes a graph's steps cold by copies of their inputs, which here are a whole KV pool.
     """
     cold = torch.empty(FLUSH_BYTES // 4, dtype=torch.float32, device=DEVICE).normal_()
     copies = max(1, min(8, int(10 / _median_ms([cold.sum, step], 1))))

@@ -117,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.plot is not None:
         planned = [{"length": task.by_length, "metric": task.metric} for task in tasks]
         check_drawable(args.plot, [*results.rows(), *planned])
-    harness = Harness(endpoint, tokens, _settings(args, endpoint), results, _progress)
+    harness = Harness(endpoint, tokens, _settings(args, endpoint), results, _Progress())
     try:
         rows = harness.run(tasks)
     except KeyboardInterrupt:
@@ -203,9 +203,19 @@ def _settings(args: argparse.Namespace, endpoint: "Endpoint") -> "EvalSettings":
     )
 
 
-def _progress(task: str, length: int | None, done: int, count: int) -> None:
-    """One line a task, which a terminal sees grow."""
-    where = f"{task} {length or ''}".strip()
-    if done == count or sys.stderr.isatty():
-        end = "\n" if done == count else ""
-        print(f"\r{where}: {done} of {count}", end=end, file=sys.stderr, flush=True)
+class _Progress:
+    """A bar a task with the time left, on a terminal; elsewhere one line a task."""
+
+    def __call__(self, task: str, length: int | None, done: int, count: int) -> None:
+        """Show a reply; the first of a task begins its bar."""
+        from tqdm import tqdm
+
+        where = f"{task} {length or ''}".strip()
+        shown = sys.stderr.isatty()
+        if done == 1:
+            self._bar = tqdm(total=count, desc=where, unit="reply", disable=not shown)
+        self._bar.update()
+        if done == count:
+            self._bar.close()
+            if not shown:
+                print(f"{where}: {done} of {count}", file=sys.stderr, flush=True)

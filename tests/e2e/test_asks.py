@@ -1,12 +1,11 @@
 """Requests that ask a real server for attention of their own."""
 
 import json
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 
@@ -141,10 +140,10 @@ def test_the_openai_api_takes_it_in_extra_body(server: Server) -> None:
     ids=str,
 )
 def test_what_may_not_be_asked_is_one_sentence(server: Server, asked: Any, sentence: str) -> None:
-    with pytest.raises(urllib.error.HTTPError) as refused:
+    with pytest.raises(httpx.HTTPStatusError) as refused:
         ask(server, prompt_ids(28, 300)[:40], asked)
-    assert refused.value.code == 400
-    message = json.loads(refused.value.read())["error"]["message"]
+    assert refused.value.response.status_code == 400
+    message = refused.value.response.json()["error"]["message"]
     assert message.startswith("custom_params.kascade: ") and sentence in message
     assert "\n" not in message
 
@@ -156,10 +155,10 @@ def test_a_session_and_a_forged_key_are_refused(server: Server) -> None:
         ({"session_params": {"id": session}}, "expected no session"),
         ({"extra_key": "\x1fkascade:1000000/64"}, "extra_key: expected no"),
     ):
-        with pytest.raises(urllib.error.HTTPError) as refused:
+        with pytest.raises(httpx.HTTPStatusError) as refused:
             ask(server, ids, DENSE, **body)
-        assert refused.value.code == 400
-        assert sentence in json.loads(refused.value.read())["error"]["message"]
+        assert refused.value.response.status_code == 400
+        assert sentence in refused.value.response.json()["error"]["message"]
     post(server, "/close_session", {"session_id": session})
     assert generate(server, ids, 2)["meta_info"]["completion_tokens"] == 2
 

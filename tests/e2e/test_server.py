@@ -1,13 +1,11 @@
 """A real server with the shipped model and plan, as a user meets it."""
 
 import csv
-import json
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from openai import OpenAI
@@ -46,7 +44,7 @@ def flush(server: Server) -> None:
         try:
             post(server, "/flush_cache", {})
             return
-        except urllib.error.HTTPError:
+        except httpx.HTTPStatusError:
             time.sleep(0.2)
     raise AssertionError("the cache could not be flushed")
 
@@ -147,11 +145,9 @@ def test_abort_leaves_the_server_in_order(server: Server) -> None:
     ids = prompt_ids(10, 1200)
     expected = tokens_and_logprobs(generate(server, ids, 10))
     body = {"input_ids": ids, "sampling_params": sampling(4000), "stream": True}
-    request = urllib.request.Request(
-        f"{server.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as stream:
-        assert stream.readline().startswith(b"data:")
+    url, options = f"{server.url}/generate", {"timeout": 60, "trust_env": False}
+    with httpx.stream("POST", url, json=body, **options) as stream:
+        assert next(stream.iter_lines()).startswith("data:")
     post(server, "/abort_request", {"rid": "", "abort_all": True})
     flush(server)
     again = generate(server, ids, 10)

@@ -4,6 +4,9 @@ import csv
 import errno
 import json
 import os
+import re
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,6 +180,24 @@ def test_a_label_may_hold_any_character(kascade_eval: Eval, tmp_path: Path) -> N
     assert [row["label"] for row in rows(tmp_path)] == [label]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_says_the_time_left(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    on_reply = command._Progress()
+    for task, length in (("vt", 1024), ("perplexity", None)):
+        for done in (1, 2, 3):
+            on_reply(task, length, done, 3)
+            if terminal and done == 1:
+                time.sleep(0.12)  # tqdm draws ten times a second
+    said = capsys.readouterr().err
+    if terminal:
+        assert "vt 1024:" in said and "3/3" in said and re.search(r"\d\d:\d\d<\d\d:\d\d", said)
+    else:
+        assert said.splitlines() == ["vt 1024: 3 of 3", "perplexity: 3 of 3"]
+
+
 def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(
     kascade_eval: Eval,
     tmp_path: Path,
@@ -187,12 +208,12 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(
         if task == "fwe" and done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_progress", interrupt)
+    monkeypatch.setattr(command, "_Progress", lambda: interrupt)
     with serving(lambda prompt: "") as stub:
         assert kascade_eval(stub, "vt,fwe", "--lengths", "1024", "--concurrency", "1") == 130
         said = capsys.readouterr().err
         assert "keeps 1 rows" in said and "run the same command again" in said
-        monkeypatch.setattr(command, "_progress", lambda *progress: None)
+        monkeypatch.setattr(command, "_Progress", lambda: lambda *progress: None)
         assert kascade_eval(stub, "vt,fwe", "--lengths", "1024", "--concurrency", "1") == 0
         assert len(stub.requests) == 6
     assert [row["task"] for row in rows(tmp_path)] == ["vt", "fwe"]

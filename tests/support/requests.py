@@ -1,14 +1,13 @@
 """Prompts about real documents, requests to a server, and the reference to compare with."""
 
 import asyncio
-import json
 import time
-import urllib.request
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from openai import AsyncOpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,12 +83,10 @@ def reference(plan: Plan, ids: list[int], new_tokens: int) -> tuple[list[int], l
 
 
 def post(server: Server, path: str, body: dict[str, Any], timeout: float = 120) -> Any:
-    request = urllib.request.Request(
-        server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=timeout) as reply:
-        text = reply.read().decode()
-    return json.loads(text) if text.startswith(("{", "[")) else text
+    """Ask a server; raises httpx.HTTPStatusError where it refuses."""
+    reply = httpx.post(server.url + path, json=body, timeout=timeout, trust_env=False)
+    reply.raise_for_status()
+    return reply.json() if reply.text.startswith(("{", "[")) else reply.text
 
 
 def sampling(new_tokens: int) -> dict[str, Any]:
