@@ -11,6 +11,7 @@ import pytest
 from kascade_patches import (
     IN_SCHEDULERS,
     INFORMING,
+    OF_SINKS,
     register_hooks,
     scheduler_internal_state,
     server_args_resolve,
@@ -72,12 +73,13 @@ def test_hooks_that_inform_are_registered_in_a_scheduler_and_never_required(
     monkeypatch.setattr(HookRegistry, "register", lambda target, *_: registered.append(target))
     monkeypatch.setattr("kascade_patches.SCHEDULER", "no.such.module")
     register_hooks()
-    assert registered == targets()
+    of_sinks = [module.TARGET for module in OF_SINKS]
+    assert registered == [*targets(), *of_sinks]
     registered.clear()
     monkeypatch.setattr("kascade_patches.SCHEDULER", "sys")
     register_hooks()
     assert {module.TARGET for module in IN_SCHEDULERS} <= set(targets())
-    assert registered == [*targets(), *(module.TARGET for module in INFORMING)]
+    assert registered == [*targets(), *of_sinks, *(module.TARGET for module in INFORMING)]
 
 
 LAUNCHER = """
