@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-TOLERANCE = 5e-2
+TOLERANCE = 1e-1
 """Log probabilities of float32 servers agree within 2e-3, but a key that lies between two values of
 fp8 may go to the one or to the other."""
 
