@@ -277,6 +277,19 @@ def ablations_table() -> str:
     return markdown(header, lines)
 
 
+def anchors_table() -> str:
+    """``bench_anchors.py``: what a real model's answers lose, by how anchors were chosen."""
+    rows = newest(RESULTS / "anchors.csv", ("model", "chosen_by", "anchors", "tokens"))
+    lines = []
+    for row in rows.to_dict("records"):
+        losses = [f"{row[name]:.4f}" for name in ("decode_kl", "whole_kl")]
+        tried = f"{row['prompts']} of {row['tokens']}"
+        chosen = (row["model"], row["chosen_by"], str(row["count"]), row["anchors"])
+        lines.append([*chosen, *losses, tried])
+    header = ["model", "anchors chosen by", "count", "layers", "decode", "whole", "chats, tokens"]
+    return markdown(header, lines)
+
+
 LEAST_SHARE = 0.01
 """Of a profile: kernels below it in every column are only in the sum."""
 LAYERS = {"layer0": "layer 0 / FA3", "anchor": "anchor / FA3", "reuse": "reuse / FA3"}
@@ -301,6 +314,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "decode-pieces": decode_pieces_table,
         "serving-h200": partial(serving_table, "serving_h200.csv"),
         "profile": profile_table,
+        "anchors": anchors_table,
         "ablations": ablations_table,
         "rules": rules_table,
     },

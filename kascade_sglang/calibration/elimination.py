@@ -33,10 +33,12 @@ def choose(
     how: Selecting,
     anchors: int | tuple[int, ...] | None,
     on_work: OnWork = lambda work: None,
+    row_work: float = MOST_ROWS,
 ) -> list[AnchorChoice]:
     """Return anchors and their losses in nats, the mean over prompts, all layers first.
 
     anchors: how many are wanted, which, or None. on_work: called with shares of ``work_of``.
+    row_work: that of running a prompt's rows through one layer.
     Raises CalibrationError for models whose layers cannot be run one by one.
     """
     sparse = []
@@ -50,14 +52,14 @@ def choose(
         return [AnchorChoice(one, _loss(sparse, one)) for one in (how.layers, anchors)]
     fewest = FEWEST if anchors is None else min(FEWEST, anchors)
     depth = len(decoder_layers(model))
-    return eliminate(sparse, how.layers, fewest, lambda layer: on_work(MOST_ROWS * (depth - layer)))
+    return eliminate(sparse, how.layers, fewest, lambda layer: on_work(row_work * (depth - layer)))
 
 
-def work_of(lengths: Sequence[int], layers: Sequence[int], depth: int) -> int:
-    """Work of ``choose`` that counts anchors, in layers times tokens run."""
+def work_of(lengths: Sequence[int], layers: Sequence[int], depth: int, row_work: float) -> float:
+    """Work of ``choose`` that counts anchors, in layers times tokens of a dense pass."""
     rounds = range(len(layers), FEWEST, -1)
     trials = sum(left - 1 if left == len(layers) else min(TRIED, left - 1) for left in rounds)
-    return sum(lengths) * depth + len(lengths) * MOST_ROWS * trials * depth // 2
+    return sum(lengths) * depth + len(lengths) * row_work * trials * depth / 2
 
 
 def _loss(prompts: Sequence[SparseAnswers], anchors: tuple[int, ...]) -> float:

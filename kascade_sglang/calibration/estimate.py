@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from kascade_sglang.calibration.answers import MOST_ROWS
 from kascade_sglang.calibration.hf_attention import DenseAttention, our_attention
 from kascade_sglang.calibration.hf_model import decoder_layers
 from kascade_sglang.calibration.prompts import Prompt
@@ -16,17 +17,33 @@ TRIED = 2048
 """Tokens of the pass that is timed, at most: it must not be a large part of the whole."""
 
 
-@torch.inference_mode()
 def seconds_per_work(model: PreTrainedModel, prompt: Prompt) -> float:
-    """Time one dense pass over a prompt: seconds for a unit of ``work_of``."""
+    """Time one dense pass over a prompt: seconds for a unit of work, a layer run for a token."""
+    ids = prompt.ids[:TRIED]
+    return _time_pass(model, ids) / (len(ids) * len(decoder_layers(model)))
+
+
+def row_work(model: PreTrainedModel, prompt: Prompt, per_work: float) -> float:
+    """Work of running the rows of an answer through one layer, of ``seconds_per_work``.
+
+    Few rows read all weights, and their logits are of the whole vocabulary. What they take to look
+    at a long prompt's keys is not in it.
+    """
+    seconds = _time_pass(model, prompt.ids[:MOST_ROWS], keep=MOST_ROWS)
+    return seconds / per_work / len(decoder_layers(model))
+
+
+@torch.inference_mode()
+def _time_pass(model: PreTrainedModel, ids: list[int], keep: int = 1) -> float:
+    """Seconds of a dense pass with the logits of the last ``keep`` tokens."""
     device = model.get_input_embeddings().weight.device
     device = "cpu" if device.type == "meta" else device
-    ids = torch.tensor([prompt.ids[:TRIED]], device=device)
+    row = torch.tensor([ids], device=device)
     with our_attention(model):
         begin = time.monotonic()
-        end = model.get_decoder()(input_ids=ids, use_cache=False, kascade=DenseAttention())
-        end.last_hidden_state[0, -1, 0].item()  # waits for the device
-    return (time.monotonic() - begin) / (ids.shape[1] * len(decoder_layers(model)))
+        found = model(row, use_cache=False, logits_to_keep=keep, kascade=DenseAttention())
+        found.logits[0, -1, 0].item()  # waits for the device
+    return time.monotonic() - begin
 
 
 def describe(seconds: float, lengths: Sequence[int]) -> str:

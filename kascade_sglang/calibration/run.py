@@ -32,7 +32,7 @@ from kascade_sglang.calibration.collect import (
 )
 from kascade_sglang.calibration.elimination import choose, fewest_good
 from kascade_sglang.calibration.elimination import work_of as work_of_choosing
-from kascade_sglang.calibration.estimate import describe, seconds_per_work
+from kascade_sglang.calibration.estimate import describe, row_work, seconds_per_work
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.similarity import best_heads
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
@@ -264,15 +264,17 @@ def _measure(
     measured = [
         checkpoint.load(number, len(layers), heads.kv_heads) for number in range(len(prompts))
     ]
-    choosing = work_of_choosing(lengths, layers, depth) if config.criterion == "kl" else 0
     left = [length for length, stats in zip(lengths, measured, strict=True) if stats is None]
-    work = sum(work_of(length, depth) for length in left) + choosing
     if len(left) < len(prompts):
         kept = len(prompts) - len(left)
         logger.warning("resuming: %d of %d prompts are measured already", kept, len(prompts))
-    if work:
-        per_work = seconds_per_work(model, max(prompts, key=lambda prompt: len(prompt.ids)))
-        print(f"calibrating {describe(per_work * work, lengths)}", file=sys.stderr)
+    longest = max(prompts, key=lambda prompt: len(prompt.ids))
+    per_work = seconds_per_work(model, longest)
+    work, by_row = float(sum(work_of(length, depth) for length in left)), 0.0
+    if config.criterion == "kl":
+        by_row = row_work(model, longest, per_work)
+        work += work_of_choosing(lengths, layers, depth, by_row)
+    print(f"calibrating {describe(per_work * work, lengths)}", file=sys.stderr)
     shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     # smoothing=0: the time left counts the pauses of the forward passes between prompts' tiles.
     with tqdm(total=work, desc="calibrating", bar_format=shown, smoothing=0) as bar:
@@ -285,7 +287,7 @@ def _measure(
                     checkpoint.store(number, stats)
                     measured[number] = stats
             found = average(layers, [stats for stats in measured if stats is not None])
-            return found, _choose(model, prompts, found, budget, config, bar.update)
+            return found, _choose(model, prompts, found, budget, config, bar.update, by_row)
         except torch.OutOfMemoryError as error:
             raise CalibrationError(
                 f"{model.device}: out of memory on a prompt of up to {_longest(prompts)} "
@@ -310,13 +312,14 @@ def _choose(
     budget: Budget,
     config: CalibrationConfig,
     on_work: Callable[[float], object],
+    by_row: float,
 ) -> list[AnchorChoice]:
     """Return anchors and what the model loses by them; none where mass chooses."""
     if config.criterion == "mass":
         return []
     maps = torch.from_numpy(best_heads(stats.similarity))
     how = Selecting(stats.layers, maps, budget, config.heads == "pooled")
-    return choose(model, prompts, how, config.anchors, on_work)
+    return choose(model, prompts, how, config.anchors, on_work, by_row)
 
 
 def _model_name(model: str) -> str:
