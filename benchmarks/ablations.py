@@ -1,9 +1,9 @@
 """Which anchors, how many, and tiles of which size: the demo model's answers, all else equal.
 
-The model is measured once. Anchors are then chosen as by ``kascade
-calibrate`` with either criterion (``kl``, ``mass``), evenly spaced, or drawn at random, at
-several counts; ``shipped`` are those of the demo model's plan, which also runs with other tiles.
-Every row is one server, and is added to the results.
+The model is measured once. Anchors are then chosen as ``kascade calibrate`` does by either
+criterion (``kl``, ``mass``), evenly spaced, or drawn at random, at several counts; ``shipped`` are
+those of the demo model's plan, which also runs with other tiles. Every row is one server, and is
+added to the results.
 """
 
 import argparse

@@ -28,13 +28,7 @@ from kascade_sglang.calibration.answers import (
     answers_of,
 )
 from kascade_sglang.calibration.build import build_plan, choices_by_mass
-from kascade_sglang.calibration.collect import (
-    LayerStats,
-    average,
-    full_layers,
-    measure_prompt,
-    sample_tiles,
-)
+from kascade_sglang.calibration.collect import LayerStats, collect
 from kascade_sglang.calibration.elimination import choose
 from kascade_sglang.calibration.hf_attention import KascadeAttention, our_attention
 from kascade_sglang.calibration.prompts import Prompt
@@ -83,10 +77,10 @@ def candidates(
 
 def whole_loss(model: PreTrainedModel, prompt: Prompt, answers: Answers, plan: Plan) -> float:
     """Loss at the rows of a prompt that is read under a plan, tile by tile, by the reference."""
-    ids = torch.tensor([prompt.ids], device=model.device)
+    ids = hf_model.input_ids(model, prompt.ids)
     with torch.inference_mode(), our_attention(model):
         found = model(
-            input_ids=ids,
+            ids,
             use_cache=False,
             logits_to_keep=answers.rows,
             kascade=KascadeAttention(plan),
@@ -98,13 +92,8 @@ def measure(
     model: PreTrainedModel, prompts: Sequence[Prompt]
 ) -> tuple[LayerStats, Selecting, list[AnchorChoice]]:
     """Measure a model as ``kascade calibrate`` does, and choose by divergence."""
-    layers = full_layers(model, max(len(prompt.ids) for prompt in prompts))
-    measured = []
-    for number, prompt in enumerate(prompts):
-        tiles = sample_tiles(len(prompt.ids), BUDGET, 64, number)
-        measured.append(measure_prompt(model, prompt.ids, tiles, BUDGET, layers))
-    stats = average(layers, measured)
-    how = Selecting(layers, torch.from_numpy(best_heads(stats.similarity)), BUDGET)
+    stats = collect(model, [prompt.ids for prompt in prompts], BUDGET)
+    how = Selecting(stats.layers, torch.from_numpy(best_heads(stats.similarity)), BUDGET)
     return stats, how, choose(model, prompts, how, 3)
 
 
@@ -150,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 decode += one.keep(tried.anchors) / len(prompts)
             whole += whole_loss(model, prompt, dense, plan) / len(prompts)
         row = {
-            "model": Path(path).resolve().name if Path(path).is_dir() else path,
+            "model": hf_model.name_of(path),
             "chosen_by": tried.chosen_by,
             "count": len(tried.anchors),
             "anchors": " ".join(map(str, tried.anchors)),

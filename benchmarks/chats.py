@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kascade_sglang.calibration.chats import chat_about
+
 DOC_FOLDERS = (Path("/usr/share/doc"), Path("/usr/share/perl"))
 LENGTHS = (8192, 8192, 12288, 16384)
 """Tokens of the chats that are made where nobody says otherwise."""
-QUESTIONS = 8
 PIECE_CHARACTERS = 6000
 """Most of one document; a chat has many."""
 
@@ -106,12 +107,7 @@ def make_chat(rng: random.Random, length: int, count: Callable[[str], int]) -> l
         documents.append(document)
         tokens += count(document.text) + 12
     text = "\n\n".join(f"### {document.title}\n{document.text}" for document in documents)
-    pairs = [pair for document in documents for pair in document.asked]
-    messages: list[dict[str, str]] = []
-    for question, answer in rng.sample(pairs, min(QUESTIONS, len(pairs))):
-        content = question if messages else f"{text}\n\n{question}"
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    return messages
+    return chat_about(rng, text, [pair for document in documents for pair in document.asked])
 
 
 def write_chats(tokenizer: str, lengths: tuple[int, ...], out: Path, seed: int = 0) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kascade_kernels.budget import Budget, tile_of
 from kascade_sglang.calibration.hf_attention import DenseAttention, LayerCall, our_attention
-from kascade_sglang.calibration.hf_model import decoder_layers, next_tokens
+from kascade_sglang.calibration.hf_model import decoder_layers, input_ids, next_tokens
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.rows import Lists, attend_rows, select_keys
 from kascade_sglang.errors import CalibrationError
@@ -81,16 +81,12 @@ class Answers:
 
     def last(self, count: int) -> "Answers":
         """Return the last rows alone."""
-        some = slice(-count, None)
-
-        def cut(value: Any) -> Any:
-            return _at(value, torch.arange(len(self.rows))[some], len(self.rows))
-
+        some, length = slice(-count, None), len(self.rows)
         return Answers(
             self.model,
             self.rows[some],
             [hidden[some] for hidden in self.inputs],
-            [cut(call) for call in self.calls],
+            [_at(call, torch.arange(length)[some], length) for call in self.calls],
             self.keys,
             self.values,
             self.logprobs[some],
@@ -115,15 +111,12 @@ class _KeepKeys(DenseAttention):
 def answers_of(model: PreTrainedModel, prompt: Prompt, rows: Sequence[int]) -> Answers:
     """Run a prompt densely and keep what running its rows again takes.
 
-    Raises CalibrationError for models that give no access to it, or whose layers, run again with
-    every key, give another answer.
+    Raises CalibrationError for models whose layers pass other than [1, tokens, hidden] on.
     """
     kept, at = _KeepKeys(), torch.tensor(rows)
-    device = model.get_input_embeddings().weight.device
-    # Weights that accelerate keeps elsewhere stand on "meta"; its hooks move the ids.
-    ids = torch.tensor([prompt.ids], device="cpu" if device.type == "meta" else device)
+    ids = input_ids(model, prompt.ids)
     with our_attention(model), _record_inputs(decoder_layers(model), at) as found:
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=at, kascade=kept).logits[0]
+        logits = model(ids, use_cache=False, logits_to_keep=at, kascade=kept).logits[0]
     inputs, calls = [hidden for hidden, _ in found], [call for _, call in found]
     logprobs = logits.float().log_softmax(-1)
     return Answers(model, at, inputs, calls, kept.keys, kept.values, logprobs)

@@ -43,15 +43,19 @@ def make_chats(
             section = _prose(rng) if rng.random() < PROSE else _records(rng)
             left -= tokens(section.text)
             sections.append(section)
-        yield _chat(rng, sections[:-1] or sections)
+        sections = sections[:-1] or sections
+        text = "\n\n".join(["Read this.", *(section.text for section in sections)])
+        yield chat_about(rng, text, [pair for section in sections for pair in section.asked])
 
 
-def _chat(rng: random.Random, sections: list[_Section]) -> list[dict[str, str]]:
-    text = "\n\n".join(section.text for section in sections)
-    asked = [pair for section in sections for pair in section.asked]
+def chat_about(rng: random.Random, text: str, asked: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return a chat that begins with a text and asks up to QUESTIONS that it answers.
+
+    asked: (question, answer) to draw from.
+    """
     messages: list[dict[str, str]] = []
     for question, answer in rng.sample(asked, min(QUESTIONS, len(asked))):
-        content = question if messages else f"Read this.\n\n{text}\n\n{question}"
+        content = question if messages else f"{text}\n\n{question}"
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return messages
 

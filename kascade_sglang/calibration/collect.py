@@ -14,7 +14,12 @@ from transformers import PreTrainedModel
 
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.calibration.hf_attention import DenseAttention, LayerCall, our_attention
-from kascade_sglang.calibration.hf_model import decoder_layers, shape_of, windowed_layers
+from kascade_sglang.calibration.hf_model import (
+    decoder_layers,
+    input_ids,
+    shape_of,
+    windowed_layers,
+)
 from kascade_sglang.calibration.importance import importance_hooks
 from kascade_sglang.calibration.limited_attention import Limits, layer_scores
 from kascade_sglang.calibration.similarity import own_mass, tile_similarity
@@ -175,13 +180,10 @@ def measure_prompt(
     Raises CalibrationError where there is no tile and for unsupported models.
     """
     recorder = _Recorder(tiles, layers)
-    device = model.get_input_embeddings().weight.device
-    # Weights that accelerate keeps elsewhere stand on "meta"; its hooks move the ids.
-    input_ids = torch.tensor([ids], device="cpu" if device.type == "meta" else device)
     with our_attention(model):
         modules = decoder_layers(model)
         with importance_hooks(modules) as importance:
-            model.get_decoder()(input_ids=input_ids, use_cache=False, kascade=recorder)
+            model.get_decoder()(input_ids(model, ids), use_cache=False, kascade=recorder)
     recorder.check_complete()
     share = work_of(len(ids), len(modules)) / max(1, len(tiles))
     per_head, pooled, mass = _measure_tiles(recorder, tiles, budget, lambda: on_work(share))

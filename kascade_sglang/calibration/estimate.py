@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from kascade_sglang.calibration.answers import MOST_ROWS
 from kascade_sglang.calibration.hf_attention import DenseAttention, our_attention
-from kascade_sglang.calibration.hf_model import decoder_layers
+from kascade_sglang.calibration.hf_model import decoder_layers, input_ids
 from kascade_sglang.calibration.prompts import Prompt
 
 LONG = 3600.0
@@ -36,9 +36,7 @@ def row_work(model: PreTrainedModel, prompt: Prompt, per_work: float) -> float:
 @torch.inference_mode()
 def _time_pass(model: PreTrainedModel, ids: list[int], keep: int = 1) -> float:
     """Seconds of a dense pass with the logits of the last ``keep`` tokens."""
-    device = model.get_input_embeddings().weight.device
-    device = "cpu" if device.type == "meta" else device
-    row = torch.tensor([ids], device=device)
+    row = input_ids(model, ids)
     with our_attention(model):
         begin = time.monotonic()
         found = model(row, use_cache=False, logits_to_keep=keep, kascade=DenseAttention())

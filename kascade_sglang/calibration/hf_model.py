@@ -7,7 +7,7 @@ becomes one sentence.
 import importlib.util
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -50,6 +50,12 @@ def read_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig
         raise CalibrationError(
             f"model {model}: cannot read its configuration ({cause(error)})"
         ) from error
+
+
+def name_of(model: str) -> str:
+    """Return a hub id as it is and a local folder's name, so that no path enters the plan."""
+    folder = expand(model)
+    return folder.resolve().name if os.path.isdir(folder) else model
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
@@ -233,6 +239,13 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
         return tokenizer.load_tokenizer(model, trust_remote_code)
     except UnreadableError as error:
         raise CalibrationError(f"model {model}: cannot load its tokenizer ({error})") from error
+
+
+def input_ids(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
+    """Return token ids as the model takes them: int64 [1, L] where its embeddings are."""
+    device = model.get_input_embeddings().weight.device
+    # Weights that accelerate keeps elsewhere stand on "meta"; its hooks move the ids.
+    return torch.tensor([ids], device="cpu" if device.type == "meta" else device)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

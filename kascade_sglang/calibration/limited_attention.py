@@ -27,6 +27,10 @@ class Limits:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
 
+    def sinks_by_head(self, kv_heads: int) -> torch.Tensor | None:
+        """Return the sinks of each KV head's queries, [H, group, 1], if heads have them."""
+        return None if self.sinks is None else self.sinks.view(kv_heads, -1, 1)
+
 
 def limited_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, limits: Limits
@@ -36,7 +40,7 @@ def limited_attention(
     q: [n, Hq, D] at the last n of the L positions of k, v [L, H, D]. Returns [n, Hq, D] in q's
     dtype.
     """
-    q_heads, length = q.shape[1], len(k)
+    q_heads, length, sinks = q.shape[1], len(k), limits.sinks_by_head(k.shape[1])
     before = length - len(q)
     outputs = []
     for start in range(before, length, _QUERIES_AT_ONCE):
@@ -49,7 +53,7 @@ def limited_attention(
         hidden = distance < 0
         if limits.window is not None:
             hidden |= distance >= limits.window
-        weights = softmax(logits.masked_fill_(hidden, float("-inf")), limits.sinks)
+        weights = softmax(logits.masked_fill_(hidden, float("-inf")), sinks)
         values = v[first:end].transpose(0, 1).unsqueeze(1).to(weights.dtype)  # [H, 1, keys, D]
         block = weights @ values  # [H, group, n, D]
         outputs.append(block.permute(2, 0, 1, 3).reshape(end - start, q_heads, -1).to(q.dtype))
@@ -57,10 +61,11 @@ def limited_attention(
 
 
 def softmax(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Weights of the keys, [H, group, n, L] like the logits; sinks: [Hq], if heads have them."""
+    """Weights of the keys, [..., L] like the logits; sinks: as all but the last of these, or one
+    for several."""
     if sinks is None:
         return torch.softmax(logits, dim=-1)
-    column = sinks.to(logits.dtype).view(*logits.shape[:2], 1, 1).expand(*logits.shape[:3], 1)
+    column = sinks.to(logits.dtype).expand(logits.shape[:-1]).unsqueeze(-1)
     return torch.softmax(torch.cat([logits, column], dim=-1), dim=-1)[..., :-1]
 
 
@@ -75,7 +80,7 @@ def capped_scores(q: torch.Tensor, k: torch.Tensor, scale: float, limits: Limits
     later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
     logits[..., length - n :].masked_fill_(later, float("-inf"))
     before = TILE * tile_of(length - 1)
-    return softmax(logits, limits.sinks)[..., :before].sum(dim=(1, 2))
+    return softmax(logits, limits.sinks_by_head(k.shape[1]))[..., :before].sum(dim=(1, 2))
 
 
 def layer_scores(q: torch.Tensor, k: torch.Tensor, scale: float, limits: Limits) -> torch.Tensor:

@@ -10,7 +10,9 @@ import torch
 from torch.nn.functional import embedding
 
 from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_kernels.reference import working_dtype
 from kascade_sglang.calibration.hf_attention import LayerCall
+from kascade_sglang.calibration.limited_attention import softmax
 
 
 class Lists(NamedTuple):
@@ -80,16 +82,14 @@ def attend_rows(call: LayerCall, rows: torch.Tensor, lists: Lists | None) -> tor
 
 def _bias(shown: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Of the logits of keys [R, C] that are shown, or not: [R, 1, C], 0 or -inf."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.zeros(shown.shape, dtype=dtype, device=q.device).masked_fill_(
-        ~shown, float("-inf")
-    )[:, None]
+    zeros = torch.zeros(shown.shape, dtype=working_dtype(q), device=q.device)
+    return zeros.masked_fill_(~shown, float("-inf"))[:, None]
 
 
 def _logits(call: LayerCall, keys: torch.Tensor, head: int) -> torch.Tensor:
     """Logits [R, group, C] of a KV head's query heads over keys [R or 1, C, D]."""
     group = call.q.shape[1] // call.k.shape[1]
-    dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(call.q)
     queries = call.q[:, head * group : (head + 1) * group].to(dtype) * call.scale
     if len(keys) == 1:  # one product: a batch would read the same keys once a row
         logits = (queries.flatten(0, 1) @ keys[0].to(dtype).T).unflatten(0, (-1, group))
@@ -101,9 +101,5 @@ def _logits(call: LayerCall, keys: torch.Tensor, head: int) -> torch.Tensor:
 
 def _softmax(call: LayerCall, logits: torch.Tensor, head: int) -> torch.Tensor:
     """Weights of the keys, of logits [R, group, C] of a KV head's query heads."""
-    if call.limits.sinks is None:
-        return logits.softmax(-1)
-    group = logits.shape[1]
-    sinks = call.limits.sinks[head * group : (head + 1) * group].to(logits.dtype)
-    column = sinks.view(1, group, 1).expand(len(logits), group, 1)
-    return torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
+    sinks = call.limits.sinks_by_head(call.k.shape[1])
+    return softmax(logits, None if sinks is None else sinks[head, :, 0])

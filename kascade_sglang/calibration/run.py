@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.similarity import best_heads
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
 from kascade_sglang.errors import CalibrationError
-from kascade_sglang.files import expand, why_unwritable
+from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
 from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan
 
@@ -156,7 +155,7 @@ def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     )
     stats, choices = _measure(model, found.prompts, budget, config, checkpoint)
     provenance = _provenance(config, found, model)
-    name = _model_name(config.model)
+    name = hf_model.name_of(config.model)
     return Measured(stats, choices, name, shape, budget, provenance), checkpoint
 
 
@@ -260,10 +259,9 @@ def _measure(
 ) -> tuple[LayerStats, list[AnchorChoice]]:
     """Measure what the checkpoint lacks and, by ``kl``, choose anchors, under a progress bar."""
     layers, depth = full_layers(model, _longest(prompts)), len(hf_model.decoder_layers(model))
-    lengths, heads = [len(prompt.ids) for prompt in prompts], hf_model.shape_of(model.config)
-    measured = [
-        checkpoint.load(number, len(layers), heads.kv_heads) for number in range(len(prompts))
-    ]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    heads = hf_model.shape_of(model.config).kv_heads
+    measured = [checkpoint.load(number, len(layers), heads) for number in range(len(prompts))]
     left = [length for length, stats in zip(lengths, measured, strict=True) if stats is None]
     if len(left) < len(prompts):
         kept = len(prompts) - len(left)
@@ -322,12 +320,6 @@ def _choose(
     return choose(model, prompts, how, config.anchors, on_work, by_row)
 
 
-def _model_name(model: str) -> str:
-    """Return a hub id as it is and a local folder's name, so that no path enters the plan."""
-    folder = expand(model)
-    return folder.resolve().name if os.path.isdir(folder) else model
-
-
 def _settings(
     config: CalibrationConfig,
     hf_config: transformers.PreTrainedConfig,
@@ -338,7 +330,7 @@ def _settings(
     described = json.dumps(hf_config.to_diff_dict(), sort_keys=True, default=str)
     return {
         "format": 4,  # of the files of measurements
-        "model": _model_name(config.model),
+        "model": hf_model.name_of(config.model),
         "model_config": hashlib.sha256(described.encode()).hexdigest(),
         "weights": hf_model.weights_version(config.model, hf_config),
         "prompts": found.name,

@@ -114,7 +114,8 @@ def dense_weights(call: LayerCall) -> torch.Tensor:
     heads, dim = call.k.shape[1:]
     rows = call.q.reshape(heads, -1, dim).double()
     logits = rows @ call.k.permute(1, 2, 0).double() * call.scale
-    return softmax(logits.unsqueeze(2), call.limits.sinks)[:, :, 0].mean(dim=1)
+    sinks = call.limits.sinks_by_head(heads)
+    return softmax(logits, None if sinks is None else sinks[:, :, 0]).mean(dim=1)
 
 
 @torch.inference_mode()
