@@ -19,7 +19,7 @@ EXTENDS = [(270, 301), (0, 70), (128, 129), (90, 127), (31, 32), (0, 1)]
 """Whole tiles, first and last tiles in part, one query in mid-tile, and tiles that are dense."""
 
 
-def check(case: TileCase, lse: torch.Tensor, row: int, atol: float) -> None:
+def check_lse(case: TileCase, lse: torch.Tensor, row: int, atol: float) -> None:
     """Log-sum-exps of a row, and +inf where there is no query."""
     exact = case.exact_lse(row)
     exact = torch.nn.functional.pad(exact, (0, lse.shape[2] - exact.shape[1]), value=math.inf)
@@ -37,7 +37,7 @@ def test_lse(group: int, dim: int, dtype: torch.dtype) -> None:
         if case.is_dense(row, BUDGET):
             assert lse[row].isnan().all()
         else:
-            check(case, lse, row, atol=2e-5)
+            check_lse(case, lse, row, atol=2e-5)
 
 
 def test_lse_merges_spans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_lse_merges_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     lse = case.lse(BUDGET)
     for row in range(len(case.places)):
         if not case.is_dense(row, BUDGET):
-            check(case, lse, row, atol=1e-4)
+            check_lse(case, lse, row, atol=1e-4)
 
 
 @pytest.mark.parametrize("stride, span", [(2, 2048), (8, 128), (1000, 128)])
