@@ -156,14 +156,14 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help=".jsonl with one object a line (text, prompt, messages or conversations), a .json "
         "array of them, or a text file, which is cut into prompts of --max-tokens; each may be "
-        ".gz; without it and --dataset, books in the package",
+        ".gz; without it and --dataset, chats that are made",
     )
     add("--dataset", help="Hugging Face data set to draw prompts from")
     add("--dataset-config", metavar="NAME", help="one of the data set's configurations")
     add("--split", default="train", help="of the data set (train)")
     add("--field", help="its column of text, where that is not text, prompt or messages")
     add("--max-tokens", type=int, help="cut prompts to this many tokens")
-    add("--limit", type=int, help="use this many prompts, drawn with the seed (file: all; else 16)")
+    add("--limit", type=int, help="use this many prompts, drawn with the seed (file: all; else 10)")
     add("--seed", type=int, default=0, help="of the tiles and prompts drawn (0)")
 
 
