@@ -53,4 +53,5 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     if config.fp8:
         require_scales(runner.model, config.dense_backend)
     accept(config, facts.phases, facts.model.context)
+    kascade_patches.hook_informing()
     return KascadeAttnBackend(runner, config)
