@@ -199,5 +199,6 @@ class Server:
                 members.append(psutil.Process(pid))
                 members[-1].kill()
         psutil.wait_procs(members, timeout=10)
-        self._process.wait(10)
+        # Never a wait: a signal's handler may be here while what it interrupted waits, too.
+        self._process.poll()
         _running.discard(self)

@@ -21,30 +21,38 @@ from kascade_sglang.servers.process import Server, ServerError, run_command
 SCRIPT = """
 import sys
 from pathlib import Path
-from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, run_command
 
-stop_servers_on_sigterm()
-sleep = (sys.executable, "-c", "import time; time.sleep(600)")
-server = Server([], Path(sys.argv[1]), command=sleep, on_wait=lambda _: print("up", flush=True))
-with server:
-    pass
+class Healthy(Server):
+    def is_healthy(self):
+        return sys.argv[2] == "waiting"
+
+def main():
+    sleep = (sys.executable, "-c", "import time; time.sleep(600)")
+    say = lambda *_: print("up", flush=True)
+    with Healthy([], Path(sys.argv[1]), command=sleep, on_wait=say) as server:
+        say()
+        server.require_running(None)
+
+sys.exit(run_command(main))
 """
 
 
+@pytest.mark.parametrize("when", ["starting", "waiting"])
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
     ids=["SIGTERM", "SIGKILL"],
 )
 def test_what_ends_the_command_ends_the_server_too(
-    number: signal.Signals, status: int, tmp_path: Path
+    number: signal.Signals, status: int, when: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "log")]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "log"), when]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
         assert parent.stdout.readline() == b"up\n"
         children = psutil.Process(parent.pid).children()
         parent.send_signal(number)
-        assert parent.wait(30) == status
+        assert parent.wait(9) == status
     assert len(children) == 1
     assert not psutil.wait_procs(children, timeout=10)[1]
 
