@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import pytest
 
 from kascade_sglang.servers.client import client_of
 from kascade_sglang.servers.loopback import uses_proxies, without_proxy
-from kascade_sglang.servers.process import Server, ServerError, run_command
+from kascade_sglang.servers.process import Server, ServerError, free_port, run_command
 
 SCRIPT = """
 import sys
@@ -126,11 +127,30 @@ def test_commands_end_with_their_server(
             return {}
 
     monkeypatch.setattr(module, "Server", Dying)
-    monkeypatch.setattr(sys, "argv", ["command"])
+    # One that is free, whoever serves here.
+    port = ["--port", str(free_port())] if name.endswith("serve") else []
+    monkeypatch.setattr(sys, "argv", ["command", *port])
     assert run_command(module.main) == 1
     said = capsys.readouterr().err
     assert "kascade: the server ended (status -9): this is the log's end" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("port", ["-5", "0", "65536", "taken"])
+def test_a_port_that_no_server_can_have(
+    port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make serve` beside another server would show that one's answers as its own."""
+    module = importlib.import_module("kascade_sglang.demo.serve")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        number = str(other.getsockname()[1]) if port == "taken" else port
+        monkeypatch.setattr(sys, "argv", ["serve", "--port", number])
+        assert run_command(module.main) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("kascade: --port: expected ") and f"got {number}" in said.err
+    assert said.out == ""
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"])
