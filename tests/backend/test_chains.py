@@ -1,6 +1,8 @@
 """Chains of drafts: each token's bits are those of a decode step of that token alone."""
 
 from functools import cache
+from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from kascade_kernels.budget import Budget
 from kascade_sglang.asks import EVERYTHING, Ask
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.release import VERIFIED_WITH_SPECULATION
 from kascade_sglang.host.steps import Batch
 from tests.support.harness import DEVICE, Harness
 from tests.support.interpreter import multiply_by_row
@@ -133,3 +136,32 @@ def test_steps_of_another_length_are_refused() -> None:
     harness = prefilled(CHAIN)
     with pytest.raises(KascadeError, match="expected 3 tokens a request.*got 1"):
         harness.step([(0, 161, 162)])
+
+
+@pytest.mark.skipif(version("sglang") not in VERIFIED_WITH_SPECULATION, reason="refused there")
+def test_what_sglang_moves_of_a_chain_stays_where_it_is() -> None:
+    """So 8-bit copies of accepted drafts' keys need not follow; n-grams are always "moved"."""
+    from sglang.srt.speculative.spec_utils import move_accept_tokens_to_target_kvcache
+
+    table = torch.randperm(100, device=DEVICE, dtype=torch.int32)[:60].view(3, 20)
+    requests, lengths = torch.tensor([2, 0], device=DEVICE), torch.tensor([5, 9], device=DEVICE)
+    written = torch.cat([table[2, 5 : 5 + CHAIN], table[0, 9 : 9 + CHAIN]]).to(torch.int64)
+    batch = SimpleNamespace(
+        seq_lens=lengths,
+        req_pool_indices=requests,
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+        out_cache_loc=written,
+    )
+    moved = []
+    pool = SimpleNamespace(move_kv_cache=lambda *slots: moved.append(slots))
+    # The second request's last two drafts are rejected.
+    accepted = torch.tensor([[0, 1, 2], [3, -1, -1]], device=DEVICE)
+    move_accept_tokens_to_target_kvcache(
+        batch,
+        accepted,
+        torch.tensor([2, 0], device=DEVICE),
+        SimpleNamespace(get_kvcache=lambda: pool),
+    )
+    [(to, of)] = moved
+    assert torch.equal(to, of)
+    assert to[: CHAIN + 1].tolist() == written[: CHAIN + 1].tolist()

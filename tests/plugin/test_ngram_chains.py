@@ -1,11 +1,16 @@
 """What n-grams propose becomes chains, by the hook on SGLang's corpus."""
 
+from collections.abc import Iterator
+from importlib.metadata import version
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from kascade_patches import ngram_batch_get
+from kascade_patches import hook_ngram, ngram_batch_get
+from kascade_sglang.host.release import VERIFIED_WITH_SPECULATION
+from kascade_sglang.host.server import require_hooks
 
 ALONE = -1
 """The parent of a root."""
@@ -55,3 +60,37 @@ def test_the_longest_path_is_kept_and_padded_at_its_end(dtype: type) -> None:
     for mask in found.reshape(4, 6, 6):
         assert np.array_equal(mask, mask_of([ALONE, 0, 1, 2, 3, 4]))
     assert np.array_equal(DRAFTS, before)
+
+
+@pytest.fixture
+def corpus_class() -> Iterator[Any]:
+    """SGLang's, as it is once a backend that verifies n-grams has been built; twice, here."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.speculative.cpp_ngram.ngram_corpus import NgramCorpus
+
+    original = NgramCorpus.batch_get
+    hook_ngram()
+    require_hooks(hook_ngram())
+    yield NgramCorpus
+    NgramCorpus.batch_get = original
+    HookRegistry._hooks.pop(ngram_batch_get.TARGET)
+    HookRegistry._patched.discard(ngram_batch_get.TARGET)
+
+
+@pytest.mark.skipif(
+    version("sglang") not in VERIFIED_WITH_SPECULATION, reason="refused on this release"
+)
+def test_sglang_s_corpus_proposes_chains(corpus_class: Any) -> None:
+    """What is compiled when a server starts is a stand-in here."""
+    masks = np.concatenate([mask_of(parents).ravel() for parents in PARENTS])
+    asked = []
+
+    def match(*arguments: object) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(arguments)
+        return DRAFTS.ravel(), masks
+
+    corpus = object.__new__(corpus_class)
+    corpus.draft_token_num, corpus._obj = 6, SimpleNamespace(match_stateful=match)
+    corpus._req_id_to_state_id, corpus._next_state_id = {}, 0
+    drafts, _ = corpus.batch_get(["a", "b", "c", "d"], [[1]] * 4, [1] * 4)
+    assert drafts.reshape(4, 6).tolist() == CHAINS and len(asked) == 1
