@@ -14,20 +14,24 @@ HARD = ("niah_multikey_2", "niah_multikey_3")
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over RULER's tasks, a row a (model, config): differences by length, and of HARD tasks.
 
-    A length's cell is empty where a configuration was not asked all tasks.
+    mean, worst: of all tasks and lengths, and of the task that loses most, a mean over lengths. A
+    length's cell, and these, are empty where a configuration was not asked all tasks.
     """
     ruler = rows[(rows["task"] != "perplexity") & (rows["config"] != "dense")]
     cells = ruler.groupby(["model", "config", "length"])
     tasks = cells["task"].nunique()
     table = cells["diff"].mean().where(tasks == tasks.max()).unstack("length")
+    whole = table.notna().all(axis=1)
+    table["mean"] = table.mean(axis=1).where(whole)
+    by_task = ruler.groupby(["model", "config", "task"])["diff"].mean()
+    table["worst"] = by_task.groupby(["model", "config"]).min().where(whole)
     hard = ruler[ruler["task"].isin(HARD) & (ruler["length"] >= 16384)]
     groups = hard.groupby(["model", "config"])
-    table["hard"] = groups["diff"].mean()
+    table["hard"] = groups["diff"].mean().where(groups["task"].nunique() == len(HARD))
     table["n"] = groups["n"].sum()
-    table["prefill_read"] = (
-        hard[hard["length"] > 30000].groupby(["model", "config"])["prefill_read"].mean()
-    )
-    return table.reset_index()
+    longest = hard[hard["length"] > 30000].groupby(["model", "config"])
+    shares = ["prefill_read", "decode_read"]
+    return table.join(longest[shares].mean()).reset_index()
 
 
 def plot(path: Path, picture: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ``kascade`` command: check a machine; calibrate; evaluate a server; show and check plans.
+"""The ``kascade`` command.
 
 Whatever the user can mend ends as one line on stderr and exit status 1. Only the commands that
 run or read a model import torch.
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from kascade_sglang.plan.schema import ModelShape
 
 
+_ABOUT = "Check a machine; calibrate a model; evaluate a server; show and check plans."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     logging.basicConfig(format="kascade: %(message)s", level=logging.WARNING)
-    args = _parser().parse_args(argv)
+    args = _read(argv)
     try:
         read_settings(None)  # Refuses a variable of ours that cannot be read.
         status = args.run(args)
@@ -44,17 +47,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status or 0
 
 
+def _read(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; flags that nothing knows are an error, as with ``parse_args``."""
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = "; flags of the server go after --" if args.run is _doctor else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
+
+
 def _anchor_list(text: str) -> tuple[int, ...]:
-    """Parse ``0,2,8``; argparse reports a ValueError as a usage error."""
-    return tuple(int(number) for number in text.split(","))
+    """Parse ``0,2,8``; argparse reports what is raised as a usage error."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        what = f"expected layers with commas between them, such as 0,2,8, got {text!r}"
+        raise argparse.ArgumentTypeError(what) from error
 
 
 def _anchor_count_or_list(text: str) -> int | tuple[int, ...]:
-    return _anchor_list(text) if "," in text else int(text)
+    """Parse ``5`` or ``0,2,8``."""
+    layers = _anchor_list(text)
+    return layers if "," in text else layers[0]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kascade", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="kascade", description=_ABOUT)
     about = {"action": _Version, "nargs": 0, "default": argparse.SUPPRESS}
     parser.add_argument("--version", help="print versions and the GPU", **about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -137,14 +156,14 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help=".jsonl with one object a line (text, prompt, messages or conversations), a .json "
         "array of them, or a text file, which is cut into prompts of --max-tokens; each may be "
-        ".gz; without it and --dataset, books in the package",
+        ".gz; without it and --dataset, chats that are made",
     )
     add("--dataset", help="Hugging Face data set to draw prompts from")
     add("--dataset-config", metavar="NAME", help="one of the data set's configurations")
     add("--split", default="train", help="of the data set (train)")
     add("--field", help="its column of text, where that is not text, prompt or messages")
     add("--max-tokens", type=int, help="cut prompts to this many tokens")
-    add("--limit", type=int, help="use this many prompts, drawn with the seed (file: all; else 16)")
+    add("--limit", type=int, help="use this many prompts, drawn with the seed (file: all; else 10)")
     add("--seed", type=int, default=0, help="of the tiles and prompts drawn (0)")
 
 

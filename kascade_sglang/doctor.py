@@ -5,11 +5,13 @@ judges them by when it starts; here nothing is started, and every failure is sai
 """
 
 import io
+import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ from rich.table import Table
 from kascade_kernels.budget import TILE
 from kascade_sglang.config import MB, KascadeConfig
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.files import expand
 from kascade_sglang.host.dense import default_dense_backend, missing_library
 from kascade_sglang.host.release import require_supported_host
 from kascade_sglang.plan.library import locate_plan, shipped_plans
@@ -29,12 +32,12 @@ from kascade_sglang.plan.presets import PRESETS, warning_of
 from kascade_sglang.provenance import ABSENT, device_name, versions
 from kascade_sglang.servers.demo_model import MODEL
 from kascade_sglang.settings import read_settings
+from kascade_sglang.text.reading import is_hub_id, why_no_model
 
 if TYPE_CHECKING:
     from kascade_sglang.host.facts import ServerFacts
 
 OURS = "kascade-sglang"
-REINSTALL = f"pip install --force-reinstall --no-deps {OURS}"
 HELP = "python -m sglang.launch_server --help"
 GPU_NODES = "nvidia[0-9]*"
 """Devices that a machine with a usable NVIDIA GPU has in ``/dev``."""
@@ -99,6 +102,23 @@ def version_line() -> str:
     return ", ".join([*found, device_name()])
 
 
+def _source() -> str:
+    """Return what pip installs this package from: a checkout, a wheel's address or a name."""
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "setup.py").is_file():
+        return f"-e {checkout}"
+    try:
+        origin = distribution(OURS).read_text("direct_url.json")
+        return json.loads(origin)["url"] if origin else OURS
+    except PackageNotFoundError:
+        return OURS
+
+
+def _reinstall() -> str:
+    """Return the command that makes an installation of this package whole again."""
+    return f"pip install --force-reinstall --no-deps {_source()}"
+
+
 def _packages() -> Iterator[Finding]:
     """Check what this package's own metadata asks for; the releases that matter have a line."""
     named = versions()
@@ -106,7 +126,7 @@ def _packages() -> Iterator[Finding]:
     try:
         wanted = [Requirement(each) for each in requires(OURS) or []]
     except PackageNotFoundError:
-        yield Finding("kascade", f"the package {OURS} is not installed", f"pip install {OURS}")
+        yield Finding("kascade", f"the package {OURS} is not installed", f"pip install {_source()}")
         return
     for need in wanted:
         judged = need.name == "sglang"  # Release by release, below.
@@ -137,7 +157,7 @@ def _release() -> Finding:
         require_supported_host()
         return Finding("sglang", f"{version('sglang')}, a verified release")
     except PackageNotFoundError:
-        return Finding("sglang", "not installed", f"pip install {OURS}")
+        return Finding("sglang", "not installed", f"pip install {_source()}")
     except KascadeError as error:
         return _refusal("sglang", str(error))
 
@@ -165,7 +185,7 @@ def _plugin() -> Iterator[Finding]:
     missing = command_line.missing_entry_points()
     if missing:
         text = f"expected kascade in {' and '.join(missing)}, got none"
-        yield Finding("entry points", text, REINSTALL)
+        yield Finding("entry points", text, _reinstall())
         return
     yield Finding("entry points", " and ".join(command_line.GROUPS))
     command_line.load_plugins()
@@ -196,12 +216,11 @@ def _server(model: str | None, flags: Sequence[str]) -> Iterator[Finding]:
         except SystemExit as stop:
             said += _refusals(stop, stderr.getvalue())
         except Exception as error:  # SGLang's own: an unknown model, a broken config.json.
-            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            said.append(Finding("model", text, _how_to_get(model)))
+            said.append(Finding("model", why_no_model(error, model or ""), _how_to_get(model)))
     unused = kascade_patches.not_run(kascade_patches.ARGUMENTS)
     if unused and not any(each.failed for each in said):
         text = f"{', '.join(unused)}: expected SGLang to call them for its arguments, got no call"
-        yield Finding("hooks", text, REINSTALL)
+        yield Finding("hooks", text, _reinstall())
     yield from said
     if any(each.failed for each in said):
         return
@@ -216,9 +235,11 @@ def _server(model: str | None, flags: Sequence[str]) -> Iterator[Finding]:
 
 def _how_to_get(model: str | None) -> str:
     if model is None:
-        return REINSTALL
-    folder = Path(model).expanduser()
-    return f"ls {folder}/config.json" if folder.is_dir() else f"hf download {model}"
+        return _reinstall()
+    folder = expand(model)
+    if os.path.isdir(folder):
+        return f"ls {folder}/config.json"
+    return f"hf download {model}" if is_hub_id(model) else f"ls {folder.parent}"
 
 
 @contextmanager

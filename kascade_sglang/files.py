@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ def why_unwritable(path: Path, others: Mapping[str, Path | None] | None = None) 
         return "expected a file's name, got a folder; add a name"
     if not os.path.isdir(path.parent):
         return f"expected a folder that exists, got {path.parent}; make it first"
-    if not os.access(path.parent, os.W_OK):
+    try:
+        # What may be written is not always what can be: read-only and full disks, ``/proc``.
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError:
         return f"expected a folder that can be written, got {path.parent}; name another"
     return None
 

@@ -32,7 +32,7 @@ from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import expand
 from kascade_sglang.plan.schema import ModelShape
 from kascade_sglang.text import tokenizer
-from kascade_sglang.text.reading import UnreadableError, cause, one_line
+from kascade_sglang.text.reading import UnreadableError, cause, one_line, why_no_model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
@@ -48,7 +48,7 @@ def read_config(model: str, trust_remote_code: bool = False) -> PreTrainedConfig
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise CalibrationError(
-            f"model {model}: cannot read its configuration ({cause(error)})"
+            f"model {model}: cannot read its configuration ({why_no_model(error, model)})"
         ) from error
 
 
@@ -215,7 +215,7 @@ def load_model(
     except Exception as error:  # as above
         way_out = f"; {WAY_OUT}" if quantisation(config) else ""
         raise CalibrationError(
-            f"model {model}: cannot load its weights ({cause(error)}){way_out}"
+            f"model {model}: cannot load its weights ({cause(error, model)}){way_out}"
         ) from error
     refuse_unread_scales(model, config)
     refuse_unused(model, loaded, found["unexpected_keys"])

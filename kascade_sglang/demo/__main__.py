@@ -25,6 +25,8 @@ from kascade_sglang.calibration.prompts import to_prompt
 from kascade_sglang.calibration.selection import watch
 from kascade_sglang.calibration.selection_page import check_target, write_page
 from kascade_sglang.config import KascadeConfig, load_config
+from kascade_sglang.errors import KascadeError
+from kascade_sglang.files import why_unwritable
 from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import load_plan
@@ -216,6 +218,8 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=Path("demo.html"), help="what was read, drawn")
     options = parser.parse_args()
     check_target("--page", options.page, {})
+    if options.record and (why := why_unwritable(options.record / "demo.csv")):
+        raise KascadeError(f"--record {options.record}: {why}")
     plan = load_plan(MODEL / PLAN_NAME)
     config = load_config(str(MODEL), plan.shape)
     logs = Path(tempfile.mkdtemp(prefix="kascade-demo-"))

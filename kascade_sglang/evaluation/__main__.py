@@ -16,13 +16,16 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
+from kascade_sglang.errors import EvaluationError
+from kascade_sglang.evaluation.command import SHORTEST
 from kascade_sglang.evaluation.endpoint import Endpoint
 from kascade_sglang.evaluation.harness import EvalSettings, Harness
 from kascade_sglang.evaluation.methods import Method, all_methods, server_arguments
 from kascade_sglang.evaluation.planted_facts import facts_tasks
 from kascade_sglang.evaluation.results import Results
-from kascade_sglang.evaluation.show import plot, summary
+from kascade_sglang.evaluation.show import KINDS, plot, summary
 from kascade_sglang.evaluation.tokens import Tokens
+from kascade_sglang.files import why_undrawable, why_unwritable
 from kascade_sglang.host.dense import default_dense_backend
 from kascade_sglang.provenance import provenance
 from kascade_sglang.servers.demo_model import MODEL
@@ -83,7 +86,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=1, help="servers to run side by side")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality_demo.csv")
     parser.add_argument("--note", default=note(), help="what rows keep of where this runs")
-    return parser.parse_args()
+    options = parser.parse_args()
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse wrong options before a server is started; raises EvaluationError."""
+    for name in ("samples", "parallel"):
+        if (value := getattr(options, name)) < 1:
+            raise EvaluationError(f"--{name}: expected 1 or more, got {value}")
+    for length in options.lengths:
+        if length < SHORTEST:
+            raise EvaluationError(f"--lengths: expected at least {SHORTEST} tokens, got {length}")
+    for ratio in options.ratios:
+        if not 0 < ratio <= 1:
+            raise EvaluationError(f"--ratios: expected numbers above 0, at most 1, got {ratio}")
+    picture = options.out.with_suffix(".png")
+    why = why_unwritable(options.out) or why_undrawable(picture, KINDS, {"--out": options.out})
+    if why:
+        raise EvaluationError(f"--out {options.out}: {why}")
 
 
 def main() -> int:
@@ -92,7 +114,6 @@ def main() -> int:
     only = options.only
     methods = [m for m in all_methods(options.ratios) if not only or m.name in only]
     folder = Path(tempfile.mkdtemp(prefix="kascade-eval-"))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     results = Results(options.out)
     questions = len(facts_tasks()) * len(options.lengths) * options.samples
     with (

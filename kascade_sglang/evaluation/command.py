@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from kascade_sglang.evaluation.endpoint import Endpoint
     from kascade_sglang.evaluation.harness import EvalSettings
 
+SHORTEST = 256
+"""Tokens of a prompt and its reply."""
 EPILOG = """tasks: ruler = niah_single (niah_single_1 to _3), niah_multikey (_1 to _3),
 niah_multivalue, niah_multiquery, vt, cwe, fwe and qa; perplexity (SGLang only); longbench and
 longbench_DATASET (--longbench); aime (--aime); facts: what the demo model can answer."""
@@ -158,8 +160,8 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.temperature < math.inf:
         raise EvaluationError(f"--temperature: expected 0 or more, got {args.temperature}")
     for length in args.lengths:
-        if length < 256:
-            raise EvaluationError(f"--lengths: expected at least 256 tokens, got {length}")
+        if length < SHORTEST:
+            raise EvaluationError(f"--lengths: expected at least {SHORTEST} tokens, got {length}")
     if args.chat_template_kwargs and args.prompt == "completion":
         raise EvaluationError(
             "--chat-template-kwargs: expected --prompt chat_prefix or chat, got completion, which "

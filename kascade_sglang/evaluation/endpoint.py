@@ -69,6 +69,11 @@ class Endpoint:
 
         model: of those that it serves; None takes the first that is no adapter of another.
         """
+        if not url.startswith(("http://", "https://")):
+            raise EvaluationError(
+                f"--url: expected an address that begins with http:// or https://, got {url}; "
+                "write it as in http://127.0.0.1:30000"
+            )
         url = url.rstrip("/").removesuffix("/v1")
         listed = _get(f"{url}/v1/models", required=True)
         try:

@@ -30,6 +30,11 @@ def require_supported_host(found: str | None = None) -> None:
         )
 
 
+def serves_sinks() -> bool:
+    """Whether models with attention sinks were served on the installed release."""
+    return version("sglang") in VERIFIED_WITH_SINKS
+
+
 @cache
 def resolves_late() -> bool:
     """Whether launchers resolve ServerArgs by a call, not the constructor (from 0.5.19 on)."""

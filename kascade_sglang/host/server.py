@@ -1,7 +1,6 @@
 """SGLang's ServerArgs, model config, registry and releases, turned into facts of ours."""
 
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from sglang.srt.server_args import (
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.facts import ModelFacts, RefusedFlag, ServerFacts
-from kascade_sglang.host.release import VERIFIED_WITH_SINKS, resolves_late
+from kascade_sglang.host.release import VERIFIED_WITH_SINKS, resolves_late, serves_sinks
 from kascade_sglang.host.speculation import algorithm_of, chain_length, refused_speculation
 from kascade_sglang.plan.schema import ModelShape
 
@@ -232,7 +231,7 @@ def _unsupported(model: Any) -> Iterator[str]:
         yield "every layer has a sliding window, so none is left to make sparse"
     if model.has_attention_sinks and not served:
         yield "attention sinks are not supported, but for gpt-oss"
-    elif model.has_attention_sinks and version("sglang") not in VERIFIED_WITH_SINKS:
+    elif model.has_attention_sinks and not serves_sinks():
         yield f"attention sinks are supported on SGLang {', '.join(VERIFIED_WITH_SINKS)} alone"
     if cap:
         yield f"every layer caps its logits at {cap}, so none is left to make sparse"

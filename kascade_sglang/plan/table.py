@@ -72,11 +72,12 @@ def rank_table(plan: Plan) -> list[str]:
 
 
 def choice_table(plan: Plan) -> list[str]:
-    """The best anchors of every count tried and their objective; empty for other plans."""
+    """The best anchors of every count tried, by what they were chosen by; none for other plans."""
     choices = choices_of(plan)
     if not choices:
         return []
-    rows = [("count", "objective", "anchors")]
+    by_answers = plan.provenance.get("criterion") == "kl"
+    rows = [("count", "answers lose, nats" if by_answers else "objective", "anchors")]
     for anchors, objective in choices:
         rows.append((str(len(anchors)), f"{objective:.4f}", ",".join(map(str, anchors))))
     return aligned(rows)

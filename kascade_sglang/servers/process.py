@@ -16,6 +16,7 @@ from types import TracebackType
 import httpx
 import psutil
 
+from kascade_sglang.errors import KascadeError, sentence
 from kascade_sglang.servers.counters import KeyCounters, read_key_counters
 from kascade_sglang.servers.loopback import without_proxy
 
@@ -60,14 +61,17 @@ def stop_servers_on_sigterm() -> None:
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command that starts servers and return its exit status.
 
-    Its servers end with it, by SIGTERM, too. A server that ends by itself is one message and
-    status 1.
+    Its servers end with it, by SIGTERM, too. A server that ends by itself, and whatever else the
+    user can mend, is one message and status 1.
     """
     stop_servers_on_sigterm()
     try:
         return main() or 0
     except ServerError as error:
         print(f"kascade: {error}", file=sys.stderr)
+        return 1
+    except KascadeError as error:
+        print(f"kascade: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

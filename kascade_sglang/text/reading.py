@@ -1,11 +1,13 @@
 """Reading files of others: text of any size that fits, and what to say where that fails."""
 
 import gzip
+import os
 import stat
 import zlib
 from pathlib import Path
 
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.files import expand
 
 LONGEST = 300
 MOST_BYTES = 2**31
@@ -22,11 +24,32 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
-def cause(error: BaseException) -> str:
-    """Return why a library cannot read files, and the flag that would help, if one does."""
+def cause(error: BaseException, name: str) -> str:
+    """Return why a library cannot read a model's files, and what would help.
+
+    name: what the user has named, a folder or a Hugging Face id. Libraries take a folder that does
+    not exist for an id, and what they say of that misleads.
+    """
     if "trust_remote_code" in str(error):
         return "it comes with code of its own; --trust-remote-code runs that, if you trust it"
-    return one_line(error)
+    if os.path.isdir(expand(name)):
+        return one_line(error)
+    if not is_hub_id(name):
+        return "expected a Hugging Face id or a folder that exists, got neither; mend the name"
+    return f"no such folder here, and as a Hugging Face id: {one_line(error)}"
+
+
+def why_no_model(error: BaseException, name: str) -> str:
+    """Return why a library finds no model in a folder or under a Hugging Face id; see cause."""
+    folder = expand(name)
+    if os.path.isdir(folder) and not os.path.exists(folder / "config.json"):
+        return "expected a folder with config.json, got one without; name the model's own folder"
+    return cause(error, name)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a model on the Hub: ``name`` or ``owner/name``."""
+    return bool(name) and name[0] not in "./~" and name.count("/") <= 1
 
 
 def read_text(path: Path) -> str:

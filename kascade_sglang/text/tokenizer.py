@@ -20,4 +20,4 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> "PreTrainedTok
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UnreadableError(cause(error)) from error
+        raise UnreadableError(cause(error, path)) from error

@@ -32,6 +32,7 @@ from kascade_patches import (
     window_pool,
 )
 from kascade_sglang.errors import KascadeError
+from kascade_sglang.host.release import serves_sinks
 
 ARGUMENTS = (server_args_add_cli_args, server_args_from_cli_args, server_args_resolve)
 EVERYWHERE = (
@@ -46,7 +47,7 @@ IN_SCHEDULERS = (req_init, forward_batch_init_new)
 INFORMING = (scheduler_internal_state,)
 """Nothing depends on these, so no start is refused where SGLang has lost what they hook."""
 OF_SINKS = (server_args_backend_names,)
-"""Only models with attention sinks depend on these; where SGLang has lost them, it says so."""
+"""Only models with attention sinks depend on these; releases that serve none may lack them."""
 OF_NGRAM = (ngram_batch_get,)
 """Only chains of n-grams depend on these, in processes that have loaded what they hook."""
 WITHOUT_GPU = (
@@ -79,7 +80,8 @@ def register_hooks() -> None:
 
     # Like IN_SCHEDULERS, but nothing depends on them.
     informing = INFORMING if SCHEDULER in sys.modules else ()
-    for module in (*_modules(), *OF_SINKS, *informing):
+    of_sinks = OF_SINKS if serves_sinks() else ()
+    for module in (*_modules(), *of_sinks, *informing):
         HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
 
 

@@ -20,6 +20,7 @@ from kascade_sglang.host import command_line, dense, release
 from kascade_sglang.host.server import server_facts
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.servers.demo_model import MODEL
+from tests.support.documents import ROOT
 from tests.support.models import parse
 
 MakeModel = Callable[..., Path]
@@ -122,7 +123,19 @@ def test_kascade_on_the_path_but_not_installed(monkeypatch: pytest.MonkeyPatch) 
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor, "requires", missing)
-    assert failure(diagnose()).cure == "pip install kascade-sglang"
+    assert failure(diagnose()).cure == f"pip install -e {ROOT}"
+
+
+def test_what_pip_installs_this_package_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has no checkout is told of the wheel that was installed, or of the name."""
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "kascade_sglang/doctor.py"))
+    found = {"direct_url.json": '{"url": "file:///a.whl"}'}
+    monkeypatch.setattr(doctor, "distribution", lambda _: SimpleNamespace(read_text=found.get))
+    assert doctor._reinstall() == "pip install --force-reinstall --no-deps file:///a.whl"
+    found.clear()
+    assert doctor._reinstall() == "pip install --force-reinstall --no-deps kascade-sglang"
 
 
 def test_triton_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +206,7 @@ def test_a_model_that_cannot_be_read(tmp_path: Path) -> None:
     failed = failure(diagnose(str(tmp_path)))
     assert failed.subject == "model" and failed.cure == f"ls {tmp_path}/config.json"
     assert doctor._how_to_get("org/model") == "hf download org/model"
+    assert doctor._how_to_get("/nowhere/model") == "ls /nowhere"
 
 
 def test_a_dense_backend_whose_library_is_missing(

@@ -64,16 +64,18 @@ def test_a_scheduler_tells_it(make_model: MakeModel, monkeypatch: pytest.MonkeyP
     assert output.internal_state == {"max_running_requests": 1, "kascade": SERVES}
 
 
+@pytest.mark.parametrize("with_sinks", [True, False])
 def test_hooks_that_inform_are_registered_in_a_scheduler_and_never_required(
-    monkeypatch: pytest.MonkeyPatch,
+    with_sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     registered: list[str] = []
     monkeypatch.setattr(HookRegistry, "register", lambda target, *_: registered.append(target))
     monkeypatch.setattr("kascade_patches.SCHEDULER", "no.such.module")
+    monkeypatch.setattr("kascade_patches.serves_sinks", lambda: with_sinks)
     register_hooks()
-    of_sinks = [module.TARGET for module in OF_SINKS]
+    of_sinks = [module.TARGET for module in OF_SINKS if with_sinks]
     assert registered == [*targets(), *of_sinks]
     registered.clear()
     monkeypatch.setattr("kascade_patches.SCHEDULER", "sys")

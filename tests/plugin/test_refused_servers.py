@@ -17,7 +17,7 @@ import torch
 from sglang.srt.server_args import ServerArgs
 
 from kascade_sglang import checks
-from kascade_sglang.host import server, speculation
+from kascade_sglang.host import release, server, speculation
 from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.release import VERIFIED_WITH_SINKS, VERIFIED_WITH_SPECULATION
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
@@ -293,10 +293,10 @@ def test_a_refused_server(
     row: Refused,
 ) -> None:
     if row.model is GPT_OSS:
-        release = row.release or version("sglang")
-        if row.release is None and release not in VERIFIED_WITH_SINKS:
+        found = row.release or version("sglang")
+        if row.release is None and found not in VERIFIED_WITH_SINKS:
             pytest.skip("this release does not serve it")
-        monkeypatch.setattr(server, "version", lambda name: release)
+        monkeypatch.setattr(release, "version", lambda name: found)
     if row.speculation:
         monkeypatch.setattr(speculation, "version", lambda name: row.speculation)
     monkeypatch.setattr(server, "has_gpu", lambda: row.gpu)

@@ -43,10 +43,14 @@ def blocks(text: str) -> Iterator[Block]:
         end = fence.end()
 
 
+def without_blocks(text: str) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.M | re.S)
+
+
 def prose(text: str) -> str:
     """A document without fenced blocks and inline code."""
-    text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.M | re.S)
-    return re.sub(r"`[^`\n]*`", "", text)
+    return re.sub(r"`[^`\n]*`", "", without_blocks(text))
 
 
 def links(text: str) -> list[str]:
@@ -57,8 +61,7 @@ def links(text: str) -> list[str]:
 def anchors(text: str) -> set[str]:
     """Anchors that GitHub makes of a document's headings."""
     found: dict[str, int] = {}
-    without_code = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.M | re.S)
-    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", without_code, re.M):
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", without_blocks(text), re.M):
         shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
         slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
         count = found.get(slug, 0)
