@@ -63,7 +63,7 @@ def models_table() -> str:
         points = cells((row[length] for length in lengths), "{:+.1f}")
         if not any(points) and pd.isna(row["hard"]):  # single tasks of a question of its own
             continue
-        [hard] = cells([row["hard"]], "{:+.1f} (n=%d)" % row["n"])
+        [hard] = cells([row["hard"]], f"{{:+.1f}} (n={row['n']:.0f})")
         lines.append([row["model"], row["config"], *points, hard, f"{row['prefill_read']:.0%}"])
     header = [f"RULER at {length}" for length in lengths]
     hard = "two hard tasks, 16K and 31K"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -27,6 +28,8 @@ PORTS = range(20_000, 32_000)
 CAUSE = re.compile(r"^(kascade: |[\w.]*(Error|Exception): )|crashed with exit code")
 """What SGLang ends for is an exception's last line, after it lines of its own ending."""
 
+_starter = ThreadPoolExecutor(1)
+"""Starts all servers: a child ends with the thread that started it, and this one lives as we do."""
 _running: set["Server"] = set()
 
 
@@ -118,13 +121,14 @@ class Server:
         # SGLang's own processes end with the first of them, which ends with this one.
         watched = [sys.executable, "-m", "kascade_sglang.servers.child", str(os.getpid())]
         with open(self.log, "wb") as log:
-            self._process = subprocess.Popen(
+            self._process = _starter.submit(
+                subprocess.Popen,
                 [*watched, *self._command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-            )
+            ).result()
         _running.add(self)
         try:
             self._wait_until_ready()

@@ -62,6 +62,7 @@ def backend_of_case(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build(runner: Any) -> KascadeAttnBackend:
         model = runner.model_config
+        model.dtype = runner.dtype  # as SGLang's own has; the kit's does not
         shape = ModelShape(
             1, model.num_attention_heads, model.num_key_value_heads, HEAD_DIM, model.hidden_size
         )

@@ -11,7 +11,7 @@ from kascade_kernels.budget import Budget
 from kascade_sglang.config import KascadeConfig, every_layer_an_anchor
 from kascade_sglang.plan.schema import LayerRole
 from kascade_sglang.sparsity import key_reads
-from tests.support.harness import DTYPE, Harness, expected_output, make_plan
+from tests.support.harness import DEVICE, DTYPE, Harness, expected_output, make_plan
 
 WINDOW = 40
 LENGTHS = [1, 40, 41, 173]
@@ -96,8 +96,8 @@ def captured_batch(harness: Harness) -> SimpleNamespace:
     ends = torch.tensor([40])
     return SimpleNamespace(
         forward_mode=ForwardMode.DECODE,
-        req_pool_indices=torch.ones(1, dtype=torch.int64),
-        seq_lens=ends,
+        req_pool_indices=torch.ones(1, dtype=torch.int64, device=DEVICE),
+        seq_lens=ends.to(DEVICE),
         seq_lens_cpu=ends,
         out_cache_loc=harness.req_to_token[1, 39:40].to(torch.int64),
     )

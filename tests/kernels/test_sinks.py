@@ -250,7 +250,7 @@ def test_refusals() -> None:
     for sinks, said in (
         (torch.zeros(2), r"sinks: expected shape \[8\], got \[2\]"),
         (torch.zeros(8, dtype=torch.float64), "sinks: expected float32 or bfloat16 or float16"),
-        (torch.zeros(16)[::2], "sinks: expected a contiguous tensor"),
+        (torch.zeros(16, device=DEVICE)[::2], "sinks: expected a contiguous tensor"),
     ):
         with pytest.raises(ValueError, match=said):
             replace(case, sinks=sinks.to(DEVICE)).lse(BUDGET)

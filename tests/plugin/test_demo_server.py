@@ -31,6 +31,31 @@ with server:
 """
 
 
+ANSWERING = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_outlives_the_thread_that_asked_for_it(tmp_path: Path) -> None:
+    server = Server([], tmp_path / "log", command=(sys.executable, "-c", ANSWERING))
+    asked = threading.Thread(target=server.__enter__)
+    asked.start()
+    asked.join()
+    with contextlib.ExitStack() as stack:
+        stack.push(server)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server._process.wait(1)
+        assert server.is_healthy()
+
+
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
