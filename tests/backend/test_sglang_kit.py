@@ -49,7 +49,7 @@ CHAINS = [
         num_heads=8,
         num_kv_heads=2,
         page_size=page_size,
-        prefix_lens=(40, 7, 62),
+        prefix_lens=(40, 7, 30),
         extend_lens=(CHAIN,) * 3,
     )
     for page_size in (1, 32)
