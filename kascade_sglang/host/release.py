@@ -16,6 +16,9 @@ VERIFIED = ("0.5.17", "0.5.18", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23"
 VERIFIED_WITH_SINKS = ("0.5.17",)
 """Those of them on which models with attention sinks were served."""
 
+VERIFIED_WITH_SPECULATION = ("0.5.17",)
+"""Those of them on which chains of drafts were verified."""
+
 
 def require_supported_host(found: str | None = None) -> None:
     """Raise KascadeError unless SGLang is a release that this package is verified against."""

@@ -18,6 +18,7 @@ from kascade_patches import (
     grammar_apply,
     grammar_apply_reasoning,
     grammar_bitmask,
+    ngram_batch_get,
     pool_cell_size,
     pool_sizes,
     req_init,
@@ -47,6 +48,8 @@ INFORMING = (scheduler_internal_state,)
 """Nothing depends on these, so no start is refused where SGLang has lost what they hook."""
 OF_SINKS = (server_args_backend_names,)
 """Only models with attention sinks depend on these; releases that serve none may lack them."""
+OF_NGRAM = (ngram_batch_get,)
+"""Only chains of n-grams depend on these, in processes that have loaded what they hook."""
 WITHOUT_GPU = (
     support_triton,
     get_last_loc,
@@ -80,6 +83,17 @@ def register_hooks() -> None:
     of_sinks = OF_SINKS if serves_sinks() else ()
     for module in (*_modules(), *of_sinks, *informing):
         HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
+
+
+def hook_ngram() -> list[str]:
+    """Hook what only chains of n-grams depend on; return the SGLang symbols."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for module in OF_NGRAM:
+        if module.TARGET not in HookRegistry._hooks:
+            HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
+    HookRegistry.apply_hooks()
+    return [module.TARGET for module in OF_NGRAM]
 
 
 def _name(module: ModuleType) -> str:

@@ -222,7 +222,7 @@ def test_every_patch_is_registered_and_explained() -> None:
 
     register = (ROOT / "patches/README.md").read_text()
     patches = kascade_patches
-    scheduler = patches.IN_SCHEDULERS + patches.INFORMING + patches.OF_SINKS
+    scheduler = patches.IN_SCHEDULERS + patches.INFORMING + patches.OF_SINKS + patches.OF_NGRAM
     for module in patches.EVERYWHERE + patches.WITHOUT_GPU + scheduler:
         assert f"`{module.TARGET}`" in register
         for word in ("Why:", "How:", "Remove when:"):
