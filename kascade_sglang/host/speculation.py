@@ -39,7 +39,11 @@ def refused_speculation(args: Any) -> Iterator[RefusedFlag]:
         yield RefusedFlag("--speculative-algorithm", f"one of {known}", repr(algorithm))
     if release not in VERIFIED_WITH_SPECULATION:
         served = " or ".join(VERIFIED_WITH_SPECULATION)
-        yield RefusedFlag("--speculative-algorithm", f"SGLang {served}", release)
+        if served:
+            yield RefusedFlag("--speculative-algorithm", f"SGLang {served}", release)
+        else:
+            expected = "none, as no GPU has served it yet,"
+            yield RefusedFlag("--speculative-algorithm", expected, algorithm)
     breadth, topk = args.speculative_ngram_max_bfs_breadth, args.speculative_eagle_topk
     if algorithm == NGRAM and breadth != 1:
         got, remedy = f"{breadth}, a tree", "add the flag with 1"

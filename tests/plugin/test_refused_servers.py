@@ -19,7 +19,7 @@ from sglang.srt.server_args import ServerArgs
 from kascade_sglang import checks
 from kascade_sglang.host import release, server, speculation
 from kascade_sglang.host.dense import FP8_TYPES
-from kascade_sglang.host.release import VERIFIED_WITH_SINKS, VERIFIED_WITH_SPECULATION
+from kascade_sglang.host.release import VERIFIED_WITH_SINKS, WRITTEN_FOR_SPECULATION
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
 from tests.support.models import GEMMA_3, SHAPE, WINDOWED_PLAN, make_plan, parse
 
@@ -45,6 +45,7 @@ class Refused:
     hip: str | None = None  # torch's version of AMD's libraries, where it is built with them
     release: str | None = None  # of SGLang, where it is not the one that is installed
     speculation: str | None = None  # the same, for what speculative decoding asks
+    speculates_on: tuple[str, ...] = WRITTEN_FOR_SPECULATION
 
 
 def of_flag(name: str, flags: str, words: str = "") -> Refused:
@@ -206,6 +207,12 @@ OTHERS = (
         "--speculative-draft-attention-backend triton " + CHAIN,
     ),
     Refused(
+        "--speculative-algorithm: expected none, as no GPU has served it yet, with the kascade "
+        "backend, got NGRAM",
+        NGRAM,
+        speculates_on=(),
+    ),
+    Refused(
         "--speculative-algorithm: expected SGLang 0.5.17 with the kascade backend, got 0.5.23",
         NGRAM,
         speculation="0.5.23",
@@ -297,6 +304,7 @@ def test_a_refused_server(
         if row.release is None and found not in VERIFIED_WITH_SINKS:
             pytest.skip("this release does not serve it")
         monkeypatch.setattr(release, "version", lambda name: found)
+    monkeypatch.setattr(speculation, "VERIFIED_WITH_SPECULATION", row.speculates_on)
     if row.speculation:
         monkeypatch.setattr(speculation, "version", lambda name: row.speculation)
     monkeypatch.setattr(server, "has_gpu", lambda: row.gpu)
@@ -337,7 +345,7 @@ def test_the_same_server_without_what_is_refused(
 
 
 @pytest.mark.skipif(
-    version("sglang") not in VERIFIED_WITH_SPECULATION, reason="this release does not serve it"
+    version("sglang") not in WRITTEN_FOR_SPECULATION, reason="this release does not serve it"
 )
 @pytest.mark.parametrize(
     "algorithm, flags",
@@ -358,6 +366,7 @@ def test_chains_of_drafts_are_served(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, algorithm: str, flags: str
 ) -> None:
     monkeypatch.setattr(server, "has_gpu", lambda: True)
+    monkeypatch.setattr(speculation, "VERIFIED_WITH_SPECULATION", WRITTEN_FOR_SPECULATION)
     plan = make_plan(shape=replace(SHAPE, head_dim=64))
     model = make_model(plan, head_dim=64, torch_dtype="bfloat16")
     args = parse(model, *flags.replace("MODEL", str(model)).split())
