@@ -5,11 +5,11 @@ import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
     LOGIT_BOUND,
+    load_visible,
     of_mapped_list,
     soften,
     store_part,
     to_meet,
-    widen,
 )
 
 
@@ -63,11 +63,11 @@ def decode_attention_kernel(
         visible = index < hi
         slot = tl.load(list_ + index, mask=visible, other=0).to(tl.int64)
         address = slot[:, None] * stride_k + head * D + dim[None, :]
-        keys = widen(tl.load(k + address, mask=visible[:, None], other=0.0))
+        keys = load_visible(k, address, visible)
         s = tl.dot(queries, tl.trans(keys)) * scale_log2
         s = tl.where(visible[None, :], s, float("-inf"))
         weights, shrink, largest, total = soften(s, tl.max(s, 1), largest, total)
-        values = widen(tl.load(v + address, mask=visible[:, None], other=0.0))
+        values = load_visible(v, address, visible)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
 
     store_part(part_lse, part_out, part, acc, largest, total, real, D)

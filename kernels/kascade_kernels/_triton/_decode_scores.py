@@ -13,13 +13,13 @@ from kascade_kernels._triton._primitives import (
     list_of,
     load_sinks,
     load_slots,
+    load_visible,
     own_tile_start,
     power_of_2,
     soften,
     store_counts,
     store_part,
     to_meet,
-    widen,
 )
 
 
@@ -109,7 +109,7 @@ def decode_scores_kernel(
         visible = position < hi
         slot = load_slots(row_slots, position, visible)
         address = slot[:, None] * stride_k + head * D + dim[None, :]
-        keys = widen(tl.load(k + address, mask=visible[:, None], other=0.0))
+        keys = load_visible(k, address, visible)
         if EIGHT_BIT:
             k_scale = tl.load(k_scales + slot * HEADS + head, mask=visible, other=0.0)
             products = tl.dot(queries, tl.trans(keys), out_dtype=tl.int32).to(tl.float32)
@@ -128,7 +128,7 @@ def decode_scores_kernel(
             tl.store(block_max + where // BLOCK, m_block, mask=scored)
         weights, shrink, largest, total = soften(s, m_block, largest, total)
         if ATTEND:
-            values = widen(tl.load(v + address, mask=visible[:, None], other=0.0))
+            values = load_visible(v, address, visible)
             acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
 
     if ATTEND:

@@ -70,6 +70,12 @@ def widen(keys):
 
 
 @triton.jit
+def load_visible(states, address, visible):
+    """Keys or values at an address each, as they are multiplied; zeros where not visible."""
+    return widen(tl.load(states + address, mask=visible[:, None], other=0.0))
+
+
+@triton.jit
 def to_meet(queries, k):
     """Queries as they are multiplied with the keys that ``k`` points at, once widened."""
     return queries.to(tl.float16) if k.dtype.element_ty.is_fp8() else queries
