@@ -33,7 +33,7 @@ from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.provenance import provenance
 from kascade_sglang.servers.demo_model import MODEL, demo_arguments
-from kascade_sglang.servers.process import stop_servers_on_sigterm
+from kascade_sglang.servers.process import run_command
 
 RESULTS = Path(__file__).parent / "results/ablations_demo.csv"
 CHOICES = ("shipped", *CRITERIA, "even", "random")
@@ -124,7 +124,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure once, serve every plan, write rows as they come."""
     options = parse_arguments()
-    stop_servers_on_sigterm()
     folder = Path(tempfile.mkdtemp(prefix="kascade-ablations-"))
     write_prompts(folder / "prompts.jsonl")
     source = PromptSource(prompts=folder / "prompts.jsonl")
@@ -151,4 +150,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

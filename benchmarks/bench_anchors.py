@@ -37,6 +37,7 @@ from kascade_sglang.calibration.sources import PromptSource
 from kascade_sglang.files import append_csv
 from kascade_sglang.plan.schema import Plan
 from kascade_sglang.provenance import gpu_provenance
+from kascade_sglang.servers.process import run_command
 
 RESULTS = Path(__file__).parent / "results/anchors.csv"
 COLUMNS = """model chosen_by count anchors decode_kl whole_kl prompts tokens topk_ratio min_k
@@ -156,4 +157,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

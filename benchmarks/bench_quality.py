@@ -36,6 +36,7 @@ from scipy.stats import bootstrap
 
 from benchmarks.chats import LENGTHS as CHAT_LENGTHS
 from benchmarks.chats import write_chats
+from kascade_sglang.calibration.hf_model import load_tokenizer
 from kascade_sglang.evaluation.results import Results, SavedReply
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
@@ -161,9 +162,7 @@ def time_to_first_token(url: str, length: int, vocabulary: int, prompts: int) ->
 
 def vocabulary_size(model: str) -> int:
     """Tokens that the model's tokenizer knows."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model).vocab_size
+    return load_tokenizer(model).vocab_size
 
 
 def paired(ours: list[float], dense: list[float], perplexity: bool) -> dict[str, str]:

@@ -97,7 +97,9 @@ def ask(
     out.unlink(missing_ok=True)
     run_client(
         [
-            *("--backend", "sglang", "--base-url", server.url),
+            # Turns are messages of a chat.
+            *("--backend", "sglang" if workload.turns == 1 else "sglang-oai-chat"),
+            *("--base-url", server.url),
             *("--model", str(model), "--tokenizer", str(model)),
             *("--request-rate", str(rate), "--flush-cache"),
             *("--warmup-requests", str(workload.warmups)),
@@ -136,7 +138,7 @@ def run_client(arguments: list[str], model: Path, workload: Workload, folder: Pa
         contextlib.redirect_stderr(file),
     ):
         try:
-            if workload.groups:
+            if workload.groups and workload.turns == 1:
                 workload.write_prompts(model)
             serving.cli_main()
         except SystemExit as end:
@@ -146,9 +148,9 @@ def run_client(arguments: list[str], model: Path, workload: Workload, folder: Pa
 def require_all(result: dict[str, Any], workload: Workload) -> None:
     """Raise KascadeError unless every request got the tokens that it asked for."""
     short = [n for n in result["output_lens"] if n != workload.outputs]
-    if short or result["completed"] != workload.requests:
+    if short or result["completed"] != workload.replies:
         raise KascadeError(
-            f"expected {workload.requests} replies of {workload.outputs} tokens, got "
+            f"expected {workload.replies} replies of {workload.outputs} tokens, got "
             f"{result['completed']}, of other lengths: {short}"
         )
 
@@ -168,7 +170,7 @@ def measure(
         for quantile, name in (("p50", "median"), ("p90", "p90"), ("p99", "p99"))
     }
     return {
-        "requests": workload.requests,
+        "requests": workload.replies,
         "input_tokens": result["total_input_tokens"],
         "output_tokens": result["total_output_tokens"],
         **figures,

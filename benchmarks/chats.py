@@ -112,9 +112,9 @@ def make_chat(rng: random.Random, length: int, count: Callable[[str], int]) -> l
 
 def write_chats(tokenizer: str, lengths: tuple[int, ...], out: Path, seed: int = 0) -> None:
     """Write one chat a line, as ``kascade calibrate --prompts`` reads them."""
-    from transformers import AutoTokenizer
+    from kascade_sglang.calibration.hf_model import load_tokenizer
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     rng = random.Random(seed)
     with open(out, "w") as file:
         for length in lengths:

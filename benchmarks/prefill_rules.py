@@ -25,6 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kascade_sglang.errors import KascadeError
+
 PART = re.compile(r"([a-z]+)([\d.]*)")
 
 
@@ -52,7 +54,7 @@ class Rule:
 
 
 def parse_rule(text: str) -> Rule:
-    """Read a rule; raises ValueError that names the part it does not know."""
+    """Read a rule; raises KascadeError that names the part it does not know."""
     found: dict = {"name": text}
     for part in text.split("+"):
         match = PART.fullmatch(part)
@@ -70,7 +72,7 @@ def parse_rule(text: str) -> Rule:
         elif text == "dense":
             found["ratio"] = 1.0
         else:
-            raise ValueError(
+            raise KascadeError(
                 f"rule {text!r}: expected parts named in benchmarks/prefill_rules.py, got {part!r}"
             )
     return Rule(**found)

@@ -15,22 +15,26 @@ A layer's keys and queries stay on the device; nothing is approximated (``--kasc
 """
 
 import argparse
+import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.prefill_rules import Rule, kept_keys, parse_rule
+from kascade_sglang.calibration.hf_model import load_tokenizer
 from kascade_sglang.evaluation.registry import groups, pick
 from kascade_sglang.evaluation.samples import Order, Sample
 from kascade_sglang.evaluation.tokens import Tokens
 from kascade_sglang.files import append_csv
 from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.provenance import provenance
+from kascade_sglang.servers.process import run_command
+from kascade_sglang.text.reading import UnreadableError, read_text
 
 COLUMNS = """model rule task length n kept answered log_prob divergence read recovered recovered_p01
     seconds device versions commit date""".split()
@@ -138,13 +142,13 @@ class Search:
 
     def __init__(self, options: argparse.Namespace) -> None:
         path, length = options.model_path, options.length
+        tokenizer = load_tokenizer(str(path))
         ALL_ATTENTION_FUNCTIONS.register("kascade_rule", attention)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.bfloat16, attn_implementation="kascade_rule"
         )
         self.model = model.to(self.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
         stamp = provenance(options.commit)
         self.stamp = {name: value for name, value in stamp.items() if name in COLUMNS}
         self.plan = load_plan(options.plan) if options.plan else None
@@ -215,7 +219,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure rule by rule; each rule's rows are written at once."""
     options = parse_arguments()
-    rules = [parse_rule(line) for line in options.rules.read_text().split()]
+    try:
+        rules = [parse_rule(line) for line in read_text(options.rules).split()]
+    except UnreadableError as error:
+        raise UnreadableError(f"--rules {options.rules}: cannot be read ({error})") from error
     search = Search(options)
     for rule in rules:
         rows = list(search.rows(rule))
@@ -226,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -174,15 +174,43 @@ def answers() -> pd.DataFrame:
     return summary(newest(RESULTS / "quality_models.csv", QUALITY))
 
 
+PRESETS = {
+    "`fast`": ("fast", "fast", "fast"),
+    "`balanced`, the default": ("default", "default", "default"),
+    "`careful`": ("decode", None, "default"),
+}
+"""A preset's name in the rows of answers, and its modes in those of prefill and of decoding."""
+
+
 def answers_table() -> str:
-    """``make bench-quality``: what each preset costs each model, of all tasks that were asked."""
-    lines, table = [], answers()
-    for row in table[table["config"].isin(("default", "decode", "fast"))].to_dict("records"):
-        points = cells((row["mean"], row["worst"], row["hard"]), "{:+.1f}")
-        read = f"{row['prefill_read']:.0%}, {row['decode_read']:.0%}"
-        lines.append([row["model"], row["config"], *points, read])
-    header = ["model", "setting", "all tasks, 4K to 31K", "worst task", "hard tasks, 16K and 31K"]
-    return markdown([*header, "keys read at 31K, prefill and decoding"], lines)
+    """What each preset costs in answers, and its attention's speed: one row a preset."""
+    table = answers().set_index(["config", "model"])
+    models, lines = table.index.unique("model"), []
+    for preset, (config, *modes) in PRESETS.items():
+        points = table.reindex([(config, model) for model in models])
+        scores = [
+            ", ".join(filter(None, cells(row, "{:+.1f}")))
+            for row in points[["mean", "hard"]].to_numpy()
+        ]
+        read = ", ".join(cells(points[["prefill_read", "decode_read"]].mean(), "{:.0%}"))
+        speeds = (speeds_of(*case) for case in zip(SPEEDS, modes, SPEEDS.values(), strict=True))
+        lines.append([preset, *scores, read, *speeds])
+    header = ["preset", *(f"{model}: all tasks, hard tasks" for model in models)]
+    shown = [f"{phase} of {', '.join(cases)}" for phase, cases in SPEEDS.items()]
+    return markdown([*header, "keys read at 31K, prefill and decoding", *shown], lines)
+
+
+SPEEDS = {"prefill": ("32K", "128K"), "decode": ("64x32K", "16x128K")}
+
+
+def speeds_of(phase: str, mode: str | None, cases: Sequence[str]) -> str:
+    """A mode's attention over FlashAttention-3's, shape of Llama-3.1-8B; None is dense."""
+    if mode is None:
+        return ", ".join("1.0x" for _ in cases)
+    rows = newest(RESULTS / f"{phase}_h200.csv", KERNELS)
+    rows = rows[(rows["plan"] == "llama-3.1-8b") & (rows["inputs"] == "random")]
+    rows = rows[(rows["kind"] == "composite") & (rows["mode"] == mode)].set_index("case")
+    return ", ".join(cells(rows["speedup"].loc[list(cases)], "{:.1f}x"))
 
 
 def profile_table() -> str:

@@ -32,6 +32,12 @@ class Workload(NamedTuple):
     groups: int = 0
     arrivals: float | None = None
     warmups: int = 0
+    turns: int = 1
+
+    @property
+    def replies(self) -> int:
+        """How many replies a run has."""
+        return self.requests * self.turns
 
     def arguments(self) -> list[str]:
         """Return the options of SGLang's client that make these requests."""
@@ -49,7 +55,7 @@ class Workload(NamedTuple):
             *("--gsp-system-prompt-len", str(self.prefix)),
             *("--gsp-question-len", str(self.inputs - self.prefix)),
             *("--gsp-output-len", str(self.outputs), "--num-prompts", str(self.requests)),
-            *("--seed", str(SEED)),
+            *("--seed", str(SEED), "--gsp-num-turns", str(self.turns)),
         ]
 
     def write_prompts(self, model: Path) -> None:
@@ -94,11 +100,13 @@ WORKLOADS = {
     "rag-one-prefix": Workload(32, 32 * K + 512, 256, "output_tokens_per_s", 2.5, 32 * K, 1),
     "rag-8-prefixes-limit": Workload(64, 16 * K + 512, 256, "output_tokens_per_s", 1.2, 16 * K, 8),
     "rag-8-prefixes": Workload(64, 16 * K + 512, 256, "ttft_p99_ms", 1.2, 16 * K, 8, 0.8),
+    "conversations": Workload(6, 20 * K + 512, 256, "output_tokens_per_s", 1.8, 20 * K, 6, turns=5),
     "chat": Workload(64, K, 256, "output_tokens_per_s", 0.97),
     "reasoning": Workload(16, 2 * K, 8 * K, "output_tokens_per_s", 1.05),
     "host": Workload(1, K, 8 * K, "itl_p50_ms", 0.95),
     **{f"prefill-{n}K": Workload(1, n * K, 8, "ttft_p50_ms", 0, warmups=1) for n in (4, 16, 64)},
     **{f"decode-8x{n}K": Workload(8, n * K, 128, "itl_p50_ms", 0) for n in (2, 8)},
+    "decode-8x128K": Workload(8, 128 * K, 128, "itl_p50_ms", 0),
     **{f"decode-{n}x32K": Workload(n, 32 * K, 128, "itl_p50_ms", 0) for n in (1, 2, 4)},
 }
 TARGETS = [name for name, workload in WORKLOADS.items() if workload.must and name != "host"]

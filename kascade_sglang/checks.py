@@ -44,6 +44,7 @@ def reasons(facts: ServerFacts, config: KascadeConfig) -> list[str]:
     kernels = facts.gpu and config.selection == "topk"
     found = [*_refused_plan(facts, config), *_refused_ranks(facts, config)]
     found += [*_refused_sinks(facts, config), *_refused_window_pool(facts)]
+    found += _refused_speculation(facts, config)
     return [*found, *_refused_on_gpu(facts, config)] if kernels else found
 
 
@@ -128,6 +129,31 @@ def _refused_window_pool(facts: ServerFacts) -> Iterator[str]:
         yield (
             "--pp-size: expected 1 where layers with a window have a KV pool of their own, got "
             f"{facts.stages}; add --disable-hybrid-swa-memory"
+        )
+
+
+def _refused_speculation(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
+    if facts.speculates_by is None:
+        return
+    if not facts.gpu:
+        yield (
+            "--speculative-algorithm: expected none without a GPU, got "
+            f"{facts.speculates_by}; drop the flag"
+        )
+    if config.selection != "topk":
+        yield (
+            "selection: expected topk with speculative decoding, whose drafts the kernels verify, "
+            f"got {config.selection}; drop --speculative-algorithm"
+        )
+    if facts.phases != {"prefill", "decode"}:
+        yield (
+            "--attention-backend: expected kascade in both phases with speculative decoding, got "
+            f"it in {' and '.join(facts.phases)} alone; drop the flag of the other phase"
+        )
+    if facts.model.windowed:
+        yield (
+            "--speculative-algorithm: expected none for a model with a sliding window in layers "
+            f"{list(facts.model.windowed)}, got {facts.speculates_by}; drop the flag"
         )
 
 

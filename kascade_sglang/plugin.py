@@ -33,10 +33,12 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     from kascade_sglang.host.release import require_supported_host
     from kascade_sglang.host.runtime import require_layers, require_plain_pool, require_scales
     from kascade_sglang.host.server import require_hooks, server_facts
+    from kascade_sglang.host.speculation import NGRAM
 
     require_supported_host()
-    require_hooks(kascade_patches.targets())
     facts = server_facts(runner.server_args, runner.kv_cache_dtype)
+    of_ngram = kascade_patches.hook_ngram() if facts.speculates_by == NGRAM else []
+    require_hooks([*kascade_patches.targets(), *of_ngram])
     of_pool = ("window_pool",) if facts.model.window_pool else ("pool_cell_size", "pool_sizes")
     kascade_patches.require_ran(*of_pool)
     config = check(facts)

@@ -59,10 +59,11 @@ class KascadeAttnBackend(AttentionBackend):
         self.paths = build_paths(rank, runner.token_to_kv_pool, config)
         self.running: Running | None = None
         self.has_windows = any(layer in rank.layers for layer in config.plan.windowed)
-        # What decodes without the host needs no lengths there; the delegate may, for prefill.
+        # What decodes without the host needs no lengths there; what counts keys does, and the
+        # delegate may, for prefill.
         decodes_alone = self.paths.decode.attends_densely
-        self.needs_cpu_seq_lens = not decodes_alone or self.dense.needs_cpu_seq_lens
         counts = rank.reports_metrics
+        self.needs_cpu_seq_lens = counts or not decodes_alone or self.dense.needs_cpu_seq_lens
         self.counter = KeyCounter(config, rank.layers, self.paths.sizes.context) if counts else None
         # Every stage has every request.
         publish(config, metrics=counts, requests=counts and 0 in rank.layers)
@@ -128,6 +129,11 @@ class KascadeAttnBackend(AttentionBackend):
         if self.has_windows:
             self.dense.on_after_cuda_graph_warmup()
 
+    def update_verify_buffers_to_fill_after_draft(
+        self, spec_info: object, cuda_graph_bs: int | None
+    ) -> None:
+        """Do nothing: a chain's rows depend on lengths alone, not on what was drafted."""
+
     def _path(self, batch: Batch) -> Path | None:
         """What computes a step; None where the dense backend computes all of it."""
         if batch.decode:
@@ -166,7 +172,7 @@ class KascadeAttnBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: object,
     ) -> torch.Tensor:
-        """Attention of new tokens after a cached prefix: [tokens, query heads * head dim]."""
+        """Attention of new tokens after others, or of drafts: [tokens, query heads * head dim]."""
         dense = self.dense.forward_extend
         return self._forward(dense, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
 

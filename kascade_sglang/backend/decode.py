@@ -22,6 +22,7 @@ from kascade_kernels.structs import Lists, Rows
 from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.sizes import Sizes
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.steps import Batch, Layer
 
 ALIGNED_ROWS = 4
@@ -29,19 +30,22 @@ ALIGNED_ROWS = 4
 
 
 class DecodeBuffers:
-    """What a step of up to ``rows`` requests writes, at addresses that a graph may keep.
+    """What a step of up to ``most`` requests writes, at addresses that a graph may keep.
 
-    Steps of fewer requests use the same: they run one after the other.
-    table: int32 [rows, context padded], the rows' own slots. It lies at the beginning of
+    Steps of fewer requests use the same: they run one after the other. A request has
+    ``sizes.chain`` rows, one a token.
+    table: int32 [most, context padded], the requests' own slots. It lies at the beginning of
         ``lists.slots``, so that it can be the list of a request that asked for every key.
+    requests: int64 [rows], each row's request in ``table``.
     """
 
-    def __init__(self, rows: int, sizes: Sizes, config: KascadeConfig, device: str) -> None:
-        self.rows = rows
+    def __init__(self, most: int, sizes: Sizes, config: KascadeConfig, device: str) -> None:
+        self.most, self._chain = most, sizes.chain
+        self.rows = rows = most * sizes.chain
         count, room = rows * sizes.lists, sizes.longest_list
         width = row_width(sizes.context)
-        slots = torch.zeros(rows * width + count * room, dtype=torch.int32, device=device)
-        self.table, self._room = slots[: rows * width].view(rows, width), room
+        slots = torch.zeros(most * width + count * room, dtype=torch.int32, device=device)
+        self.table, self._room = slots[: most * width].view(most, width), room
         self._budget = config.budget
         offsets = torch.from_numpy(self._offsets(sizes.lists)).to(device)
         counts = torch.empty_like(offsets, dtype=torch.int32)
@@ -49,7 +53,7 @@ class DecodeBuffers:
         columns = (config.budget.ratio_ppm, config.budget.min_k)
         self.budgets = Budgets(*(torch.full_like(counts[:, 0], value) for value in columns))
         self._asked: tuple[Budget | None, ...] = ()
-        self.requests = torch.arange(rows, device=device)
+        self.requests = torch.arange(most, device=device).repeat_interleave(sizes.chain)
         self.shared = SharedPrefix.allocate(rows, sizes.group, device)
         self.steps = torch.empty(2, rows, dtype=torch.int32, device=device)
         sized = (rows, sizes.kv_heads, sizes.q_heads, self.steps.device)
@@ -69,7 +73,7 @@ class DecodeBuffers:
         return self.table.numel() + self._room * numbers
 
     def ask(self, budgets: tuple[Budget | None, ...]) -> None:
-        """Give the first rows the budgets that their requests asked for, None: the server's.
+        """Give the first requests' rows the budgets that these asked for, None: the server's.
 
         The other rows have the server's. Outside a graph, which reads what is in force then.
         A budget that is not of everything must fit the lists' room.
@@ -80,11 +84,12 @@ class DecodeBuffers:
         offsets = self._offsets(self.lists.per_row)
         columns = np.empty((2, self.rows), np.int32)
         columns[:] = [[self._budget.ratio_ppm], [self._budget.min_k]]
-        for row, budget in enumerate(budgets):
+        for request, budget in enumerate(budgets):
             if budget is not None:
-                columns[:, row] = budget.ratio_ppm, budget.min_k
+                mine = slice(request * self._chain, (request + 1) * self._chain)
+                columns[:, mine] = [[budget.ratio_ppm], [budget.min_k]]
                 if budget.is_everything:
-                    offsets[row] = row * self.table.shape[1]
+                    offsets[mine] = request * self.table.shape[1]
         written = (*self.budgets, self.lists.offsets)
         for buffer, values in zip(written, (*columns, offsets), strict=True):
             host = torch.from_numpy(values)
@@ -105,7 +110,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One step's rows, one a request, and where they write.
+    """One step's rows, one a token, and where they write.
 
     lists: of all rows; their counts are decided, their slots come from ``select``.
     groups: the rows in as few groups as have room for their scores.
@@ -118,7 +123,10 @@ class DecodeStep:
 
 
 class DecodePath:
-    """One new token a request. Layer 0 attends to everything and scores in the same pass.
+    """One new token a request, or a chain of drafts. Layer 0 attends and scores in one pass.
+
+    A draft is a row like any other: it sees the keys up to its own, with those of the drafts
+    before it, and selects by itself.
 
     Positions become slots through a copy of SGLang's table. The scheduler rewrites the row of a
     request that has ended as soon as a graph runs, and the request's last token, which that step
@@ -138,39 +146,36 @@ class DecodePath:
         self._graph_buffers: DecodeBuffers | None = None
         self._eager_buffers: DecodeBuffers | None = None
 
-    def reserve(self, rows: int) -> None:
-        """Allocate what graphs of up to ``rows`` requests use."""
-        self._graph_buffers = self._allocate(rows)
+    def reserve(self, requests: int) -> None:
+        """Allocate what graphs of up to ``requests`` requests use."""
+        self._graph_buffers = self._allocate(requests)
 
     def sizes_apart(self, least: int, most: int) -> list[int]:
         """Numbers of requests from ``least`` to ``most`` with all variants of the kernels."""
         sizes: dict[tuple[int, ...], int] = {}
         invariant = self._config.batch_invariant
-        for count in range(least, most + 1):
+        for requests in range(least, most + 1):
+            count = requests * self._sizes.chain
             groups = {triton.next_power_of_2(last - first) for first, last in self._ranges(count)}
             splits = most_splits(
                 count, self._sizes.kv_heads, self._table.device, batch_invariant=invariant
             )
             kind = (triton.next_power_of_2(count), *splits, *sorted(groups))
-            sizes[kind] = count
+            sizes[kind] = requests
         return list(sizes.values())
 
     def prepare(self, batch: Batch) -> None:
         """Copy the requests' slots, before SGLang lets the scheduler go on: outside a graph."""
-        rows = Rows(batch.requests, batch.ends)
-        buffers = self._buffers_for(len(rows.ends))
+        buffers = self._buffers_for(batch)
         buffers.ask(batch.budgets)
-        copy_row_slots(self._table, rows, buffers.table)
+        copy_row_slots(self._table, Rows(batch.requests, batch.ends), buffers.table)
 
     def record(self, batch: Batch) -> DecodeStep:
         """Decide how long lists are and how rows are cut, from lengths on the device alone."""
-        count, heads, invariant = (
-            len(batch.ends),
-            self._sizes.kv_heads,
-            self._config.batch_invariant,
-        )
-        buffers = self._buffers_for(count)
-        rows = Rows(buffers.requests[:count], batch.ends)
+        heads, invariant = self._sizes.kv_heads, self._config.batch_invariant
+        buffers, ends = self._buffers_for(batch), batch.row_ends
+        count = len(ends)
+        rows = Rows(buffers.requests[:count], ends)
         lists = buffers.lists.rows(0, count)
         spans = Spans.within(buffers.steps, count, heads, batch_invariant=invariant)
         budgets = buffers.budgets.rows(count)
@@ -201,22 +206,28 @@ class DecodePath:
             step = min(-(-step // ALIGNED_ROWS), most // ALIGNED_ROWS) * ALIGNED_ROWS
         return ((first, min(first + step, count)) for first in range(0, count, step))
 
-    def _buffers_for(self, rows: int) -> DecodeBuffers:
-        if self._graph_buffers is not None and rows <= self._graph_buffers.rows:
+    def _buffers_for(self, batch: Batch) -> DecodeBuffers:
+        count = len(batch.ends)
+        if batch.chain != self._sizes.chain:
+            raise KascadeError(
+                f"decode step: expected {self._sizes.chain} tokens a request, by "
+                f"--speculative-num-draft-tokens, got {batch.chain}"
+            )
+        if self._graph_buffers is not None and count <= self._graph_buffers.most:
             return self._graph_buffers
-        if self._eager_buffers is None or rows > self._eager_buffers.rows:
+        if self._eager_buffers is None or count > self._eager_buffers.most:
             self._eager_buffers = None
-            room = min(triton.next_power_of_2(rows), self._table.shape[0])
+            room = min(triton.next_power_of_2(count), self._table.shape[0])
             self._eager_buffers = self._allocate(room)
         return self._eager_buffers
 
-    def _allocate(self, rows: int) -> DecodeBuffers:
-        return DecodeBuffers(rows, self._sizes, self._config, str(self._table.device))
+    def _allocate(self, requests: int) -> DecodeBuffers:
+        return DecodeBuffers(requests, self._sizes, self._config, str(self._table.device))
 
     def select(
         self, step: DecodeStep, q: torch.Tensor, layer: Layer, out: torch.Tensor | None = None
     ) -> Lists:
-        """Select for every request; with ``out`` the pool's own keys are read, for both."""
+        """Select for every row; with ``out`` the pool's own keys are read, for both."""
         keys, values = self._kv.of(layer.index)
         if out is None:
             keys, values = self._kv.scoring_keys(layer.index), None
@@ -253,7 +264,7 @@ class DecodePath:
         selected: Lists,
         head_map: torch.Tensor,
     ) -> torch.Tensor:
-        """Attend every request to the lists of its anchor."""
+        """Attend every row to the lists of its anchor."""
         keys, values = self._kv.of(layer.index)
         where = (selected, step.spans, head_map, layer.scale, step.buffers.parts)
         of_layer = {"v_scale": layer.v_scale, "sinks": layer.sinks}

@@ -75,7 +75,7 @@ class ExtendPath:
         self._config, self._sizes = config, sizes
         self._table, self._kv, self._arena = table, kv, arena
 
-    def reserve(self, rows: int) -> None:
+    def reserve(self, requests: int) -> None:
         """Refuse capture: tiles are cut on the host."""
         raise KascadeError("CUDA graphs: prefill steps cut tiles on the host; capture decoding")
 

@@ -1,7 +1,9 @@
 """The KV pool as attention reads it, and 8-bit copies of the anchors' keys, for scoring.
 
 A copy is written where the pool is, slot by slot, in the same step. So whatever the pool's slots
-go through (prefix hits, eviction, retraction), the copy holds the same tokens.
+go through (prefix hits, eviction, retraction), the copy holds the same tokens. What was drafted and
+rejected is written anew with the next chain. SGLang moves keys from slot to slot for trees of
+drafts alone.
 """
 
 from __future__ import annotations

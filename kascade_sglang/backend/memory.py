@@ -25,10 +25,11 @@ def reserved_memory(facts: ServerFacts, config: KascadeConfig) -> ReservedMemory
     """Count what a rank's paths allocate; nothing where the kernels do not run."""
     if not facts.gpu or config.selection != "topk":
         return ReservedMemory(0, 0)
-    sizes = Sizes.of(config, config.plan.shape.kv_heads // facts.tensor_ranks, facts.model.context)
+    heads = config.plan.shape.kv_heads // facts.tensor_ranks
+    sizes = Sizes.of(config, heads, facts.model.context, facts.chain)
     copy = allocate_key_copy(1, sizes.kv_heads, sizes.head_dim, NO_MEMORY)
     batches = (facts.captured_decode, facts.eager_decode)
-    decode = sum(DecodeBuffers(rows, sizes, config, NO_MEMORY).nbytes for rows in batches if rows)
+    decode = sum(DecodeBuffers(most, sizes, config, NO_MEMORY).nbytes for most in batches if most)
     tiles = -(-facts.largest_prefill // TILE) if config.sparse_prefill else 0
     slots = tiles * sizes.lists * sizes.longest_prefill_list
     prefill = allocate_lists(slots, NO_MEMORY)

@@ -25,8 +25,8 @@ class Path(Protocol[StepT, SelectedT]):
 
     attends_densely: bool
 
-    def reserve(self, rows: int) -> None:
-        """Allocate what captured steps of up to ``rows`` requests use."""
+    def reserve(self, requests: int) -> None:
+        """Allocate what captured steps of up to ``requests`` requests use."""
 
     def prepare(self, batch: Batch) -> None:
         """Do what must happen on the host before a graph runs; once a step."""

@@ -41,7 +41,7 @@ class Paths:
 
 def build_paths(rank: Rank, pool: MHATokenToKVPool, config: KascadeConfig) -> Paths:
     """Build the paths of one rank; raises KascadeError where scores have no room."""
-    sizes = Sizes.of(config, len(rank.heads), rank.table.shape[1])
+    sizes = Sizes.of(config, len(rank.heads), rank.table.shape[1], rank.chain)
     kernels = runs_kernels(rank.device, config)
     store = IndexStore(config, rank.heads, rank.device, one_list=kernels and config.pooled)
     copied = copied_layers(config, rank.layers) if kernels else []

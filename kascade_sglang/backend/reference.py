@@ -66,7 +66,7 @@ class ReferencePath:
     def __init__(self, config: KascadeConfig, table: torch.Tensor, kv: KeyValues) -> None:
         self._config, self._table, self._kv = config, table, kv
 
-    def reserve(self, rows: int) -> None:
+    def reserve(self, requests: int) -> None:
         """Refuse capture: eager torch chooses shapes by length, which a graph would freeze."""
         raise KascadeError("CUDA graphs: this path computes eagerly; pass --disable-cuda-graph")
 

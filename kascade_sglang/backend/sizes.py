@@ -19,6 +19,7 @@ class Sizes:
     longest_list: slots on the list of the context's last position in decoding, own tile
         included. longest_prefill_list: those of the last tile in prefill, without its own.
         Both also hold what one request may ask for (``max_topk_ratio``).
+    chain: tokens that a decode step computes for each request, a row each.
     """
 
     kv_heads: int
@@ -28,9 +29,10 @@ class Sizes:
     lists: int
     longest_list: int
     longest_prefill_list: int
+    chain: int = 1
 
     @staticmethod
-    def of(config: KascadeConfig, kv_heads: int, context: int) -> Sizes:
+    def of(config: KascadeConfig, kv_heads: int, context: int, chain: int = 1) -> Sizes:
         """Return the sizes of a rank that holds ``kv_heads`` of the model's KV heads."""
         model = config.plan.shape
         return Sizes(
@@ -41,6 +43,7 @@ class Sizes:
             lists=1 if config.pooled else kv_heads,
             longest_list=config.most_selected("decode", context) + TILE,
             longest_prefill_list=config.most_selected("prefill", context),
+            chain=chain,
         )
 
     @property

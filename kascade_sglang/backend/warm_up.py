@@ -58,7 +58,7 @@ def warm_up_decode(
 ) -> None:
     """Run decode steps of more than ``captured`` and up to ``eager`` requests, one of each kind.
 
-    Smaller ones are compiled when their graphs are captured. All requests have one key, in the
+    Smaller ones are compiled when their graphs are captured. All keys of all requests are in the
     padding's slot 0, whose 8-bit copy is the only thing of the pool that is written. layer, dtype:
     as above.
     """
@@ -68,8 +68,10 @@ def warm_up_decode(
     # The largest first: buffers for it serve the others, and requests.
     for count in sorted(decode.sizes_apart(captured + 1, eager), reverse=True):
         first = torch.zeros(count, dtype=torch.int64, device=keys.device)
-        batch = Batch(decode=True, requests=first, ends=first + 1, written=first)
-        q = torch.zeros(count, sizes.q_heads, sizes.head_dim, dtype=dtype, device=keys.device)
+        chain = sizes.chain
+        batch = Batch(decode=True, requests=first, ends=first + chain, written=first, chain=chain)
+        shape = (count * chain, sizes.q_heads, sizes.head_dim)
+        q = torch.zeros(shape, dtype=dtype, device=keys.device)
         paths.kv.copy(layer.index, batch.written)
         decode.prepare(batch)
         step = decode.record(batch)

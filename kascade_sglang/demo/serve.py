@@ -9,16 +9,17 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from kascade_sglang.servers.demo_model import MODEL, MODEL_NAME, demo_arguments
-from kascade_sglang.servers.process import Server, run_command
+from kascade_sglang.servers.process import Server, require_free, run_command
 from kascade_sglang.text.documents import MAX_TOKENS, make_document, messages
 
 
 def main() -> None:
-    """Serve until interrupted; raises ServerError where the server ends before."""
+    """Serve until interrupted; raises ServerError where it does not start, or ends before."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--backend", default="kascade")
     options, extra = parser.parse_known_args()
+    require_free(options.port)
     folder = Path(tempfile.mkdtemp(prefix="kascade-serve-"))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     document = make_document(1, 4000, lambda text: len(tokenizer.encode(text)), 1)

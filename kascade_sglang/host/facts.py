@@ -55,6 +55,8 @@ class ServerFacts:
     largest_prefill: the most new tokens of a prefill step.
     page_size: tokens of a page of the KV pool. chunk: tokens that a prompt is prefilled by; 0
         where it is prefilled whole.
+    speculates_by: the algorithm of speculative decoding, None without.
+    chain: tokens that a decode step computes for each request: one, or drafts to verify.
     """
 
     model: ModelFacts
@@ -73,3 +75,5 @@ class ServerFacts:
     largest_prefill: int
     page_size: int
     chunk: int
+    speculates_by: str | None = None
+    chain: int = 1

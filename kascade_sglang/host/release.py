@@ -16,6 +16,13 @@ VERIFIED = ("0.5.17", "0.5.18", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23"
 VERIFIED_WITH_SINKS = ("0.5.17",)
 """Those of them on which models with attention sinks were served."""
 
+WRITTEN_FOR_SPECULATION = ("0.5.17",)
+"""Those of them for which the verification of chains of drafts is tested, without a GPU."""
+
+VERIFIED_WITH_SPECULATION: tuple[str, ...] = ()
+"""Those of them on which a GPU has served it: where ``tests/e2e/test_speculation.py`` passes, with
+the release added here, leave it."""
+
 
 def require_supported_host(found: str | None = None) -> None:
     """Raise KascadeError unless SGLang is a release that this package is verified against."""

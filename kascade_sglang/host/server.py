@@ -18,13 +18,15 @@ from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.facts import ModelFacts, RefusedFlag, ServerFacts
 from kascade_sglang.host.release import VERIFIED_WITH_SINKS, resolves_late, serves_sinks
+from kascade_sglang.host.speculation import algorithm_of, chain_length, refused_speculation
 from kascade_sglang.plan.schema import ModelShape
 
 NAME = "kascade"
 
 # ServerArgs field -> the values Kascade works with. A flag stays here until it is tested.
 SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
-    "speculative_algorithm": (None,),
+    "speculative_adaptive": (False,),
+    "enable_multi_layer_eagle": (False,),
     "disaggregation_mode": (None, "null"),
     "dllm_algorithm": (None,),
     "kv_cache_dtype": ("auto", "bfloat16", "bf16", *FP8_TYPES),
@@ -146,6 +148,8 @@ def server_facts(server_args: Any, kv_dtype: torch.dtype | None = None) -> Serve
         largest_prefill=largest_prefill(server_args, facts.context),
         page_size=args.page_size,
         chunk=max(args.chunked_prefill_size or 0, 0),
+        speculates_by=algorithm_of(args),
+        chain=chain_length(args),
     )
 
 
@@ -244,6 +248,7 @@ def refused_flags(server_args: Any) -> Iterator[RefusedFlag]:
         if value not in supported:
             flag = "--" + field.replace("_", "-")
             yield RefusedFlag(flag, repr(supported[0]), repr(value))
+    yield from refused_speculation(args)
     # None until it is resolved.
     if args.device and (kind := device_kind(args.device)) not in ("cuda", "cpu"):
         remedy = "serve with another --attention-backend"
@@ -268,7 +273,8 @@ def largest_decodes(args: Any) -> tuple[int, int]:
     if decode is not None and decode.backend != "disabled":
         captured = max([decode.max_bs or 0, *(decode.bs or [])])
     running = chosen.max_running_requests or 0
-    return captured, running if running > captured else 0
+    # SGLang captures no larger steps than may run.
+    return min(captured, running or captured), running if running > captured else 0
 
 
 def largest_prefill(server_args: Any, context: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from kascade_kernels.budget import Budget
 from kascade_sglang.host.runtime import key_value_scales, local_kv_heads, local_layers
 from kascade_sglang.host.server import largest_decodes
+from kascade_sglang.host.speculation import chain_length
 
 if TYPE_CHECKING:
     from kascade_sglang.asks import Ask
@@ -32,6 +33,7 @@ class Rank:
     captured: most requests of a decode step that runs as a graph.
     eager: most of one that does not, 0 where all do; where nobody set a limit, those that are
         likely.
+    chain: tokens that a decode step computes for each request.
     """
 
     heads: range
@@ -42,6 +44,7 @@ class Rank:
     reports_metrics: bool = False
     captured: int = 0
     eager: int = 0
+    chain: int = 1
 
     @staticmethod
     def of(runner: ModelRunner) -> Rank:
@@ -61,6 +64,7 @@ class Rank:
             reports_metrics=runner.server_args.enable_metrics and 0 in heads,
             captured=captured,
             eager=given or (likely if likely > captured else 0),
+            chain=chain_length(runner.server_args),
         )
 
 
@@ -68,7 +72,7 @@ class Rank:
 class Batch:
     """The requests of one step and their new tokens.
 
-    decode: whether each request has one new token, the case that graphs are captured for.
+    decode: whether each request has ``chain`` new tokens, the case that graphs are captured for.
     requests: int64 [requests], rows of the slot table. ends: int [requests], keys that each
         request has after the step. Both on the device.
     written: int64 [tokens], slots of the new tokens.
@@ -77,6 +81,8 @@ class Batch:
     padding: last requests, which only fill a graph's batch.
     budgets: by request, what some asked for in this phase; None is the server's budget. Empty
         where nobody asked; it may be shorter than ``requests``.
+    chain: in decoding, new tokens of each request: one, or a chain of drafts to verify, each the
+        next one's past. Every one of them is a row.
     """
 
     decode: bool
@@ -87,33 +93,48 @@ class Batch:
     prefixes_cpu: Sequence[int] | None = None
     padding: int = 0
     budgets: tuple[Budget | None, ...] = ()
+    chain: int = 1
 
     @staticmethod
     def of(batch: ForwardBatch, asks: Sequence[Ask | None] = ()) -> Batch:
         """Read a forward batch. asks: by request, what some asked for."""
-        decode = batch.forward_mode.is_decode()
+        verify = batch.forward_mode.is_target_verify()
+        decode = verify or batch.forward_mode.is_decode()
+        chain = batch.spec_info.draft_token_num if verify else 1
+        # SGLang counts a decode step's new token, and no draft of a chain.
+        more = chain if verify else 0
         prefixes = None if decode else [int(prefix) for prefix in batch.extend_prefix_lens_cpu]
         if decode:
             lengths = getattr(batch, "seq_lens_cpu", None)
-            ends = None if lengths is None else lengths.numpy()
+            ends = None if lengths is None else lengths.numpy() + more
         else:
             new = np.array([int(n) for n in batch.extend_seq_lens_cpu], dtype=np.int64)
             ends = np.array(prefixes, dtype=np.int64) + new
         return Batch(
             decode=decode,
             requests=batch.req_pool_indices,
-            ends=batch.seq_lens,
+            ends=batch.seq_lens + more if more else batch.seq_lens,
             written=batch.out_cache_loc,
             ends_cpu=ends,
             prefixes_cpu=prefixes,
             padding=getattr(batch, "num_padding", 0),
             budgets=tuple(ask and (ask.decode if decode else ask.prefill) for ask in asks),
+            chain=chain,
         )
+
+    @property
+    def row_ends(self) -> torch.Tensor:
+        """Keys that each token of a decode step sees, its own included: int [requests * chain]."""
+        if self.chain == 1:
+            return self.ends
+        before = torch.arange(1 - self.chain, 1, dtype=self.ends.dtype, device=self.ends.device)
+        return (self.ends[:, None] + before).flatten()
 
     @property
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions [begin, end) that each request computes, int64 [requests] each."""
-        begins = self.ends_cpu - 1 if self.prefixes_cpu is None else np.array(self.prefixes_cpu)
+        decode = self.prefixes_cpu is None
+        begins = self.ends_cpu - self.chain if decode else np.array(self.prefixes_cpu)
         return begins.astype(np.int64), self.ends_cpu
 
 

@@ -50,6 +50,22 @@ def free_port() -> int:
             return port
 
 
+def require_free(port: int) -> None:
+    """Raise ServerError where no server can listen: another's answers would pass for its own."""
+    if not 0 < port < 2**16:
+        raise ServerError(f"--port: expected 1 to {2**16 - 1}, got {port}; name another")
+    with socket.socket() as probe:
+        # As servers do: what a closed connection leaves behind for a minute is in nobody's way.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ServerError(
+                f"--port: expected a free one, got {port} ({error.strerror}); name another, as "
+                "in `make serve PORT=30001`"
+            ) from error
+
+
 def stop_servers_on_sigterm() -> None:
     """Let SIGTERM end this process and its servers, which would outlive it and keep the GPU."""
 
@@ -203,5 +219,6 @@ class Server:
                 members.append(psutil.Process(pid))
                 members[-1].kill()
         psutil.wait_procs(members, timeout=10)
-        self._process.wait(10)
+        # Never a wait: a signal's handler may be here while what it interrupted waits, too.
+        self._process.poll()
         _running.discard(self)

@@ -17,6 +17,7 @@ from kascade_patches import (
     grammar_apply,
     grammar_apply_reasoning,
     grammar_bitmask,
+    ngram_batch_get,
     pool_cell_size,
     pool_sizes,
     req_init,
@@ -47,6 +48,8 @@ INFORMING = (scheduler_internal_state,)
 until a backend is built: their modules take seconds to import, which others need not wait for."""
 OF_SINKS = (server_args_backend_names,)
 """Only models with attention sinks depend on these; releases that serve none may lack them."""
+OF_NGRAM = (ngram_batch_get,)
+"""Only chains of n-grams depend on these; they wait until a backend is built, too."""
 WITHOUT_GPU = (
     support_triton,
     get_last_loc,
@@ -77,10 +80,21 @@ def register_hooks() -> None:
 
 
 def hook_informing() -> None:
-    """Hook what only informs, in a process that builds a backend: at once, and repeatable."""
+    """Hook what only informs, in a process that builds a backend."""
+    _hook_now(INFORMING)
+
+
+def hook_ngram() -> list[str]:
+    """Hook what only chains of n-grams depend on; return the SGLang symbols."""
+    _hook_now(OF_NGRAM)
+    return [module.TARGET for module in OF_NGRAM]
+
+
+def _hook_now(modules: Iterable[ModuleType]) -> None:
+    """Hook after SGLang has loaded its plugins; repeatable."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    _register(INFORMING)
+    _register(module for module in modules if module.TARGET not in HookRegistry._hooks)
     HookRegistry.apply_hooks()
 
 

@@ -306,7 +306,7 @@ def test_batches_of_all_sizes_share_buffers_of_a_known_size(batch_invariant: boo
     }
     taken = sum(storages.values())
     sizes = harness.backend.paths.sizes
-    assert DecodeBuffers(buffers.rows, sizes, harness.config, "meta").nbytes == taken
+    assert DecodeBuffers(buffers.most, sizes, harness.config, "meta").nbytes == taken
 
 
 def test_prompts_shorter_than_a_tile_share_little_memory_for_scores() -> None:

@@ -18,18 +18,23 @@ LENGTHS = [400, 90, 33]
 
 
 class CapturedDecode:
-    """One decode step of all layers over static inputs, as SGLang's runner captures it."""
+    """One decode step of all layers over static inputs, as SGLang's runner captures it.
 
-    def __init__(self, harness: Harness, rows: int) -> None:
-        self.harness = harness
+    With a harness of chains, the step that verifies them.
+    """
+
+    def __init__(self, harness: Harness, requests: int) -> None:
+        self.harness, self.chain = harness, harness.chain
+        rows = requests * self.chain
         self.batch = SimpleNamespace(
-            forward_mode=ForwardMode.DECODE,
-            req_pool_indices=torch.zeros(rows, dtype=torch.int64, device=DEVICE),
-            seq_lens=torch.ones(rows, dtype=torch.int64, device=DEVICE),
+            forward_mode=ForwardMode.DECODE if self.chain == 1 else ForwardMode.TARGET_VERIFY,
+            req_pool_indices=torch.zeros(requests, dtype=torch.int64, device=DEVICE),
+            seq_lens=torch.ones(requests, dtype=torch.int64, device=DEVICE),
             out_cache_loc=torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+            spec_info=SimpleNamespace(draft_token_num=self.chain),
         )
         backend = harness.backend
-        backend.init_cuda_graph_state(rows, rows)
+        backend.init_cuda_graph_state(requests, rows)
         heads = (8, 2, 2)
         self.inputs = [
             [torch.zeros(rows, h, HEAD_DIM, dtype=torch.float16, device=DEVICE) for h in heads]
@@ -53,18 +58,21 @@ class CapturedDecode:
         return outputs
 
     def replay(self, positions: dict[int, int]) -> list[torch.Tensor]:
-        """Run the new token of some requests at their positions; other rows are padding."""
-        harness, batch = self.harness, self.batch
+        """Run the new tokens of some requests from their positions on; other rows are padding."""
+        harness, batch, chain = self.harness, self.batch, self.chain
         batch.req_pool_indices.zero_()
         batch.seq_lens.fill_(1)
         batch.out_cache_loc.zero_()
-        for row, (request, position) in enumerate(positions.items()):
-            batch.req_pool_indices[row] = request + 1
-            batch.seq_lens[row] = position + 1
-            batch.out_cache_loc[row] = harness.req_to_token[request + 1, position]
+        for index, (request, position) in enumerate(positions.items()):
+            rows = slice(index * chain, (index + 1) * chain)
+            new = slice(position, position + chain)
+            batch.req_pool_indices[index] = request + 1
+            # Without the drafts, where there are any.
+            batch.seq_lens[index] = position + (chain == 1)
+            batch.out_cache_loc[rows] = harness.req_to_token[request + 1, new].to(torch.int64)
             for layer_id, tensors in enumerate(self.inputs):
                 for into, whole in zip(tensors, harness.qkv[layer_id][request], strict=True):
-                    into[row] = whole[position]
+                    into[rows] = whole[new]
         asks = tuple(harness.asks.get(request) for request in positions)
         set_asks(harness.runner, asks if any(asks) else ())
         harness.backend.init_forward_metadata_out_graph(batch)
@@ -73,7 +81,8 @@ class CapturedDecode:
         harness.req_to_token.zero_()
         self.graph.replay()
         harness.req_to_token.copy_(table)
-        return [out[: len(positions)].view(len(positions), 8, HEAD_DIM) for out in self.outputs]
+        count = len(positions) * chain
+        return [out[:count].view(count, 8, HEAD_DIM) for out in self.outputs]
 
 
 class EagerAndCaptured:
@@ -85,17 +94,21 @@ class EagerAndCaptured:
         )
         for harness in (self.eager, self.captured):
             harness.step([(0, 0, 300), (1, 0, 60), (2, 0, 20)])
-        self.decode = CapturedDecode(self.captured, rows=3)
+        self.decode = CapturedDecode(self.captured, requests=3)
 
     def step(self, offset: int, asks: dict[int, Ask]) -> None:
         """Decode the tokens so far behind the prompts; both ways give the same bits."""
         eager, steps = self.eager, {0: 300 + offset, 1: 60 + offset, 2: 20 + offset}
         eager.asks = self.captured.asks = asks
-        eager.step([(request, at, at + 1) for request, at in steps.items()])
+        if eager.chain == 1:
+            eager.step([(request, at, at + 1) for request, at in steps.items()])
+        else:
+            eager.verify(list(steps.items()))
         outputs = self.decode.replay(steps)
         for layer in range(eager.layers):
-            for row, (request, at) in enumerate(steps.items()):
-                assert torch.equal(outputs[layer][row], eager.outputs[layer][request][at])
+            found = outputs[layer].split(eager.chain)
+            for out, (request, at) in zip(found, steps.items(), strict=True):
+                assert torch.equal(out, eager.outputs[layer][request][at : at + eager.chain])
 
 
 FP8 = {"exact": False, "kv_cache_dtype": "fp8_e4m3", "scales": (0.6, 1.5)}
@@ -110,6 +123,30 @@ def test_replays_equal_eager_steps(options: dict[str, Any], heads: str) -> None:
     # 60 to 66 crosses the length up to which the budget covers everything.
     for offset in range(6):
         pair.step(offset, {})
+
+
+@pytest.mark.parametrize("options", [{"exact": True}, {"exact": False}, FP8], ids=str)
+def test_replayed_chains_equal_eager_ones(options: dict[str, Any]) -> None:
+    pair = EagerAndCaptured(chain=4, **options)
+    dense = Ask(EVERYTHING, EVERYTHING)
+    # Some drafts are rejected: the next chain begins before the last one's end.
+    for offset, asks in ((0, {}), (1, {0: dense}), (5, {}), (7, {2: dense})):
+        pair.step(offset, asks)
+
+
+def test_captured_chains_have_the_bits_of_single_steps() -> None:
+    single, verified = (
+        Harness(LENGTHS, batch_invariant=True, exact=False, chain=chain) for chain in (1, 4)
+    )
+    for harness in (single, verified):
+        harness.step([(0, 0, 300), (1, 0, 60)])
+    for request, begin in ((0, 300), (1, 60)):
+        for position in range(begin, begin + 4):
+            single.step([(request, position, position + 1)])
+    outputs = CapturedDecode(verified, requests=5).replay({0: 300, 1: 60})
+    for layer, out in enumerate(outputs):
+        expected = [single.outputs[layer][r][at : at + 4] for r, at in ((0, 300), (1, 60))]
+        assert torch.equal(out, torch.cat(expected))
 
 
 def test_what_requests_ask_for_changes_between_replays() -> None:

@@ -5,6 +5,7 @@
 
 import unittest
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,12 +19,18 @@ if not torch.cuda.is_available():
     pytest.skip("SGLang's kit needs a GPU", allow_module_level=True)
 
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.kits.attention_unittest.attention_methods.dense_attention import (
+    DenseAttentionCase,
     make_dense_cases,
     run_dense_attention_case,
 )
 from sglang.test.kits.attention_unittest.runner_modes.cuda_graph_decode_runner import (
     run_dense_cuda_graph_decode_case,
+)
+from sglang.test.kits.attention_unittest.runner_modes.speculative_target_verify_runner import (
+    run_dense_spec_verify_case,
+    run_dense_spec_verify_cuda_graph_case,
 )
 from sglang.test.kits.attention_unittest.runner_modes.split_op_runner import (
     run_dense_split_op_extend_case,
@@ -33,6 +40,20 @@ HEAD_DIM = 64
 CASES = make_dense_cases("kascade")
 DECODE_CASES = [case for case in CASES if case.forward_mode.is_decode()]
 EXTEND_CASES = [case for case in CASES if case.forward_mode.is_extend()]
+CHAIN = 4
+CHAINS = [
+    DenseAttentionCase(
+        f"chain_page_size_{page_size}",
+        "kascade",
+        ForwardMode.TARGET_VERIFY,
+        num_heads=8,
+        num_kv_heads=2,
+        page_size=page_size,
+        prefix_lens=(40, 7, 30),
+        extend_lens=(CHAIN,) * 3,
+    )
+    for page_size in (1, 32)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +67,11 @@ def backend_of_case(monkeypatch: pytest.MonkeyPatch) -> None:
             1, model.num_attention_heads, model.num_key_value_heads, HEAD_DIM, model.hidden_size
         )
         plan = Plan("case", shape, (0,), {})
-        return KascadeAttnBackend(
-            runner, KascadeConfig(plan, Budget(1.0, 64), "per_head", dense_backend="triton")
-        )
+        config = KascadeConfig(plan, Budget(1.0, 64), "per_head", dense_backend="triton")
+        # The kit's runners name no algorithm.
+        name = "EAGLE" if runner.server_args.speculative_num_draft_tokens == CHAIN else None
+        with mock.patch.object(runner.server_args, "speculative_algorithm", name):
+            return KascadeAttnBackend(runner, config)
 
     monkeypatch.setitem(ATTENTION_BACKENDS, "kascade", build)
 
@@ -66,3 +89,11 @@ def test_captured_decode(case: Any) -> None:
 @pytest.mark.parametrize("case", EXTEND_CASES, ids=lambda case: case.name)
 def test_prefill_between_captured_pieces(case: Any) -> None:
     run_dense_split_op_extend_case(unittest.TestCase(), case, head_dim=HEAD_DIM, breakable=True)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "ngram"])
+@pytest.mark.parametrize("case", CHAINS, ids=lambda case: case.name)
+def test_chains(case: Any, kind: str) -> None:
+    which = {"topk": 1, "spec_kind": kind, "head_dim": HEAD_DIM}
+    run_dense_spec_verify_case(unittest.TestCase(), case, **which)
+    run_dense_spec_verify_cuda_graph_case(unittest.TestCase(), case, **which)

@@ -46,19 +46,22 @@ def test_key_reads(method: str, layers: range | None) -> None:
     assert (reads.attended, reads.scored, reads.dense) == (attended, scored, dense)
 
 
-def batch_of(ends: list[int], prefixes: list[int] | None) -> Batch:
+def batch_of(ends: list[int], prefixes: list[int] | None, chain: int = 1) -> Batch:
     """Lengths of a batch; decoding has no prefixes, and 2 of its requests pad it."""
     unread, padding = torch.empty(0), 2 if prefixes is None else 0
     ends_cpu = np.array(ends, dtype=np.int64)
-    return Batch(prefixes is None, unread, unread, unread, ends_cpu, prefixes, padding)
+    of_host = (ends_cpu, prefixes, padding)
+    return Batch(prefixes is None, unread, unread, unread, *of_host, chain=chain)
 
 
-def counted(counter: KeyCounter, ends: list[int], prefixes: list[int] | None) -> list[float]:
+def counted(
+    counter: KeyCounter, ends: list[int], prefixes: list[int] | None, chain: int = 1
+) -> list[float]:
     """What one batch adds to the published counters."""
     phase = "decode" if prefixes is None else "prefill"
     children = [KEY_READS.labels(phase, kind) for kind in KINDS]
     before = [child._value.get() for child in children]
-    counter.add(batch_of(ends, prefixes))
+    counter.add(batch_of(ends, prefixes, chain))
     return [child._value.get() - old for child, old in zip(children, before, strict=True)]
 
 
@@ -75,6 +78,14 @@ def test_counters_grow_by_the_reads_of_a_step() -> None:
     assert counted(counter, [1024, 33, 1, 1], None) == expected([1023, 32])
     assert counted(counter, [70, 503], [0, 500]) == expected([*range(70), 500, 501, 502])
     assert counted(counter, [], []) == [0, 0, 0]
+
+
+def test_every_draft_of_a_chain_is_counted() -> None:
+    config = KascadeConfig(make_plan(4, 2, 4, (0, 2)), Budget(0.1, 64), "per_head")
+    counter = KeyCounter(config, range(4), context=1024)
+    drafts = [98, 99, 100, 255, 256, 257]
+    single = counted(counter, [*drafts, 1, 1], None)
+    assert counted(counter, [100, 257, 3, 3], None, chain=3) == single
 
 
 def test_a_dense_prefill_counts_what_it_reads() -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kascade_sglang.servers.demo_model import MODEL
+from benchmarks.bench_serving import measure
+from benchmarks.serving_workloads import Workload
+from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.process import Server
 from tests.e2e.test_commands import KASCADE, run
 from tests.support.models import LLAMA, make_plan
 
@@ -58,3 +61,12 @@ def test_bench_offline_throughput(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(out.read_text().splitlines()[-1])["successful_requests"] == 4
+
+
+def test_conversations_are_sent_turn_by_turn(tmp_path: Path) -> None:
+    workload = Workload(2, 400, 8, "output_tokens_per_s", 0, prefix=320, groups=2, turns=3)
+    with Server([*demo_arguments("kascade"), "--enable-metrics"], tmp_path / "log") as server:
+        figures = measure(server, MODEL, workload, float("inf"), tmp_path)
+    assert figures["requests"] == 6 and figures["output_tokens"] == 6 * 8
+    # Of six prompts the first of each conversation is new, and each turn sends those before it.
+    assert figures["prompt_tokens_served"] > 4 * 400 and figures["cache_hit_rate"] > 0.5

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,18 +17,25 @@ import pytest
 
 from kascade_sglang.servers.client import client_of
 from kascade_sglang.servers.loopback import uses_proxies, without_proxy
-from kascade_sglang.servers.process import Server, ServerError, run_command
+from kascade_sglang.servers.process import Server, ServerError, free_port, run_command
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from kascade_sglang.servers.process import Server, stop_servers_on_sigterm
+from kascade_sglang.servers.process import Server, run_command
 
-stop_servers_on_sigterm()
-sleep = (sys.executable, "-c", "import time; time.sleep(600)")
-server = Server([], Path(sys.argv[1]), command=sleep, on_wait=lambda _: print("up", flush=True))
-with server:
-    pass
+class Healthy(Server):
+    def is_healthy(self):
+        return sys.argv[2] == "waiting"
+
+def main():
+    sleep = (sys.executable, "-c", "import time; time.sleep(600)")
+    say = lambda *_: print("up", flush=True)
+    with Healthy([], Path(sys.argv[1]), command=sleep, on_wait=say) as server:
+        say()
+        server.require_running(None)
+
+sys.exit(run_command(main))
 """
 
 
@@ -56,20 +64,21 @@ def test_a_server_outlives_the_thread_that_asked_for_it(tmp_path: Path) -> None:
         assert server.is_healthy()
 
 
+@pytest.mark.parametrize("when", ["starting", "waiting"])
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
     ids=["SIGTERM", "SIGKILL"],
 )
 def test_what_ends_the_command_ends_the_server_too(
-    number: signal.Signals, status: int, tmp_path: Path
+    number: signal.Signals, status: int, when: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "log")]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "log"), when]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
         assert parent.stdout.readline() == b"up\n"
         children = psutil.Process(parent.pid).children()
         parent.send_signal(number)
-        assert parent.wait(30) == status
+        assert parent.wait(9) == status
     assert len(children) == 1
     assert not psutil.wait_procs(children, timeout=10)[1]
 
@@ -143,11 +152,30 @@ def test_commands_end_with_their_server(
             return {}
 
     monkeypatch.setattr(module, "Server", Dying)
-    monkeypatch.setattr(sys, "argv", ["command"])
+    # One that is free, whoever serves here.
+    port = ["--port", str(free_port())] if name.endswith("serve") else []
+    monkeypatch.setattr(sys, "argv", ["command", *port])
     assert run_command(module.main) == 1
     said = capsys.readouterr().err
     assert "kascade: the server ended (status -9): this is the log's end" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("port", ["-5", "0", "65536", "taken"])
+def test_a_port_that_no_server_can_have(
+    port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make serve` beside another server would show that one's answers as its own."""
+    module = importlib.import_module("kascade_sglang.demo.serve")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        number = str(other.getsockname()[1]) if port == "taken" else port
+        monkeypatch.setattr(sys, "argv", ["serve", "--port", number])
+        assert run_command(module.main) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("kascade: --port: expected ") and f"got {number}" in said.err
+    assert said.out == ""
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"])

@@ -222,7 +222,7 @@ def test_every_patch_is_registered_and_explained() -> None:
 
     register = (ROOT / "patches/README.md").read_text()
     patches = kascade_patches
-    some = patches.WITHOUT_GPU + patches.INFORMING + patches.OF_SINKS
+    some = patches.WITHOUT_GPU + patches.INFORMING + patches.OF_SINKS + patches.OF_NGRAM
     for module in patches.EVERYWHERE + some:
         assert f"`{module.TARGET}`" in register
         for word in ("Why:", "How:", "Remove when:"):

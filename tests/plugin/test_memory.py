@@ -68,6 +68,16 @@ def test_longer_lists_that_a_request_may_ask_for_are_counted(
     assert more == 4 * LISTS * (8 + 256 // 32) * (819 - 409)
 
 
+def test_chains_have_a_row_and_lists_for_each_draft(
+    reserved: Callable[..., ReservedMemory],
+) -> None:
+    """And share one copy of their request's slots."""
+    others = 768 * MB + SLOTS + 4 * LISTS * 256 // 32 * (ROOM - 32)
+    rows = 4 * LISTS * 8 * ROOM + PARTS
+    for chain in (1, 5):
+        assert 0 <= reserved(chain=chain).scratch - others - chain * rows <= chain * SMALL
+
+
 def test_copies_are_counted_by_the_token(reserved: Callable[..., ReservedMemory]) -> None:
     anchors, kv_heads, head_dim = 2, 4, 16
     assert reserved().per_token == anchors * kv_heads * (head_dim + 4)
@@ -109,6 +119,7 @@ def test_unchunked_prefill_counts_what_a_step_may_hold(make_model: Callable[...,
         ("full", 8, [1, 2, 16], None, (16, 0)),
         ("full", 8, None, 12, (8, 12)),
         ("full", 8, None, 8, (8, 0)),
+        ("full", 8, [1, 2, 16], 3, (3, 0)),
         ("disabled", 8, [1, 2], None, (0, 0)),
         ("disabled", 8, [1, 2], 5, (0, 5)),
     ],

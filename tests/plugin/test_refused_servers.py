@@ -6,7 +6,7 @@ One table, a row for each refusal in the code: the tests below count that none i
 import ast
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
@@ -17,11 +17,11 @@ import torch
 from sglang.srt.server_args import ServerArgs
 
 from kascade_sglang import checks
-from kascade_sglang.host import server
+from kascade_sglang.host import release, server, speculation
 from kascade_sglang.host.dense import FP8_TYPES
-from kascade_sglang.host.release import VERIFIED_WITH_SINKS
+from kascade_sglang.host.release import VERIFIED_WITH_SINKS, WRITTEN_FOR_SPECULATION
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
-from tests.support.models import GEMMA_3, WINDOWED_PLAN, make_plan, parse
+from tests.support.models import GEMMA_3, SHAPE, WINDOWED_PLAN, make_plan, parse
 
 MakeModel = Callable[..., Path]
 
@@ -30,6 +30,7 @@ MakeModel = Callable[..., Path]
 class Refused:
     """A command line and the words that its refusal begins with.
 
+    flags: MODEL in them stands for the model's path.
     flag: the ServerArgs field, where one flag alone is refused.
     model, plan: changes to those of ``models.py``. gpu: whether steps run on one.
     """
@@ -43,6 +44,8 @@ class Refused:
     gpu: bool = False
     hip: str | None = None  # torch's version of AMD's libraries, where it is built with them
     release: str | None = None  # of SGLang, where it is not the one that is installed
+    speculation: str | None = None  # the same, for what speculative decoding asks
+    speculates_on: tuple[str, ...] = WRITTEN_FOR_SPECULATION
 
 
 def of_flag(name: str, flags: str, words: str = "") -> Refused:
@@ -55,8 +58,21 @@ LATER = hasattr(ServerArgs, "attn_dp_size")
 DP = "--attn-dp-size: expected" if LATER else "--enable-dp-attention: expected"
 GRAPHS = "cuda_graph_backend_prefill"
 FULL_GRAPHS = '--cuda-graph-config {"prefill":{"backend":"full"}}'
+EAGLE = "--speculative-algorithm EAGLE --speculative-draft-model-path MODEL"
+NGRAM = "--speculative-algorithm NGRAM --speculative-ngram-max-bfs-breadth 1"
+CHAIN = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
+TREE = "--speculative-num-steps 3 --speculative-eagle-topk 4 --speculative-num-draft-tokens 8"
 FLAGS = (
-    of_flag("speculative_algorithm", "--speculative-algorithm NGRAM"),
+    of_flag(
+        "speculative_adaptive",
+        f"{EAGLE} --speculative-adaptive",
+        words="--speculative-adaptive: expected",
+    ),
+    of_flag(
+        "enable_multi_layer_eagle",
+        f"{EAGLE} --enable-multi-layer-eagle",
+        words="--enable-multi-layer-eagle: expected",
+    ),
     of_flag("disaggregation_mode", "--disaggregation-mode decode"),
     of_flag("dllm_algorithm", "--dllm-algorithm LowConfidence"),
     of_flag("kv_cache_dtype", "--kv-cache-dtype nvfp4"),
@@ -185,6 +201,57 @@ OTHERS = (
         model=GEMMA_3,
         plan=WINDOWED_PLAN,
     ),
+    Refused(
+        "--speculative-algorithm: expected one of None, NGRAM, EAGLE, EAGLE3, STANDALONE with the",
+        "--speculative-algorithm FROZEN_KV_MTP --speculative-draft-model-path MODEL "
+        "--speculative-draft-attention-backend triton " + CHAIN,
+    ),
+    Refused(
+        "--speculative-algorithm: expected none, as no GPU has served it yet, with the kascade "
+        "backend, got NGRAM",
+        NGRAM,
+        speculates_on=(),
+    ),
+    Refused(
+        "--speculative-algorithm: expected SGLang 0.5.17 with the kascade backend, got 0.5.23",
+        NGRAM,
+        speculation="0.5.23",
+    ),
+    Refused(
+        "--speculative-ngram-max-bfs-breadth: expected 1, a chain of drafts, with the kascade "
+        "backend, got 10, a tree; add the flag with 1",
+        "--speculative-algorithm NGRAM",
+    ),
+    *(
+        Refused(
+            "--speculative-eagle-topk: expected 1, a chain of drafts, with the kascade backend, "
+            "got 4, a tree; add it with 1",
+            f"--speculative-algorithm {name} --speculative-draft-model-path MODEL {TREE}",
+        )
+        for name in ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+    ),
+    Refused(
+        "--speculative-draft-attention-backend: expected fa3 or flashinfer or triton with the "
+        "kascade backend, got None; add it with fa3: drafts are made densely",
+        f"{EAGLE} {CHAIN}",
+    ),
+    Refused("--speculative-algorithm: expected none without a GPU, got NGRAM", NGRAM),
+    Refused(
+        "selection: expected topk with speculative decoding, whose drafts the kernels verify, got",
+        NGRAM,
+        environ={"KASCADE_SELECTION": "random"},
+    ),
+    Refused(
+        "--attention-backend: expected kascade in both phases with speculative decoding, got it "
+        "in decode alone",
+        f"{NGRAM} --prefill-attention-backend triton",
+    ),
+    Refused(
+        "--speculative-algorithm: expected none for a model with a sliding window in layers [0, 2]",
+        NGRAM,
+        model=GEMMA_3,
+        plan=WINDOWED_PLAN,
+    ),
     Refused("--tp-size: expected a divisor of the model's 4 KV heads, got 3", "--tp-size 3"),
     Refused("--tp-size: expected a divisor of the model's 4 KV heads, got 8", "--tp-size 8"),
     Refused(
@@ -233,17 +300,20 @@ def test_a_refused_server(
     row: Refused,
 ) -> None:
     if row.model is GPT_OSS:
-        release = row.release or version("sglang")
-        if row.release is None and release not in VERIFIED_WITH_SINKS:
+        found = row.release or version("sglang")
+        if row.release is None and found not in VERIFIED_WITH_SINKS:
             pytest.skip("this release does not serve it")
-        monkeypatch.setattr(server, "version", lambda name: release)
+        monkeypatch.setattr(release, "version", lambda name: found)
+    monkeypatch.setattr(speculation, "VERIFIED_WITH_SPECULATION", row.speculates_on)
+    if row.speculation:
+        monkeypatch.setattr(speculation, "version", lambda name: row.speculation)
     monkeypatch.setattr(server, "has_gpu", lambda: row.gpu)
     monkeypatch.setattr(torch.version, "hip", row.hip)
     for name, value in row.environ.items():
         monkeypatch.setenv(name, value)
     model = make_model(make_plan(**row.plan), **row.model)
     with pytest.raises(SystemExit) as stop:
-        parse(model, *row.flags.split())
+        parse(model, *row.flags.replace("MODEL", str(model)).split())
     if row.flag in SUPPORTED_VALUES_LATER and not hasattr(ServerArgs, row.flag):
         assert "unrecognized arguments: " + row.flags.split()[0] in capfd.readouterr().err
         return
@@ -274,6 +344,38 @@ def test_the_same_server_without_what_is_refused(
         assert checks.check(facts).window_of(2) == 8 and facts.model.sinks
 
 
+@pytest.mark.skipif(
+    version("sglang") not in WRITTEN_FOR_SPECULATION, reason="this release does not serve it"
+)
+@pytest.mark.parametrize(
+    "algorithm, flags",
+    [
+        ("NGRAM", f"{NGRAM} --speculative-num-draft-tokens 4"),
+        ("NGRAM", f"{NGRAM.lower()} --speculative-num-draft-tokens 4"),
+        *(
+            (
+                name.replace("NEXTN", "EAGLE"),
+                f"--speculative-algorithm {name} --speculative-draft-model-path MODEL {CHAIN} "
+                "--speculative-draft-attention-backend triton",
+            )
+            for name in ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+        ),
+    ],
+)
+def test_chains_of_drafts_are_served(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, algorithm: str, flags: str
+) -> None:
+    monkeypatch.setattr(server, "has_gpu", lambda: True)
+    monkeypatch.setattr(speculation, "VERIFIED_WITH_SPECULATION", WRITTEN_FOR_SPECULATION)
+    plan = make_plan(shape=replace(SHAPE, head_dim=64))
+    model = make_model(plan, head_dim=64, torch_dtype="bfloat16")
+    args = parse(model, *flags.replace("MODEL", str(model)).split())
+    facts = server.server_facts(args)
+    assert checks.check(facts)
+    assert (facts.speculates_by, facts.chain) == (algorithm, 4)
+    assert facts.captured_decode <= 48, "what SGLang lets run with speculation"
+
+
 def sentences(function: FunctionType) -> Iterator[str]:
     """The text that each sentence of a function begins with; empty where it is made elsewhere."""
     for node in ast.walk(ast.parse(inspect.getsource(function))):
@@ -286,11 +388,12 @@ def test_every_checked_flag_has_a_row() -> None:
     checked = {*SUPPORTED_VALUES, *SUPPORTED_VALUES_LATER, "cuda_graph_backend_prefill", "device"}
     assert {row.flag for row in FLAGS} == checked
     assert len(list(sentences(server.refused_flags))) == 3, "fields of a table, devices, graphs"
+    assert speculation.refused_speculation.__name__ in REFUSING
 
 
 REFUSING = {
     function.__name__: function
-    for module in (checks, server)
+    for module in (checks, server, speculation)
     for function in vars(module).values()
     if inspect.isgeneratorfunction(function) and function.__module__ == module.__name__
 }

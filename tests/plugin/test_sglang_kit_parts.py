@@ -14,9 +14,11 @@ RUN = {
     "cuda_graph_decode_runner",
     "metadata_invariants",  # which the captured cases call
     "split_op_runner",
+    "speculative_target_verify_runner",
+    "speculative_cuda_graph_runner",  # which the captured chains call
 }
 OTHER_MODELS = "other than softmax attention over K and V of each head, which a plan refuses"
-SPECULATIVE = "speculative decoding, which is refused"
+SPECULATIVE = "drafting, which is the dense backend's"
 DO_NOT_APPLY = {
     "dsa_attention": OTHER_MODELS,
     "dsv4_attention": OTHER_MODELS,
@@ -26,10 +28,8 @@ DO_NOT_APPLY = {
     "lightning_attention": OTHER_MODELS,
     "mamba2_attention": OTHER_MODELS,
     "mla_attention": OTHER_MODELS,
-    "speculative_cuda_graph_runner": SPECULATIVE,
     "speculative_draft_extend_runner": SPECULATIVE,
     "speculative_draft_runner": SPECULATIVE,
-    "speculative_target_verify_runner": SPECULATIVE,
 }
 
 

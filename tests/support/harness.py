@@ -79,6 +79,7 @@ class Harness:
     sinks: whether layers have them; the dense backend is then ``DenseWithSinks``.
     outputs[layer][request]: [length, Hq, D], filled as steps run.
     asks: by request, the ``Ask`` that it came with.
+    chain: tokens that each request has in a step of decoding; more than one come by ``verify``.
     selections[layer][request]: {(tile, first position): int64 [H, selected] positions}.
     """
 
@@ -107,6 +108,7 @@ class Harness:
         kv_cache_dtype: str = "auto",
         scales: tuple[float, float] | None = None,
         sinks: bool = False,
+        chain: int = 1,
     ) -> None:
         plan = make_plan(layers, kv_heads, group, anchors, windowed)
         budget = budget or Budget(0.1, 64)
@@ -124,7 +126,7 @@ class Harness:
             kv_cache_dtype=kv_cache_dtype,
             max_ratio=max_ratio,
         )
-        self.asks, self.scales = {}, scales
+        self.asks, self.scales, self.chain = {}, scales, chain
         self.runs_kernels = runs_kernels(DEVICE, self.config)
         self.lengths, self.layers, self.group, self.kv_heads = lengths, layers, group, kv_heads
         self._place(lengths, page_size, slot_seed)
@@ -167,6 +169,8 @@ class Harness:
                 enable_metrics=False,
                 cuda_graph_config=SimpleNamespace(decode=graphs),
                 max_running_requests=None,
+                speculative_algorithm="NGRAM" if self.chain > 1 else None,
+                speculative_num_draft_tokens=self.chain,
             ),
             ps=SimpleNamespace(tp_rank=0),
         )
@@ -218,6 +222,31 @@ class Harness:
         asks = tuple(self.asks.get(request) for request, _, _ in spans)
         set_asks(self.runner, asks if any(asks) else ())
         self.batch_tiles = list(reference.record(Batch.of(batch, asks)))
+        self.backend.init_forward_metadata(batch)
+        for layer_id in range(self.layers):
+            self._layer(layer_id, spans, batch)
+
+    def verify(self, starts: list[tuple[int, int]]) -> None:
+        """Run a chain of tokens of some requests, from a position on, as drafts to verify.
+
+        SGLang's lengths are those before the drafts. Selections are not recorded.
+        """
+        spans = [(request, begin, begin + self.chain) for request, begin in starts]
+        batch = SimpleNamespace(
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            req_pool_indices=torch.tensor([request + 1 for request, _ in starts], device=DEVICE),
+            seq_lens=torch.tensor([begin for _, begin in starts], device=DEVICE),
+            seq_lens_cpu=torch.tensor([begin for _, begin in starts]),
+            extend_prefix_lens_cpu=None,
+            extend_seq_lens_cpu=None,
+            spec_info=SimpleNamespace(draft_token_num=self.chain),
+            out_cache_loc=torch.cat(
+                [self.req_to_token[r + 1, b:e].to(torch.int64) for r, b, e in spans]
+            ),
+        )
+        asks = tuple(self.asks.get(request) for request, _ in starts)
+        set_asks(self.runner, asks if any(asks) else ())
+        self.batch_tiles = []
         self.backend.init_forward_metadata(batch)
         for layer_id in range(self.layers):
             self._layer(layer_id, spans, batch)

@@ -18,6 +18,24 @@ def add_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", _cast_impl)
 
 
+def multiply_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a row of a product have the same bits at every place, as on GPUs.
+
+    On a CPU they depend on the place. Products in float64 make no difference that is left in
+    float32.
+    """
+    multiply = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, added: Any, *others: Any) -> TensorHandle:
+        if not a.dtype.is_floating():
+            return multiply(self, a, b, added, *others)
+        operands = (self.cast_impl(each, tl.float32).data.astype(np.float64) for each in (a, b))
+        product = np.matmul(*operands).astype(np.float32)
+        return TensorHandle(product + added.data, added.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
 def leave_out_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the greater of NaN and a number be the number, as on GPUs; so the lesser."""
     for name, of_two in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
