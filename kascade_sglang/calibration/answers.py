@@ -6,7 +6,7 @@ at which the model answers are run again, sparse in every layer, over the keys o
 the loss is the divergence of what they predict.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -185,9 +185,15 @@ class _RowsAttention(DenseAttention):
     """
 
     def __init__(
-        self, rows: torch.Tensor, states: tuple, how: Selecting, lists: Lists | None
+        self,
+        rows: torch.Tensor,
+        states: tuple,
+        how: Selecting,
+        lists: Lists | None,
+        select: Callable[..., Lists],
     ) -> None:
         self._rows, self._states, self._how, self.lists = rows, states, how, lists
+        self._select = select
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """Put the rows' own keys and values in their places, then attend."""
@@ -196,15 +202,20 @@ class _RowsAttention(DenseAttention):
         k[rows], v[rows] = call.k, call.v
         call = call._replace(k=k, v=v)
         if self.lists is None and call.layer in how.layers:
-            self.lists = select_keys(call, rows, how.budget, how.pooled)
+            self.lists = self._select(call, rows, how.budget, how.pooled)
         return attend_rows(call, rows, self.lists)
 
 
 class SparseAnswers:
-    """A prompt's rows, sparse in all layers; what was run for the last anchors is kept."""
+    """A prompt's rows, sparse in all layers; what was run for the last anchors is kept.
 
-    def __init__(self, answers: Answers, how: Selecting) -> None:
-        self._answers, self._how = answers, how
+    select: how anchors do it, with ``select_keys``'s arguments.
+    """
+
+    def __init__(
+        self, answers: Answers, how: Selecting, select: Callable[..., Lists] = select_keys
+    ) -> None:
+        self._answers, self._how, self._select = answers, how, select
         self._inputs = list(answers.inputs)
         self._lists: dict[int, Lists] = {}  # of the anchors
         self._anchors: tuple[int, ...] = ()
@@ -248,8 +259,9 @@ class SparseAnswers:
         hidden, inputs = self._inputs[start], []
         for number in range(start, len(layers)):
             inputs.append(hidden)
+            borrowed = self._borrowed(number, anchors, lists)
             attention = _RowsAttention(
-                found.rows, self._states[number], self._how, self._borrowed(number, anchors, lists)
+                found.rows, self._states[number], self._how, borrowed, self._select
             )
             others, named = found.calls[number]
             out = layers[number](hidden[None], *others, **named, kascade=attention)

@@ -36,6 +36,20 @@ def select_keys(call: LayerCall, rows: torch.Tensor, budget: Budget, pooled: boo
     call: q [R, Hq, D] of the rows, k [L, H, D] of all positions. rows: int64 [R], their positions.
     pooled: whether all heads take the same keys.
     """
+    return best_keys(score_keys(call, rows, pooled), rows, budget)
+
+
+def best_keys(score: torch.Tensor, rows: torch.Tensor, budget: Budget) -> Lists:
+    """Return the keys with the greatest scores [R, H, L], as many as every row's budget takes."""
+    counts = torch.tensor([budget.selected(tile_of(int(row))) for row in rows], device=rows.device)
+    return Lists(score.topk(int(counts.max())).indices, counts)
+
+
+def score_keys(call: LayerCall, rows: torch.Tensor, pooled: bool) -> torch.Tensor:
+    """Attention of every row to every key, summed over a group: [R, H, L], -1 from its tile on.
+
+    Arguments as of ``select_keys``.
+    """
     positions = torch.arange(len(call.k), device=rows.device)
     starts = rows // TILE * TILE
     hidden = _bias(positions <= rows[:, None], call.q)
@@ -46,9 +60,7 @@ def select_keys(call: LayerCall, rows: torch.Tensor, budget: Budget, pooled: boo
     score = torch.stack(scores, dim=1)  # [R, H, L]
     if pooled:
         score = score.sum(1, keepdim=True).expand_as(score)
-    score = score.masked_fill((positions >= starts[:, None])[:, None], -1.0)
-    counts = torch.tensor([budget.selected(tile_of(int(row))) for row in rows], device=rows.device)
-    return Lists(score.topk(int(counts.max())).indices, counts)
+    return score.masked_fill((positions >= starts[:, None])[:, None], -1.0)
 
 
 def attend_rows(call: LayerCall, rows: torch.Tensor, lists: Lists | None) -> torch.Tensor:
