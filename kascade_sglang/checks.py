@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from kascade_sglang.config import KascadeConfig, load_config
-from kascade_sglang.errors import KascadeError
+from kascade_sglang.config import KascadeConfig, read_config
+from kascade_sglang.errors import KascadeError, noted
 from kascade_sglang.host.dense import WITH_SINKS, default_dense_backend, require_dense_backend
 from kascade_sglang.host.facts import RefusedFlag, ServerFacts
 
@@ -22,11 +22,11 @@ def check(facts: ServerFacts) -> KascadeConfig:
     refused = [*flag_reasons(facts.refused_flags), *model_reasons(facts.model.unsupported)]
     config = None
     if not facts.model.unsupported:
-        try:
-            config = load_config(facts.model.path, facts.model.shape, facts.model.options)
+        refused += [*_refused_heads(facts), *_refused_window_pool(facts)]
+        with noted(refused):
+            config, values = read_config(facts.model.path, facts.model.shape, facts.model.options)
+            refused += values
             require_dense_backend(config.dense_backend)
-        except KascadeError as error:
-            refused.append(str(error))
     if config is not None:
         refused += reasons(facts, config)
     if refused:
@@ -43,8 +43,7 @@ def reasons(facts: ServerFacts, config: KascadeConfig) -> list[str]:
     """Return why this server cannot be served with a configuration, a sentence each."""
     kernels = facts.gpu and config.selection == "topk"
     found = [*_refused_plan(facts, config), *_refused_ranks(facts, config)]
-    found += [*_refused_sinks(facts, config), *_refused_window_pool(facts)]
-    found += _refused_speculation(facts, config)
+    found += [*_refused_sinks(facts, config), *_refused_speculation(facts, config)]
     return [*found, *_refused_on_gpu(facts, config)] if kernels else found
 
 
@@ -157,13 +156,17 @@ def _refused_speculation(facts: ServerFacts, config: KascadeConfig) -> Iterator[
         )
 
 
-def _refused_ranks(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
-    ranks, kv_heads = facts.tensor_ranks, config.plan.shape.kv_heads
+def _refused_heads(facts: ServerFacts) -> Iterator[str]:
+    ranks, kv_heads = facts.tensor_ranks, facts.model.shape.kv_heads
     if kv_heads % ranks:
         yield (
             f"--tp-size: expected a divisor of the model's {kv_heads} KV heads, got {ranks}; "
             "a KV head's query group must sit on one rank"
         )
+
+
+def _refused_ranks(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
+    ranks = facts.tensor_ranks
     if ranks > 1 and config.heads == "pooled":
         yield "--kascade-heads: expected per_head with --tp-size above 1, got pooled"
     elif ranks > 1 and config.pooled:

@@ -97,15 +97,32 @@ def load_config(
     model_options: Any = None,
     environ: Mapping[str, str] | None = None,
 ) -> KascadeConfig:
-    """Return the configuration for serving ``model``; raises KascadeError with one sentence."""
+    """Return the configuration for serving ``model``; raises KascadeError, a line a reason."""
+    config, refused = read_config(model, shape, model_options, environ)
+    if refused:
+        raise KascadeError("\n".join(refused))
+    return config
+
+
+def read_config(
+    model: str,
+    shape: ModelShape,
+    model_options: Any = None,
+    environ: Mapping[str, str] | None = None,
+) -> tuple[KascadeConfig, list[str]]:
+    """Return a configuration, and why some values are refused, which are the defaults in it.
+
+    Raises KascadeError where settings cannot be read or no plan is found.
+    """
     settings = read_settings(model_options, environ)
     plan = find_plan(model, shape, settings.plan)
 
+    refused: list[str] = []
     decode_default = _at_least(plan.budget, plan.decode_min_k, MIN_K)
-    budget = _budget("", decode_default, settings.topk_ratio, settings.min_k)
+    budget = _budget("", decode_default, settings.topk_ratio, settings.min_k, refused)
     prefill_default = _at_least(budget, plan.prefill_min_k, PREFILL_MIN_K)
     prefill = _budget(
-        "prefill_", prefill_default, settings.prefill_topk_ratio, settings.prefill_min_k
+        "prefill_", prefill_default, settings.prefill_topk_ratio, settings.prefill_min_k, refused
     )
     defaults = {
         "topk_ratio": plan.budget.ratio,
@@ -115,8 +132,8 @@ def load_config(
         "heads": plan.heads,
     }
     if settings.max_topk_ratio is not None:
-        _budget("max_", budget, settings.max_topk_ratio, None)
-    return KascadeConfig(
+        _budget("max_", budget, settings.max_topk_ratio, None, refused)
+    config = KascadeConfig(
         # Quest hands nothing from layer to layer.
         plan=every_layer_an_anchor(plan) if settings.selection == "quest" else plan,
         budget=budget,
@@ -130,6 +147,7 @@ def load_config(
         max_ratio=settings.max_topk_ratio,
         changed=changed(settings, defaults),
     )
+    return config, refused
 
 
 def _at_least(budget: Budget, planned: int | None, release: int) -> Budget:
@@ -137,11 +155,14 @@ def _at_least(budget: Budget, planned: int | None, release: int) -> Budget:
     return Budget(budget.ratio, max(budget.min_k, release if planned is None else planned))
 
 
-def _budget(prefix: str, default: Budget, ratio: float | None, min_k: int | None) -> Budget:
-    """Return a budget with what the user says instead of the default; raises KascadeError."""
-    try:
-        return Budget(
-            default.ratio if ratio is None else ratio, default.min_k if min_k is None else min_k
-        )
-    except ValueError as error:
-        raise KascadeError(f"{prefix}{error}") from error
+def _budget(
+    prefix: str, default: Budget, ratio: float | None, min_k: int | None, refused: list[str]
+) -> Budget:
+    """Return a budget with what the user says instead of the default; notes what is refused."""
+    chosen = default
+    for name, value in (("ratio", ratio), ("min_k", min_k)):
+        try:
+            chosen = chosen if value is None else replace(chosen, **{name: value})
+        except ValueError as error:
+            refused.append(f"{prefix}{error}")
+    return chosen

@@ -1,8 +1,20 @@
 """The exceptions for input that Kascade refuses: what the user can mend."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KascadeError(ValueError):
     """Refused input; the message is one sentence: name, expected, got, how to fix."""
+
+
+@contextmanager
+def noted(refused: list[str]) -> Iterator[None]:
+    """Note what a block refuses, instead of raising it: what follows may be refused, too."""
+    try:
+        yield
+    except KascadeError as error:
+        refused.append(str(error))
 
 
 MOST_CHARACTERS = 700

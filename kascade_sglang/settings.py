@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kascade_sglang.errors import KascadeError
+from kascade_sglang.errors import KascadeError, noted
 
 logger = logging.getLogger(__name__)
 
@@ -267,17 +267,21 @@ def read_settings(model_options: Any, environ: Mapping[str, str] | None = None) 
     """Merge flags, environment and the model config's ``kascade`` key, in that order.
 
     model_options: the value of that key, None if there is none.
-    Raises KascadeError naming the source and the setting that is wrong.
+    Raises KascadeError, a line for each setting that is wrong, which names its source.
     """
     environ = os.environ if environ is None else environ
     sources = (
-        _from_model(model_options),
-        _from_environment(environ),
-        _parse("command line", json.loads(environ.get(FLAGS_VARIABLE) or "{}")),
+        lambda: _from_model(model_options),
+        lambda: _from_environment(environ),
+        lambda: _parse("command line", json.loads(environ.get(FLAGS_VARIABLE) or "{}")),
     )
     merged: dict[str, Any] = {}
-    for settings in sources:
-        merged.update(settings.model_dump(exclude_unset=True))
+    refused: list[str] = []
+    for read in sources:
+        with noted(refused):
+            merged.update(read().model_dump(exclude_unset=True))
+    if refused:
+        raise KascadeError("\n".join(refused))
     return Settings(**{**PRESETS[merged.get("preset", "balanced")], **merged})
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from kascade_patches.server_args_from_cli_args import FROM_COMMAND_LINE
-from kascade_sglang.errors import KascadeError, lines
+from kascade_sglang.errors import KascadeError, lines, noted
 from kascade_sglang.host.release import resolves_late
 
 TARGET = (
@@ -38,14 +38,13 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
         phases_on_kascade,
         server_facts,
     )
-    from kascade_sglang.settings import announce, read_settings
+    from kascade_sglang.settings import announce
 
     if getattr(server_args, "_resolution_finished", False) or not phases_on_kascade(server_args):
         return original(server_args)
     try:
         require_supported_host()
-        compares = read_settings(None).selection != "topk"
-        if not server_args.disable_cuda_graph and (compares or not has_gpu()):
+        if not server_args.disable_cuda_graph and (_compares() or not has_gpu()):
             logger.warning(
                 "kascade: CUDA graphs are off, attention runs through the torch reference"
             )
@@ -69,12 +68,25 @@ def hook(original: Callable[..., None], server_args: Any) -> None:
         raise
 
 
+def _compares() -> bool:
+    """Whether keys are selected otherwise than the method does, to compare it."""
+    from kascade_sglang.settings import read_settings
+
+    # What cannot be read is refused later, with all else.
+    with suppress(KascadeError):
+        return read_settings(None).selection != "topk"
+    return False
+
+
 def _reasons_known_early(server_args: Any) -> list[str]:
     """Return what ServerArgs that SGLang could not resolve are refused for."""
     from kascade_sglang.checks import flag_reasons, model_reasons
     from kascade_sglang.host.server import refused_flags, unsupported
+    from kascade_sglang.settings import read_settings
 
     reasons = list(flag_reasons(refused_flags(server_args)))
+    with noted(reasons):
+        read_settings(None)
     # Where SGLang cannot read the model's config, that is the error to show.
     with suppress(Exception):
         reasons += model_reasons(unsupported(server_args))

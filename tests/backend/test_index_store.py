@@ -6,6 +6,7 @@ import torch
 from kascade_kernels.budget import Budget
 from kascade_sglang.backend.index_store import IndexStore
 from kascade_sglang.config import KascadeConfig
+from kascade_sglang.errors import KascadeError
 from tests.support.harness import make_plan
 
 
@@ -33,3 +34,15 @@ def test_an_anchor_gets_its_own_slots_back() -> None:
     store.put(2, [slots])
     (kept,), head_map = store.get(2)
     assert kept is slots and head_map.tolist() == [0, 1, 2, 3]
+
+
+def test_a_layer_never_gets_the_keys_of_another_anchor_or_step() -> None:
+    plan = make_plan(layers=4, kv_heads=4, group=2, anchors=(0, 2))
+    store = IndexStore(KascadeConfig(plan, Budget(), "per_head"), range(4), "cpu")
+    for layer in (0, 3):
+        with pytest.raises(KascadeError, match=f"layer {layer} ran before its anchor"):
+            store.get(layer)
+        store.put(0, [])
+    store.clear()
+    with pytest.raises(KascadeError, match="layer 1 ran before its anchor, layer 0, in this step"):
+        store.get(1)

@@ -29,12 +29,18 @@ MakeModel = Callable[..., Path]
 
 def refusal(model: Path, *flags: str) -> str:
     """Return the sentence that a command line is refused with."""
+    (sentence,) = refusals(model, *flags)
+    return sentence
+
+
+def refusals(model: Path, *flags: str) -> list[str]:
+    """Return all that a command line is refused with; the first begins with our name."""
     with pytest.raises(SystemExit) as stop:
         parse(model, *flags)
-    sentence = stop.value.code
-    assert isinstance(sentence, str), "a text makes the exit status 1"
-    assert sentence.startswith("kascade: ") and "\n" not in sentence
-    return sentence
+    said = stop.value.code
+    assert isinstance(said, str), "a text makes the exit status 1"
+    assert said.startswith("kascade: ")
+    return said.split("\n")
 
 
 def test_good_input_is_accepted(make_model: MakeModel) -> None:
@@ -125,12 +131,30 @@ def test_min_k_below_two_tiles(make_model: MakeModel) -> None:
 
 def test_all_reasons_are_said_at_once(make_model: MakeModel) -> None:
     flags = ("--enable-two-batch-overlap", "--enable-lmcache", "--kascade-min-k", "3")
-    with pytest.raises(SystemExit) as stop:
-        parse(make_model(), *flags)
-    lines = str(stop.value.code).splitlines()
-    assert len(lines) == 3
-    for line, word in zip(lines, ("two-batch", "lmcache", "min_k"), strict=True):
+    for line, word in zip(
+        refusals(make_model(), *flags), ("two-batch", "lmcache", "min_k"), strict=True
+    ):
         assert word in line and "expected" in line
+
+
+def test_all_settings_that_are_wrong_are_said_at_once(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one source, of several, and with what the server is refused for."""
+    flags = ("--kascade-topk-ratio", "7", "--kascade-min-k", "3", "--kascade-dense-backend", "no")
+    flags += ("--kascade-prefill-min-k", "4", "--kascade-max-topk-ratio", "9", "--tp-size", "3")
+    words = ["--tp-size", "topk_ratio", "min_k", "prefill_min_k", "max_topk_ratio", "dense_backend"]
+    said = [line.removeprefix("kascade: ") for line in refusals(make_model(), *flags)]
+    assert [line.split(":")[0] for line in said] == words
+    monkeypatch.setenv("KASCADE_EXACT", "maybe")
+    model = make_model(kascade={"phases": "never"})
+    said = refusals(model, "--enable-lmcache", "--tp-size", "3")
+    assert [line.split(": expected")[0] for line in said] == [
+        "kascade: --enable-lmcache",
+        "--tp-size",
+        'model config "kascade": phases',
+        "environment KASCADE_*: exact",
+    ]
 
 
 def test_other_sglang_release() -> None:
