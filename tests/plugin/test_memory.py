@@ -6,11 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kascade_kernels.budget import Budget
+from kascade_patches import pool_cell_size, pool_sizes
+from kascade_sglang.backend import memory
 from kascade_sglang.backend.memory import ReservedMemory, reserved_memory
 from kascade_sglang.checks import check
 from kascade_sglang.config import MB
+from kascade_sglang.host import server
 from kascade_sglang.host.server import largest_decodes, server_facts
 from tests.support.models import GEMMA_3, WINDOWED_PLAN, make_plan, parse
 
@@ -138,3 +142,29 @@ def test_nothing_is_reserved_for_decoding_that_is_not_known(
 ) -> None:
     found = reserved(captured_decode=0).scratch
     assert found == 768 * MB + 4 * 256 // 32 * LISTS * (ROOM - 32)
+
+
+def test_eager_steps_have_buffers_of_their_own(reserved: Callable[..., ReservedMemory]) -> None:
+    none = reserved(captured_decode=0).scratch
+    one = reserved(captured_decode=0, eager_decode=8).scratch - none
+    assert one == reserved().scratch - none > 0
+    assert reserved(eager_decode=8).scratch - none == 2 * one
+
+
+def test_the_pool_leaves_what_is_reserved(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "reserved_memory", lambda facts, config: ReservedMemory(10, 1000))
+    kvc = SimpleNamespace(server_args=parse(make_model()), kv_cache_dtype=torch.float32)
+    pool, taken = SimpleNamespace(), []
+
+    def sizes(configurator: object, available: int, page_size: int) -> None:
+        taken.append((configurator is pool, available, page_size))
+
+    assert pool_cell_size.hook(64, pool, kvc, 4) == 74
+    for available in (5000, 500):
+        pool_sizes.hook(sizes, pool, available, 16)
+    monkeypatch.setattr(server, "phases_on_kascade", lambda args: frozenset())
+    assert pool_cell_size.hook(64, pool, kvc, 4) == 64, "another backend's server"
+    pool_sizes.hook(sizes, pool, 5000, 16)
+    assert taken == [(True, 4000, 16), (True, 0, 16), (True, 5000, 16)]
