@@ -10,13 +10,9 @@ import sys
 
 from sglang.srt.plugins import load_plugins
 
-import kascade_patches
-
 TOOLS = ("one_batch", "offline_throughput")
 
 # At module level: processes that the tool spawns import this file again and need the plugin too.
-# Before it what serves requests, whose hooks are registered only where it is loaded.
-importlib.import_module(kascade_patches.SCHEDULER)
 load_plugins()
 
 

@@ -29,14 +29,13 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     from kascade_sglang.backend.backend import KascadeAttnBackend
     from kascade_sglang.checks import check
     from kascade_sglang.errors import KascadeError
-    from kascade_sglang.host.dense import FP8_TYPES
     from kascade_sglang.host.release import require_supported_host
-    from kascade_sglang.host.runtime import require_layers, require_plain_pool, require_scales
-    from kascade_sglang.host.server import require_hooks, server_facts
+    from kascade_sglang.host.runtime import require_runner
+    from kascade_sglang.host.server import require_hooks, worker_facts
     from kascade_sglang.host.speculation import NGRAM
 
     require_supported_host()
-    facts = server_facts(runner.server_args, runner.kv_cache_dtype)
+    facts = worker_facts(runner)
     of_ngram = kascade_patches.hook_ngram() if facts.speculates_by == NGRAM else []
     require_hooks([*kascade_patches.targets(), *of_ngram])
     of_pool = ("window_pool",) if facts.model.window_pool else ("pool_cell_size", "pool_sizes")
@@ -49,10 +48,7 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
             "sglang.srt.plugins.load_plugins() before ServerArgs(...), or pass "
             "disable_cuda_graph=True"
         )
-    require_layers(runner.model, config.window_of)
-    stored = FP8_TYPES.get(config.kv_cache_dtype, runner.model_config.dtype)
-    require_plain_pool(runner.token_to_kv_pool, stored)
-    if config.fp8:
-        require_scales(runner.model, config.dense_backend)
+    require_runner(runner, config.window_of, config.kv_cache_dtype, config.dense_backend)
     accept(config, facts.phases, facts.model.context)
+    kascade_patches.hook_informing()
     return KascadeAttnBackend(runner, config)

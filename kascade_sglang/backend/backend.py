@@ -15,12 +15,16 @@ from kascade_sglang.backend.published import publish
 from kascade_sglang.backend.warm_up import warm_up, warm_up_decode
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
-from kascade_sglang.host.runtime import (
-    AttentionBackend,
-    build_dense_backend,
-    sinks_of,
+from kascade_sglang.host.runtime import Backend, build_dense_backend, model_dtype, sinks_of
+from kascade_sglang.host.steps import (
+    Batch,
+    Layer,
+    Rank,
+    asks_of,
+    is_idle,
+    queries_of,
+    written_slots,
 )
-from kascade_sglang.host.steps import Batch, Layer, Rank, asks_of
 from kascade_sglang.plan.schema import LayerRole
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ class Running(Generic[StepT, SelectedT]):
     step: StepT
 
 
-class KascadeAttnBackend(AttentionBackend):
+class KascadeAttnBackend(Backend):
     """Anchor layers select keys, reuse layers attend to them, layer 0 attends to everything.
 
     Layers with a sliding window are the dense backend's, in prefill and in decoding.
@@ -48,15 +52,11 @@ class KascadeAttnBackend(AttentionBackend):
     """
 
     def __init__(self, runner: ModelRunner, config: KascadeConfig) -> None:
-        super().__init__()
+        super().__init__(runner)
         rank = Rank.of(runner)
         self.config, self._runner = config, runner
         self.dense = build_dense_backend(runner, config.dense_backend)
-        # SGLang reads these off a backend.
-        self.req_to_token_pool = runner.req_to_token_pool
-        self.token_to_kv_pool = runner.token_to_kv_pool
-        self.max_context_len = runner.model_config.context_len
-        self.paths = build_paths(rank, runner.token_to_kv_pool, config)
+        self.paths = build_paths(rank, self.token_to_kv_pool, config)
         self.running: Running | None = None
         self.has_windows = any(layer in rank.layers for layer in config.plan.windowed)
         # What decodes without the host needs no lengths there; what counts keys does, and the
@@ -73,9 +73,9 @@ class KascadeAttnBackend(AttentionBackend):
 
     def _warm_up(self, rank: Rank, anchor: int) -> None:
         """Compile what no graph's capture will."""
-        dtype, config = self._runner.model_config.dtype, self.config
+        dtype, config = model_dtype(self._runner), self.config
         v_scale = 1.0 if config.fp8 else None
-        layer = Layer(anchor, 1.0, v_scale, sinks_of(self._runner.model))
+        layer = Layer(anchor, 1.0, v_scale, sinks_of(self._runner))
         if config.sparse_prefill:
             warm_up(self.paths, layer, dtype)
         if rank.eager and self.paths.decode.attends_densely:
@@ -83,7 +83,7 @@ class KascadeAttnBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""
-        if forward_batch.forward_mode.is_idle():
+        if is_idle(forward_batch):
             return
         batch = Batch.of(forward_batch, asks_of(self._runner))
         path = self._path(batch)
@@ -187,32 +187,31 @@ class KascadeAttnBackend(AttentionBackend):
         save_kv_cache: bool,
         **kwargs: object,
     ) -> torch.Tensor:
+        facts = Layer.of(layer, self.config.fp8, kwargs.get(SINKS))
         if k is None or kwargs.keys() - {SINKS}:
             raise KascadeError(
-                f"layer {layer.layer_id}: expected q, k, v and sinks, got "
+                f"layer {facts.index}: expected q, k, v and sinks, got "
                 f"{sorted(kwargs) or 'no k'}; serve with another --attention-backend"
             )
-        role = self.config.plan.role(layer.layer_id)
-        facts = Layer.of(layer, self.config.fp8, kwargs.get(SINKS))
+        role, written = self.config.plan.role(facts.index), written_slots(batch)
         if self.running is None or role is LayerRole.WINDOW:
             out = dense_forward(q, k, v, layer, batch, save_kv_cache, **kwargs)
-            self.paths.kv.copy(layer.layer_id, batch.out_cache_loc)
+            self.paths.kv.copy(facts.index, written)
             return out
         path, step = self.running.path, self.running.step
-        # Gemma 3 turns heads and tokens round, and leaves the numbers where they were.
-        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
+        queries = queries_of(q, layer)
         if role is LayerRole.DENSE and not path.attends_densely:
             out = dense_forward(q, k, v, layer, batch, save_kv_cache, **kwargs)
-            self._select(queries, facts, batch.out_cache_loc)
+            self._select(queries, facts, written)
             return out
         if save_kv_cache:
             self.paths.kv.write(layer, batch, k, v)
         if role is LayerRole.DENSE:
             all_keys = torch.empty_like(queries)
-            self._select(queries, facts, batch.out_cache_loc, all_keys)
+            self._select(queries, facts, written, all_keys)
             return all_keys.view_as(q)
         if role is LayerRole.ANCHOR:
-            self._select(queries, facts, batch.out_cache_loc)
+            self._select(queries, facts, written)
         selected, head_map = self.paths.store.get(facts.index)
         return path.attend(step, queries, facts, selected, head_map).view_as(q)
 

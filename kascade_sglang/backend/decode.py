@@ -266,6 +266,15 @@ class DecodePath:
     ) -> torch.Tensor:
         """Attend every row to the lists of its anchor."""
         keys, values = self._kv.of(layer.index)
-        where = (selected, step.spans, head_map, layer.scale, step.buffers.parts)
-        of_layer = {"v_scale": layer.v_scale, "sinks": layer.sinks}
-        return decode_attention(q, keys, values, *where, **of_layer)
+        return decode_attention(
+            q,
+            keys,
+            values,
+            selected,
+            step.spans,
+            head_map,
+            layer.scale,
+            step.buffers.parts,
+            v_scale=layer.v_scale,
+            sinks=layer.sinks,
+        )

@@ -192,6 +192,16 @@ class ExtendPath:
         keys, values = self._kv.of(layer.index)
         out = torch.empty_like(q)
         out[step.tokens :].zero_()
-        where = (self._table, step.rows, selected, head_map, layer.scale)
-        of_layer = {"v_scale": layer.v_scale, "sinks": layer.sinks}
-        return tile_attention(q, keys, values, *where, **of_layer, out=out)
+        return tile_attention(
+            q,
+            keys,
+            values,
+            self._table,
+            step.rows,
+            selected,
+            head_map,
+            layer.scale,
+            v_scale=layer.v_scale,
+            sinks=layer.sinks,
+            out=out,
+        )

@@ -123,9 +123,10 @@ class ReferencePath:
     ) -> torch.Tensor:
         """Attend every tile to its selection and, causally, to itself; padding stays zero."""
         keys, values = self._kv.of(layer.index)
-        out, of_layer = torch.zeros_like(q), (layer.scale, layer.v_scale or 1.0, layer.sinks)
+        out, v_scale = torch.zeros_like(q), layer.v_scale or 1.0
         for tile, slots in zip(step, selected, strict=True):
             queries, own = q[tile.queries], step.slots[tile.request][tile.own_start : tile.end]
-            where = (slots[head_map], own)
-            out[tile.queries] = tile_attention(queries, keys, values, *where, *of_layer)
+            out[tile.queries] = tile_attention(
+                queries, keys, values, slots[head_map], own, layer.scale, v_scale, layer.sinks
+            )
         return out

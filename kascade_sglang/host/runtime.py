@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from kascade_sglang.errors import KascadeError
-from kascade_sglang.host.dense import SCALING, default_dense_backend
+from kascade_sglang.host.dense import FP8_TYPES, SCALING, default_dense_backend
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionBackend",
+    "Backend",
     "ForwardBatch",
     "MHATokenToKVPool",
     "ModelRunner",
@@ -30,13 +31,25 @@ __all__ = [
     "key_value_scales",
     "local_kv_heads",
     "local_layers",
+    "model_dtype",
     "releasable",
     "require_layers",
     "require_plain_pool",
+    "require_runner",
     "require_scales",
     "sinks_of",
     "write_kv",
 ]
+
+
+class Backend(AttentionBackend):
+    """SGLang's base class, with what SGLang reads off a backend."""
+
+    def __init__(self, runner: "ModelRunner") -> None:
+        super().__init__()
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.max_context_len = runner.model_config.context_len
 
 
 def _tensor_parallel_rank(runner: "ModelRunner") -> int:
@@ -130,10 +143,15 @@ def require_layers(model: torch.nn.Module, window_of: Callable[[int], int]) -> N
             _require_layer(layer, window_of(layer.layer_id))
 
 
-def sinks_of(model: torch.nn.Module) -> torch.Tensor | None:
-    """Return the sinks of one of a loaded model's layers, [Hq]; None where layers have none."""
-    named = (weight for name, weight in model.named_parameters() if name.endswith(".sinks"))
-    return next(named, None)
+def model_dtype(runner: "ModelRunner") -> torch.dtype:
+    """Return the type of the model's queries."""
+    return runner.model_config.dtype
+
+
+def sinks_of(runner: "ModelRunner") -> torch.Tensor | None:
+    """Return the sinks of one of the loaded model's layers, [Hq]; None where layers have none."""
+    weights = runner.model.named_parameters()
+    return next((weight for name, weight in weights if name.endswith(".sinks")), None)
 
 
 def key_value_scales(layer: RadixAttention) -> tuple[float, float]:
@@ -152,6 +170,23 @@ def require_scales(model: torch.nn.Module, dense_backend: str | None) -> None:
                 f"dense backend {name} does not apply, got {key_value_scales(layer)}; add "
                 "--kascade-dense-backend triton, or set --kv-cache-dtype to the model's type"
             )
+
+
+def require_runner(
+    runner: "ModelRunner",
+    window_of: Callable[[int], int],
+    kv_cache_dtype: str,
+    dense_backend: str | None,
+) -> None:
+    """Raise KascadeError unless the loaded model and its KV pool are what arguments promised.
+
+    window_of: see ``require_layers``. kv_cache_dtype: one of FP8_TYPES, or ``auto``.
+    """
+    require_layers(runner.model, window_of)
+    stored = FP8_TYPES.get(kv_cache_dtype, model_dtype(runner))
+    require_plain_pool(runner.token_to_kv_pool, stored)
+    if kv_cache_dtype in FP8_TYPES:
+        require_scales(runner.model, dense_backend)
 
 
 def releasable(pool: Any) -> AbstractContextManager[Any]:

@@ -153,6 +153,11 @@ def server_facts(server_args: Any, kv_dtype: torch.dtype | None = None) -> Serve
     )
 
 
+def worker_facts(runner: Any) -> ServerFacts:
+    """Read what a worker's model runner was made of."""
+    return server_facts(runner.server_args, runner.kv_cache_dtype)
+
+
 def _kv_cache_dtype(asked: str, found: torch.dtype | None) -> str:
     names = {dtype: name for name, dtype in FP8_TYPES.items()}
     return names.get(FP8_TYPES.get(asked) if found is None else found, "auto")

@@ -164,6 +164,22 @@ class Layer:
         return Layer(layer.layer_id, layer.scaling * k_scale, v_scale, sinks)
 
 
+def is_idle(batch: ForwardBatch) -> bool:
+    """Whether a step has no requests."""
+    return batch.forward_mode.is_idle()
+
+
+def written_slots(batch: ForwardBatch) -> torch.Tensor:
+    """Return the slots of a step's new tokens, int64 [tokens]."""
+    return batch.out_cache_loc
+
+
+def queries_of(q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+    """Return what a model gives as queries, [tokens, Hq * D], as [tokens, Hq, D]."""
+    # Gemma 3 turns heads and tokens round, and leaves the numbers where they were.
+    return q.view(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
+
+
 ASKS = "kascade_asks"
 """Attribute of a model runner: what the requests of its latest batch asked for, in their order."""
 

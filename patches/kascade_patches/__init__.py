@@ -4,9 +4,8 @@ A module holds ``TARGET`` (the symbol), ``KIND`` (when it runs) and ``hook``; it
 why, how, and when it can be removed. ``README.md`` beside this package is the register.
 """
 
-import sys
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any
 
@@ -37,19 +36,20 @@ from kascade_sglang.host.release import serves_sinks
 ARGUMENTS = (server_args_add_cli_args, server_args_from_cli_args, server_args_resolve)
 EVERYWHERE = (
     *ARGUMENTS,
+    forward_batch_init_new,
     pool_cell_size,
     pool_sizes,
+    req_init,
     sampling_params_verify,
     window_pool,
 )
-IN_SCHEDULERS = (req_init, forward_batch_init_new)
-"""Importing their modules would slow down processes that serve no requests."""
 INFORMING = (scheduler_internal_state,)
-"""Nothing depends on these, so no start is refused where SGLang has lost what they hook."""
+"""Nothing depends on these, so no start is refused where SGLang has lost what they hook. They wait
+until a backend is built: their modules take seconds to import, which others need not wait for."""
 OF_SINKS = (server_args_backend_names,)
 """Only models with attention sinks depend on these; releases that serve none may lack them."""
 OF_NGRAM = (ngram_batch_get,)
-"""Only chains of n-grams depend on these, in processes that have loaded what they hook."""
+"""Only chains of n-grams depend on these; they wait until a backend is built, too."""
 WITHOUT_GPU = (
     support_triton,
     get_last_loc,
@@ -58,42 +58,51 @@ WITHOUT_GPU = (
     grammar_apply_reasoning,
 )
 
-SCHEDULER = scheduler_internal_state.TARGET.rpartition(".Scheduler")[0]
-
 _ran: set[str] = set()
 
 
+@cache
 def _modules() -> tuple[ModuleType, ...]:
+    """Return what this process hooks, whatever it has imported so far."""
     # Of any kind: on other vendors' GPUs the hooks for a CPU would spoil SGLang's other backends.
     without_gpu = () if torch.accelerator.is_available() else WITHOUT_GPU
-    return EVERYWHERE + without_gpu + (IN_SCHEDULERS if SCHEDULER in sys.modules else ())
+    return EVERYWHERE + without_gpu + (OF_SINKS if serves_sinks() else ())
 
 
 def targets() -> list[str]:
-    """Return the SGLang symbols that must be hooked on this machine."""
+    """Return the SGLang symbols that ``register_hooks`` hooks; each must be live."""
     return [module.TARGET for module in _modules()]
 
 
 def register_hooks() -> None:
     """Register every hook this machine needs; SGLang applies them after loading its plugins."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    _register(_modules())
 
-    # Like IN_SCHEDULERS, but nothing depends on them.
-    informing = INFORMING if SCHEDULER in sys.modules else ()
-    of_sinks = OF_SINKS if serves_sinks() else ()
-    for module in (*_modules(), *of_sinks, *informing):
-        HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
+
+def hook_informing() -> None:
+    """Hook what only informs, in a process that builds a backend."""
+    _hook_now(INFORMING)
 
 
 def hook_ngram() -> list[str]:
     """Hook what only chains of n-grams depend on; return the SGLang symbols."""
+    _hook_now(OF_NGRAM)
+    return [module.TARGET for module in OF_NGRAM]
+
+
+def _hook_now(modules: Iterable[ModuleType]) -> None:
+    """Hook after SGLang has loaded its plugins; repeatable."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    _register(module for module in modules if module.TARGET not in HookRegistry._hooks)
+    HookRegistry.apply_hooks()
+
+
+def _register(modules: Iterable[ModuleType]) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for module in OF_NGRAM:
-        if module.TARGET not in HookRegistry._hooks:
-            HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
-    HookRegistry.apply_hooks()
-    return [module.TARGET for module in OF_NGRAM]
+    for module in modules:
+        HookRegistry.register(module.TARGET, _noted(module), HookType[module.KIND])
 
 
 def _name(module: ModuleType) -> str:

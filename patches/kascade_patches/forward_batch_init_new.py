@@ -2,8 +2,7 @@
 
 Why: a forward batch has no place for it, and SGLang rebuilds forward batches for its graphs.
 How: after a batch has become a forward batch, which happens once a step and just before it runs,
-    note on the model runner what its requests asked for. Registered only where the scheduler's
-    module is.
+    note on the model runner what its requests asked for.
 Remove when: backends are told of a step's requests.
 """
 

@@ -3,8 +3,7 @@
 Why: KV depends on the attention that made it, and SGLang tells KV by tokens and ``extra_key``.
 How: after a request is made in the scheduler, read what it asks for, count it, and add it to the
     request's ``extra_key``, behind the user's own. What may not be asked for ends the request with
-    status 400, as what SGLang itself refuses there. Registered only where the scheduler's module
-    is.
+    status 400, as what SGLang itself refuses there.
 Remove when: plugins can verify a request's parameters and name its KV.
 """
 

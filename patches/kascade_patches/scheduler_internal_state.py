@@ -1,8 +1,8 @@
 """Say in ``/server_info`` what Kascade serves with.
 
 Why: a plugin cannot add to what the endpoint tells, and a start's log may be gone.
-How: after a scheduler has told its state, add an entry ``kascade``. Registered only where the
-    scheduler's module is loaded; nothing depends on it.
+How: after a scheduler has told its state, add an entry ``kascade``. Registered when a backend is
+    built; nothing depends on it.
 Remove when: backends can add to the state of their scheduler.
 """
 

@@ -83,9 +83,13 @@ def test_a_later_step_forgets_the_groups_of_an_earlier_one() -> None:
 
 
 def test_a_short_row_of_the_same_request_ends_what_is_shared() -> None:
-    """All of the shorter prompt is the beginning of the longer one."""
+    """All of the shorter prompt is the beginning of the longer one.
+
+    Behind it the table holds what another request left there, which may be the same slots.
+    """
     case = DecodeCase.make([96, 300])
-    case.share([1, 0], 96)
+    short, long = case.rows.requests.tolist()
+    case.req_to_token[short] = case.req_to_token[long]
     assert case.shared(case.spans(BUDGET)).keys.tolist() == [96, 96]
 
 

@@ -2,20 +2,21 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from sglang.srt.plugins.hook_registry import HookRegistry
 
+import kascade_patches
 from kascade_patches import (
-    IN_SCHEDULERS,
     INFORMING,
     OF_SINKS,
-    register_hooks,
+    forward_batch_init_new,
+    req_init,
     scheduler_internal_state,
     server_args_resolve,
-    targets,
 )
 from kascade_sglang import checks
 from kascade_sglang.backend import in_force, published
@@ -39,6 +40,8 @@ SERVES = {
 }
 FLAGS = ("--kascade-heads", "pooled", "--kascade-prefill-min-k", "512")
 FLAGS += ("--kascade-dense-backend", "triton", "--kv-cache-dtype", "fp8_e4m3")
+
+SCHEDULER = "sglang.srt.managers.scheduler"
 
 
 def test_a_start_logs_what_is_in_force(
@@ -64,24 +67,39 @@ def test_a_scheduler_tells_it(make_model: MakeModel, monkeypatch: pytest.MonkeyP
     assert output.internal_state == {"max_running_requests": 1, "kascade": SERVES}
 
 
-@pytest.mark.parametrize("with_sinks", [True, False])
-def test_hooks_that_inform_are_registered_in_a_scheduler_and_never_required(
-    with_sinks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry
+@pytest.fixture
+def chosen_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    kascade_patches._modules.cache_clear()
+    yield
+    monkeypatch.undo()
+    kascade_patches._modules.cache_clear()
 
+
+@pytest.mark.parametrize("with_sinks", [True, False])
+def test_what_is_registered_must_be_live_and_depends_on_no_import(
+    with_sinks: bool, chosen_anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registered: list[str] = []
     monkeypatch.setattr(HookRegistry, "register", lambda target, *_: registered.append(target))
-    monkeypatch.setattr("kascade_patches.SCHEDULER", "no.such.module")
     monkeypatch.setattr("kascade_patches.serves_sinks", lambda: with_sinks)
-    register_hooks()
-    of_sinks = [module.TARGET for module in OF_SINKS if with_sinks]
-    assert registered == [*targets(), *of_sinks]
-    registered.clear()
-    monkeypatch.setattr("kascade_patches.SCHEDULER", "sys")
-    register_hooks()
-    assert {module.TARGET for module in IN_SCHEDULERS} <= set(targets())
-    assert registered == [*targets(), *of_sinks, *(module.TARGET for module in INFORMING)]
+    with monkeypatch.context() as without:
+        without.delitem(sys.modules, SCHEDULER, raising=False)
+        kascade_patches.register_hooks()
+    monkeypatch.setitem(sys.modules, SCHEDULER, ModuleType("scheduler"))
+    assert registered == kascade_patches.targets()
+    of_requests = {req_init.TARGET, forward_batch_init_new.TARGET}
+    of_sinks = {module.TARGET for module in OF_SINKS}
+    assert of_requests <= set(registered)
+    assert of_sinks & set(registered) == (of_sinks if with_sinks else set())
+
+
+def test_hooks_that_inform_are_live_where_a_backend_is_built_and_never_required() -> None:
+    """``tests/e2e/test_monitoring.py`` asks a server, whose backend is built by ``plugin.py``."""
+    kascade_patches.hook_informing()
+    kascade_patches.hook_informing()
+    informing = {module.TARGET for module in INFORMING}
+    assert informing and informing <= HookRegistry._patched
+    assert not informing & set(kascade_patches.targets())
 
 
 LAUNCHER = """

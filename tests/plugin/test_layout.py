@@ -75,6 +75,38 @@ def test_sglang_is_named_in_the_host_package_and_the_patches() -> None:
     assert bench == ["sglang.srt.plugins.load_plugins"]
 
 
+HOST_OBJECTS = ("ForwardBatch", "MHATokenToKVPool", "ModelRunner", "RadixAttention")
+
+
+def reads_of_host_objects(*files: Path) -> list[str]:
+    """Return where a function reads an attribute of an argument that is an object of SGLang's."""
+    functions = [
+        (path.name, node)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    found = []
+    for file, function in functions:
+        kinds = {each.arg: ast.unparse(each.annotation or each) for each in function.args.args}
+        named = {arg for arg, kind in kinds.items() if any(name in kind for name in HOST_OBJECTS)}
+        found += [
+            f"{file}: {ast.unparse(node)}"
+            for node in ast.walk(function)
+            if isinstance(node, ast.Attribute)
+            and ast.unparse(node.value).removeprefix("self._") in named
+        ]
+    return found
+
+
+def test_objects_of_sglang_are_read_in_the_host_package_alone() -> None:
+    """Others hand them on; SGLang calls a backend with them."""
+    ours = python_files("kascade_sglang")
+    host = [path for path in ours if path.parent.name == "host"]
+    assert "steps.py: batch.out_cache_loc" in reads_of_host_objects(*host)
+    assert reads_of_host_objects(*(path for path in ours if path not in host)) == []
+
+
 def test_helpers_of_tests_and_benchmarks_are_imported_by_their_full_names() -> None:
     files = python_files("tests", "benchmarks")
     names = {path.stem for path in files}
@@ -222,8 +254,8 @@ def test_every_patch_is_registered_and_explained() -> None:
 
     register = (ROOT / "patches/README.md").read_text()
     patches = kascade_patches
-    scheduler = patches.IN_SCHEDULERS + patches.INFORMING + patches.OF_SINKS + patches.OF_NGRAM
-    for module in patches.EVERYWHERE + patches.WITHOUT_GPU + scheduler:
+    some = patches.WITHOUT_GPU + patches.INFORMING + patches.OF_SINKS + patches.OF_NGRAM
+    for module in patches.EVERYWHERE + some:
         assert f"`{module.TARGET}`" in register
         for word in ("Why:", "How:", "Remove when:"):
             assert word in module.__doc__

@@ -6,7 +6,7 @@ One table, a row for each refusal in the code: the tests below count that none i
 import ast
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
@@ -21,7 +21,7 @@ from kascade_sglang.host import release, server, speculation
 from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.release import VERIFIED_WITH_SINKS, WRITTEN_FOR_SPECULATION
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
-from tests.support.models import GEMMA_3, SHAPE, WINDOWED_PLAN, make_plan, parse
+from tests.support.models import GEMMA_3, WINDOWED_PLAN, make_plan, parse
 
 MakeModel = Callable[..., Path]
 
@@ -342,38 +342,6 @@ def test_the_same_server_without_what_is_refused(
         flags = ("--disable-hybrid-swa-memory", "--kascade-dense-backend", "triton")
         facts = server.server_facts(parse(gpt_oss, *flags))
         assert checks.check(facts).window_of(2) == 8 and facts.model.sinks
-
-
-@pytest.mark.skipif(
-    version("sglang") not in WRITTEN_FOR_SPECULATION, reason="this release does not serve it"
-)
-@pytest.mark.parametrize(
-    "algorithm, flags",
-    [
-        ("NGRAM", f"{NGRAM} --speculative-num-draft-tokens 4"),
-        ("NGRAM", f"{NGRAM.lower()} --speculative-num-draft-tokens 4"),
-        *(
-            (
-                name.replace("NEXTN", "EAGLE"),
-                f"--speculative-algorithm {name} --speculative-draft-model-path MODEL {CHAIN} "
-                "--speculative-draft-attention-backend triton",
-            )
-            for name in ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
-        ),
-    ],
-)
-def test_chains_of_drafts_are_served(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, algorithm: str, flags: str
-) -> None:
-    monkeypatch.setattr(server, "has_gpu", lambda: True)
-    monkeypatch.setattr(speculation, "VERIFIED_WITH_SPECULATION", WRITTEN_FOR_SPECULATION)
-    plan = make_plan(shape=replace(SHAPE, head_dim=64))
-    model = make_model(plan, head_dim=64, torch_dtype="bfloat16")
-    args = parse(model, *flags.replace("MODEL", str(model)).split())
-    facts = server.server_facts(args)
-    assert checks.check(facts)
-    assert (facts.speculates_by, facts.chain) == (algorithm, 4)
-    assert facts.captured_decode <= 48, "what SGLang lets run with speculation"
 
 
 def sentences(function: FunctionType) -> Iterator[str]:
