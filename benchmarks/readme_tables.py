@@ -321,6 +321,16 @@ def anchors_table() -> str:
     return markdown(header, lines)
 
 
+def pools_table() -> str:
+    """``bench_pools.py``: what answers lose by pools, one row a set of makers and ranking."""
+    rows = read(RESULTS / "candidate_pools.csv").drop_duplicates(
+        ["anchors", "makers", "ranked_by", "share"], keep="last"
+    )
+    columns = {"index": ["anchors", "makers", "ranked_by"], "columns": "share"}
+    table = rows.pivot_table(values="decode_kl", sort=False, **columns)
+    return laid_out(["anchors", "that score all keys", "ranked by"], table, "{:.4f}")
+
+
 LEAST_SHARE = 0.01
 """Of a profile: kernels below it in every column are only in the sum."""
 LAYERS = {"layer0": "layer 0 / FA3", "anchor": "anchor / FA3", "reuse": "reuse / FA3"}
@@ -346,6 +356,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "serving-h200": partial(serving_table, "serving_h200.csv"),
         "profile": profile_table,
         "anchors": anchors_table,
+        "pools": pools_table,
         "ablations": ablations_table,
         "rules": rules_table,
     },
