@@ -10,7 +10,7 @@ assistant speaks. No server; a GPU makes it fast.
 import argparse
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,28 +89,69 @@ def whole_loss(model: PreTrainedModel, prompt: Prompt, answers: Answers, plan: P
     return answers.divergence(found)
 
 
-def measure(
-    model: PreTrainedModel, prompts: Sequence[Prompt]
-) -> tuple[LayerStats, Selecting, list[AnchorChoice]]:
-    """Measure a model as ``kascade calibrate`` does, and choose by divergence."""
-    stats = collect(model, [prompt.ids for prompt in prompts], BUDGET)
+class Subject(NamedTuple):
+    """A model, what was measured of it on the first chats, and its dense answers to others."""
+
+    model: PreTrainedModel
+    first: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    stats: LayerStats
+    how: Selecting
+    answers: list[Answers]
+
+
+def measure(options: argparse.Namespace) -> Subject:
+    """Load a model, and measure it as ``kascade calibrate`` does."""
+    path = options.model_path
+    model = hf_model.load_model(path, "auto", hf_model.pick_device(options.device))
+    tokenizer, context = hf_model.load_tokenizer(path), hf_model.context_length(model.config)
+    first, held_out = (
+        PromptSource(max_tokens=options.tokens, limit=options.prompts, seed=seed)
+        .read(tokenizer, context)
+        .prompts
+        for seed in (0, HELD_OUT)
+    )
+    stats = collect(model, [prompt.ids for prompt in first], BUDGET)
     how = Selecting(stats.layers, torch.from_numpy(best_heads(stats.similarity)), BUDGET)
-    return stats, how, choose(model, prompts, how, 3)
+    answers = [answers_of(model, one, answering_rows(one, BUDGET)) for one in held_out]
+    return Subject(model, first, held_out, stats, how, answers)
+
+
+def stamp_of(options: argparse.Namespace, prompts: int) -> dict[str, object]:
+    """Columns that every row of a run has alike. prompts: those tried on."""
+    return {
+        "model": hf_model.name_of(options.model_path),
+        "prompts": prompts,
+        "tokens": options.tokens,
+        "topk_ratio": BUDGET.ratio,
+        "min_k": BUDGET.min_k,
+        **gpu_provenance(options.commit),
+    }
+
+
+def layers_of(text: str) -> tuple[int, ...]:
+    """Read layers as ``0,3,9``."""
+    return tuple(map(int, text.split(",")))
+
+
+def add_common(add: Callable[..., object], out: Path) -> None:
+    """Add the options of a benchmark that measures a model without a server."""
+    add("--model-path", required=True, help="a folder or Hugging Face id")
+    add("--prompts", type=int, default=10, help="to measure on, and as many to try on")
+    add("--tokens", type=int, default=8192, help="of each")
+    add("--device", default="auto", help="auto (the default), cpu or cuda")
+    add("--out", type=Path, default=out)
+    add("--commit", help="what to write as the commit, outside a repository")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="bench_anchors", description=__doc__)
     add = parser.add_argument
-    add("--model-path", required=True, help="a folder or Hugging Face id")
+    add_common(add, RESULTS)
     add("--counts", type=int, nargs="+", default=[5, 8, 12], help="of anchors")
-    add("--prompts", type=int, default=10, help="to choose by, and as many to try on")
-    add("--tokens", type=int, default=8192, help="of each")
     add("--draws", type=int, default=2, help="random sets of each count")
     add("--also", nargs="*", default=[], metavar="NAME=0,2,8", help="more anchors to try")
-    add("--device", default="auto", help="auto (the default), cpu or cuda")
-    add("--out", type=Path, default=RESULTS)
-    add("--commit", help="what to write as the commit, outside a repository")
     return parser.parse_args(argv)
 
 
@@ -120,36 +161,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = {}
     for text in options.also:
         name, _, layers = text.partition("=")
-        named[name] = tuple(map(int, layers.split(",")))
-    path = options.model_path
-    model = hf_model.load_model(path, "auto", hf_model.pick_device(options.device))
-    tokenizer, context = hf_model.load_tokenizer(path), hf_model.context_length(model.config)
-    source = PromptSource(max_tokens=options.tokens, limit=options.prompts)
-    stats, how, choices = measure(model, source.read(tokenizer, context).prompts)
-    held_out = PromptSource(max_tokens=options.tokens, limit=options.prompts, seed=HELD_OUT)
-    prompts = held_out.read(tokenizer, context).prompts
-    answers = [answers_of(model, one, answering_rows(one, BUDGET)) for one in prompts]
+        named[name] = layers_of(layers)
+    model, first, prompts, stats, how, answers = measure(options)
+    choices = choose(model, first, how, 3)
     sparse = [SparseAnswers(one, how) for one in answers]
-    shape, stamp = hf_model.shape_of(model.config), gpu_provenance(options.commit)
+    shape, stamp = hf_model.shape_of(model.config), stamp_of(options, len(prompts))
     for tried in candidates(choices, stats, options.counts, options.draws, named):
         choice = AnchorChoice(tried.anchors, 0.0)
-        plan = build_plan(stats, choice, [], path, shape, BUDGET, "per_head", {})
+        plan = build_plan(stats, choice, [], options.model_path, shape, BUDGET, "per_head", {})
         decode = whole = 0.0
         for prompt, dense, one in zip(prompts, answers, sparse, strict=True):
             with one.loaded():
                 decode += one.keep(tried.anchors) / len(prompts)
             whole += whole_loss(model, prompt, dense, plan) / len(prompts)
         row = {
-            "model": hf_model.name_of(path),
             "chosen_by": tried.chosen_by,
             "count": len(tried.anchors),
             "anchors": " ".join(map(str, tried.anchors)),
             "decode_kl": f"{decode:.4g}",
             "whole_kl": f"{whole:.4g}",
-            "prompts": len(prompts),
-            "tokens": options.tokens,
-            "topk_ratio": BUDGET.ratio,
-            "min_k": BUDGET.min_k,
         }
         append_csv(options.out, COLUMNS, [row | stamp])
         print(f"{tried.chosen_by} {row['anchors']}: {row['decode_kl']}, whole {row['whole_kl']}")

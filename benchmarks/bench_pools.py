@@ -15,22 +15,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_anchors import BUDGET, HELD_OUT
+from benchmarks.bench_anchors import add_common, layers_of, measure, stamp_of
 from kascade_kernels.budget import Budget
-from kascade_sglang.calibration import hf_model
-from kascade_sglang.calibration.answers import (
-    Selecting,
-    SparseAnswers,
-    answering_rows,
-    answers_of,
-)
-from kascade_sglang.calibration.collect import collect
+from kascade_sglang.calibration.answers import Selecting, SparseAnswers
 from kascade_sglang.calibration.hf_attention import LayerCall
 from kascade_sglang.calibration.rows import Lists, best_keys, score_keys
-from kascade_sglang.calibration.similarity import best_heads
-from kascade_sglang.calibration.sources import PromptSource
 from kascade_sglang.files import append_csv
-from kascade_sglang.provenance import gpu_provenance
 from kascade_sglang.servers.process import run_command
 
 RESULTS = Path(__file__).parent / "results/candidate_pools.csv"
@@ -49,12 +39,8 @@ class Pools:
     def __init__(
         self, how: Selecting, makers: tuple[int, ...], share: float, ranked_by: str
     ) -> None:
-        self._how, self._makers, self._share, self._by_head = (
-            how,
-            makers,
-            share,
-            ranked_by == "head",
-        )
+        self._how, self._makers, self._share = how, makers, share
+        self._by_head = ranked_by == "head"
         self._maker, self._inside = -1, torch.empty(0)
 
     def __call__(self, call: LayerCall, rows: torch.Tensor, budget: Budget, pooled: bool) -> Lists:
@@ -74,47 +60,25 @@ class Pools:
         return best_keys(score, rows, budget)
 
 
-def layers_of(text: str) -> tuple[int, ...]:
-    """Read layers as ``0,3,9``."""
-    return tuple(map(int, text.split(",")))
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="bench_pools", description=__doc__)
     add = parser.add_argument
-    add("--model-path", required=True, help="a folder or Hugging Face id")
+    add_common(add, RESULTS)
     add(
         "--anchors", type=layers_of, nargs="+", required=True, metavar="0,3,9", help="without pools"
     )
     add("--makers", type=layers_of, nargs="+", required=True, metavar="3,9", help="of the first")
     add("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5], help="of keys in a pool")
-    add("--prompts", type=int, default=10, help="to pair heads by, and as many to try on")
-    add("--tokens", type=int, default=8192, help="of each")
-    add("--device", default="auto", help="auto (the default), cpu or cuda")
-    add("--out", type=Path, default=RESULTS)
-    add("--commit", help="what to write as the commit, outside a repository")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Try all, and write rows as they come."""
     options = parse_arguments(argv)
-    path = options.model_path
-    model = hf_model.load_model(path, "auto", hf_model.pick_device(options.device))
-    tokenizer, context = hf_model.load_tokenizer(path), hf_model.context_length(model.config)
-    drawn = [
-        PromptSource(max_tokens=options.tokens, limit=options.prompts, seed=seed)
-        .read(tokenizer, context)
-        .prompts
-        for seed in (0, HELD_OUT)
-    ]
-    stats = collect(model, [prompt.ids for prompt in drawn[0]], BUDGET)
-    how = Selecting(stats.layers, torch.from_numpy(best_heads(stats.similarity)), BUDGET)
-    answers = [answers_of(model, one, answering_rows(one, BUDGET)) for one in drawn[1]]
-    stamp = gpu_provenance(options.commit) | {"model": hf_model.name_of(path)}
-    stamp |= {"prompts": options.prompts, "tokens": options.tokens}
-    stamp |= {"topk_ratio": BUDGET.ratio, "min_k": BUDGET.min_k}
+    subject = measure(options)
+    how, answers = subject.how, subject.answers
+    stamp = stamp_of(options, len(answers))
     pools = itertools.product(options.anchors[:1], options.makers, ("sum", "head"), options.shares)
     for anchors, makers, ranked_by, share in [
         *((anchors, anchors, "sum", 1.0) for anchors in options.anchors),

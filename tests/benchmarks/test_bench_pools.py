@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import bench_anchors
 from benchmarks import bench_pools as bench
 from kascade_kernels.budget import Budget
 from kascade_sglang.servers.demo_model import MODEL
@@ -13,7 +14,7 @@ from kascade_sglang.servers.demo_model import MODEL
 def test_a_pool_of_all_keys_is_none_and_a_small_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "BUDGET", Budget(0.1, 64))
+    monkeypatch.setattr(bench_anchors, "BUDGET", Budget(0.1, 64))
     out = tmp_path / "pools.csv"
     options = ["--anchors", "0,2,4,6,8", "0,4", "--makers", "2", "2,6", "--shares", "0.13", "1"]
     options += ["--prompts", "1", "--tokens", "512", "--device", "cpu", "--out", str(out)]
