@@ -228,9 +228,8 @@ class DecodePath:
         self, step: DecodeStep, q: torch.Tensor, layer: Layer, out: torch.Tensor | None = None
     ) -> Lists:
         """Select for every row; with ``out`` the pool's own keys are read, for both."""
-        keys, values = self._kv.of(layer.index)
-        if out is None:
-            keys, values = self._kv.scoring_keys(layer.index), None
+        pool_keys, values = self._kv.of(layer.index)
+        keys = self._kv.scoring_keys(layer.index) if out is None else pool_keys
         sizes, table = self._sizes, step.buffers.table
         for group in step.groups:
             count, mine = group.last - group.first, slice(group.first, group.last)
@@ -248,7 +247,7 @@ class DecodePath:
                 layer.scale,
                 scratch,
                 step.buffers.parts,
-                values=values,
+                values=None if out is None else values,
                 out=None if out is None else out[mine],
                 v_scale=layer.v_scale,
                 sinks=layer.sinks,
