@@ -17,6 +17,7 @@ from kascade_patches import (
     grammar_apply,
     grammar_apply_reasoning,
     grammar_bitmask,
+    model_runner_forward,
     ngram_batch_get,
     pool_cell_size,
     pool_sizes,
@@ -44,7 +45,7 @@ EVERYWHERE = (
     sampling_params_verify,
     window_pool,
 )
-INFORMING = (scheduler_internal_state,)
+INFORMING = (scheduler_internal_state, model_runner_forward)
 """Nothing depends on these, so no start is refused where SGLang has lost what they hook. They wait
 until a backend is built: their modules take seconds to import, which others need not wait for."""
 OF_SINKS = (server_args_backend_names,)

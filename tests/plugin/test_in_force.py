@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 import kascade_patches
@@ -15,6 +16,7 @@ from kascade_patches import (
     OF_HICACHE,
     OF_SINKS,
     forward_batch_init_new,
+    model_runner_forward,
     req_init,
     scheduler_internal_state,
     server_args_resolve,
@@ -113,6 +115,24 @@ def test_no_storage_is_attached_to_host_memory_while_a_server_runs() -> None:
     answer = Scheduler.attach_hicache_storage_wrapped(None, request)
     assert not answer.success
     assert answer.message.startswith("--hicache-storage-backend: expected none with the kascade")
+
+
+def test_a_step_without_memory_says_what_to_change() -> None:
+    """``tests/e2e/test_gpu_memory.py`` takes a server's memory."""
+    batch = SimpleNamespace(input_ids=torch.zeros(7))
+    assert model_runner_forward.hook(lambda *given: given, "runner", batch, 3) == (
+        "runner",
+        batch,
+        3,
+    )
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        model_runner_forward.hook(fail, "runner", batch)
+    assert str(raised.value).startswith("kascade: GPU memory: expected room for a step of 7 new")
+    assert str(raised.value).endswith("torch says: CUDA out of memory. Tried")
 
 
 LAUNCHER = """
