@@ -12,6 +12,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 import kascade_patches
 from kascade_patches import (
     INFORMING,
+    OF_HICACHE,
     OF_SINKS,
     forward_batch_init_new,
     req_init,
@@ -100,6 +101,18 @@ def test_hooks_that_inform_are_live_where_a_backend_is_built_and_never_required(
     informing = {module.TARGET for module in INFORMING}
     assert informing and informing <= HookRegistry._patched
     assert not informing & set(kascade_patches.targets())
+
+
+def test_no_storage_is_attached_to_host_memory_while_a_server_runs() -> None:
+    """``tests/e2e/test_gpu_hicache.py`` asks a server."""
+    from sglang.srt.managers.io_struct import AttachHiCacheStorageReqInput
+    from sglang.srt.managers.scheduler import Scheduler
+
+    assert set(kascade_patches.hook_now(OF_HICACHE)) <= HookRegistry._patched
+    request = AttachHiCacheStorageReqInput(hicache_storage_backend="file")
+    answer = Scheduler.attach_hicache_storage_wrapped(None, request)
+    assert not answer.success
+    assert answer.message.startswith("--hicache-storage-backend: expected none with the kascade")
 
 
 LAUNCHER = """
