@@ -69,17 +69,17 @@ class KascadeAttnBackend(Backend):
         publish(config, metrics=counts, requests=counts and 0 in rank.layers)
         anchors = [layer for layer in config.plan.anchors if layer in rank.layers]
         if anchors and rank.device.startswith("cuda"):
-            self._warm_up(rank, anchors[0])
+            self._warm_up(rank, anchors)
 
-    def _warm_up(self, rank: Rank, anchor: int) -> None:
+    def _warm_up(self, rank: Rank, anchors: list[int]) -> None:
         """Compile what no graph's capture will."""
         dtype, config = model_dtype(self._runner), self.config
         v_scale = 1.0 if config.fp8 else None
-        layer = Layer(anchor, 1.0, v_scale, sinks_of(self._runner))
+        layers = [Layer(anchor, 1.0, v_scale, sinks_of(self._runner)) for anchor in anchors]
         if config.sparse_prefill:
-            warm_up(self.paths, layer, dtype)
+            warm_up(self.paths, layers[0], dtype)
         if rank.eager and self.paths.decode.attends_densely:
-            warm_up_decode(self.paths, layer, rank.captured, rank.eager, dtype)
+            warm_up_decode(self.paths, layers, rank.captured, rank.eager, dtype)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""
@@ -224,5 +224,6 @@ class KascadeAttnBackend(Backend):
     ) -> None:
         """Select an anchor's keys and keep them; with ``out`` also attend to every key."""
         self.paths.kv.copy(layer.index, written)
-        selected = self.running.path.select(self.running.step, q, layer, out)
-        self.paths.store.put(layer.index, selected)
+        store = self.paths.store
+        selected = self.running.path.select(self.running.step, q, layer, out, store)
+        store.put(layer.index, selected)

@@ -14,6 +14,7 @@ from kascade_kernels.checks import (
     require_dtype,
     require_heads_together,
     require_lists,
+    require_pool,
     require_same_stride,
     require_shape,
     require_sinks,
@@ -23,7 +24,7 @@ from kascade_kernels.find_shared_prefixes import SharedPrefix
 from kascade_kernels.launch import LOG2_E, padded_group
 from kascade_kernels.merge_parts import Parts, merge_parts
 from kascade_kernels.select_slots import CodeBuffer, programs_per_list
-from kascade_kernels.structs import KeyCopy, Lists, Rows
+from kascade_kernels.structs import KeyCopy, Lists, PoolKeys, Rows
 from kascade_kernels.tuning import CHUNK, STEP
 
 
@@ -76,6 +77,7 @@ def decode_scores(
     out: torch.Tensor | None = None,
     v_scale: float | None = None,
     sinks: torch.Tensor | None = None,
+    pool: PoolKeys | None = None,
 ) -> torch.Tensor | None:
     """Score all candidates of every row into ``scratch.codes``; with ``values`` also attend.
 
@@ -87,6 +89,8 @@ def decode_scores(
     scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
     v_scale: that of the values, where they have one.
     sinks: [Hq], where heads have them: logits of one more key, which takes mass and is not scored.
+    pool: where given, the keys to score are those of pools and ``rows.ends`` their counts; the
+        slot table and what rows share are not read.
     Codes order like the post-softmax mass, summed over the group (section 3.3) or, where the
     scratch has one list, over all heads. Logits are rounded to half precision, less the
     maximum of their block of 64.
@@ -97,6 +101,7 @@ def decode_scores(
     cache = keys.values if eight_bit else keys
     _check(q, cache, values, req_to_token, lists, scratch)
     require_sinks(sinks, q.shape[1])
+    require_pool(pool, q.shape[0], cache.shape[1], lists)
     (count, q_heads, dim), kv_heads = q.shape, cache.shape[1]
     splits, group = spans.score_splits, q_heads // kv_heads
     decode_scores_kernel[(kv_heads, count, splits)](
@@ -104,13 +109,15 @@ def decode_scores(
         k=cache,
         k_scales=keys.scales if eight_bit else cache,
         v=cache if values is None else values,
-        table=req_to_token,
+        table=req_to_token if pool is None else pool.lists.slots,
         requests=rows.requests,
         ends=rows.ends,
         counts=lists.counts,
         spans=spans.score,
         shared_keys=shared.keys,
         shared_rows=shared.members,
+        pool_offsets=None if pool is None else pool.lists.offsets,
+        pool_map=None if pool is None else pool.head_map,
         logits=scratch.logits,
         block_max=scratch.block_max,
         part_lse=parts.lse,
