@@ -17,6 +17,7 @@ from kascade_kernels._triton._select_slots import (
 )
 from kascade_kernels.arena import Empty
 from kascade_kernels.checks import require_dtype, require_lists, require_shape
+from kascade_kernels.launch import pool_arguments
 from kascade_kernels.structs import Lists, PoolKeys, Rows
 from kascade_kernels.tuning import CHUNK, FEW, Launch
 
@@ -149,13 +150,12 @@ def select_slots(
         codes=codes,
         table=req_to_token if pool is None else pool.lists.slots,
         requests=rows.requests,
-        pool_offsets=None if pool is None else pool.lists.offsets,
-        pool_map=None if pool is None else pool.head_map,
         before=before,
         slots=lists.slots,
         offsets=lists.offsets,
         stride_codes_list=codes.stride(1),
         stride_table=req_to_token.stride(0),
+        **pool_arguments(pool),
         **common,
         **emit.options(),
     )

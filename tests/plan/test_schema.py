@@ -242,3 +242,33 @@ def test_phases_keep_their_least_numbers_of_keys(tmp_path: Path, plan_file: Path
     other = replace(plan, decode_min_k=256, prefill_min_k=512)
     other.save(tmp_path / "other.json")
     assert load_plan(tmp_path / "other.json") == other
+
+
+def test_plan_with_pools_comes_back(pool_plan: Plan, tmp_path: Path) -> None:
+    pool_plan.save(tmp_path / "plan.json")
+    found = load_plan(tmp_path / "plan.json")
+    assert found == pool_plan and found.maker_of == {4: 2}
+    assert found.reuse_layers == [1, 3, 5] and found.borrowing_layers == [1, 3, 4, 5]
+    assert found.head_map[4] == (1, 2, 0) and found.pool_rule.share == 0.25
+
+
+def test_plans_without_pools_say_nothing_of_them(plan: Plan) -> None:
+    assert not {"makers", "pool_share"} & plan.to_json().keys()
+    assert plan.maker_of == {} and plan.pool_rule is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (drop("similarity.4"), "plan.similarity: layer 4 is missing"),
+        (drop("makers"), "plan.pool_share: expected a share with makers"),
+        (put("pool_share", 1), "plan.pool_share: expected a number between 0 and 1, got 1"),
+        (put("pool_share", "x"), "plan.pool_share: expected a number between 0 and 1, got 'x'"),
+        (put("makers", [4, 2]), "plan.makers: expected some of the anchors"),
+    ],
+)
+def test_refuses_damaged_pools(pool_plan: Plan, damage: Damage, sentence: str) -> None:
+    raw = json.loads(json.dumps(pool_plan.to_json()))
+    damage(raw)
+    with pytest.raises(PlanError, match=sentence):
+        plan_from_json(raw)
