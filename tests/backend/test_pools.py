@@ -5,6 +5,7 @@ import torch
 
 from kascade_kernels.budget import Budget
 from kascade_kernels.reference import tile_scores
+from kascade_kernels.structs import Lists
 from kascade_sglang.asks import EVERYTHING, Ask
 from kascade_sglang.errors import KascadeError
 from tests.support.harness import DEVICE, HEAD_DIM, Harness, expected_output
@@ -31,42 +32,51 @@ def scores_of(harness: Harness, layer: int, position: int) -> torch.Tensor:
     return tile_scores(q[position : position + 1], k[: position + 1], HEAD_DIM**-0.5)
 
 
-def pool_scores(harness: Harness, layer: int, position: int) -> torch.Tensor:
-    """Float64 scores [H, candidates] of a layer's keys in layer 1's pool; others have -1."""
-    q, k, _ = harness.kept(layer, 0)
-    candidates = position // 32 * 32
+def pools_of(harness: Harness, layer: int, position: int) -> torch.Tensor:
+    """Positions of the pool that each head of a layer scored for request 0 in the last step."""
+    pool, head_map = harness.backend.paths.store.pool_of(layer)
     count = harness.config.pool_rule.pooled(position // 32, harness.config.budget)
-    made = scores_of(harness, 1, position)
-    if harness.config.pooled:
-        made = made.sum(0, keepdim=True).expand(2, -1)
-    pools = made.topk(count, dim=1).indices.sort(dim=1).values
-    head_map = [0, 1] if harness.config.pooled else list(harness.config.plan.head_map[layer])
-    found, group = torch.full((2, candidates), -1.0, dtype=torch.float64), harness.group
-    for head in range(2):
-        own = torch.arange(candidates, position + 1)
-        kept = torch.cat([pools[head_map[head]], own])
+    if isinstance(pool, Lists):
+        slots = torch.stack([pool.slots[at : at + count] for at in pool.offsets[0].tolist()])
+    else:
+        slots = pool[0]
+    assert slots.shape[1] == count
+    table = harness.req_to_token[1, : position + 1]
+    where = (slots[head_map.long()].unsqueeze(2) == table).nonzero()
+    return where[:, 2].view(-1, count).cpu()
+
+
+def pool_scores(harness: Harness, layer: int, position: int) -> torch.Tensor:
+    """Float64 scores [H, candidates] of the keys in a layer's pool; others have -1."""
+    q, k, _ = harness.kept(layer, 0)
+    candidates, group = position // 32 * 32, harness.group
+    found = torch.full((2, candidates), -1.0, dtype=torch.float64)
+    for head, pool in enumerate(pools_of(harness, layer, position)):
+        kept = torch.cat([pool, torch.arange(candidates, position + 1)])
         queries = q[position : position + 1, head * group : (head + 1) * group]
-        score = tile_scores(queries, k[kept][:, head : head + 1], HEAD_DIM**-0.5)
-        found[head, pools[head_map[head]]] = score[0]
+        found[head, pool] = tile_scores(queries, k[kept][:, head : head + 1], HEAD_DIM**-0.5)[0]
     return found.sum(0, keepdim=True).expand(2, -1) if harness.config.pooled else found
 
 
 @pytest.mark.parametrize("heads", ["per_head", "pooled"])
 @pytest.mark.parametrize("group", [1, 4])
 def test_pooled_anchors_take_the_best_of_the_pool(heads: str, group: int) -> None:
-    harness = decoded([LONG, 70, 33], heads=heads, group=group)
-    rtol = 2e-3 if KERNELS else 1e-6
+    harness, last = decoded([LONG, 70, 33], heads=heads, group=group), LONG - 1
+    rtol, pooled = 2e-3 if KERNELS else 1e-6, heads == "pooled"
+    made = scores_of(harness, 1, last)
     for layer in (2, 4):
-        for position in (LONG - 2, LONG - 1):
-            chosen = harness.selections[layer][0][position // 32, position]
-            scores = pool_scores(harness, layer, position)
-            best = scores.topk(chosen.shape[1], dim=1).values.sum(1)
-            kept = scores.gather(1, chosen).sum(1)
-            assert (chosen.diff(dim=1) > 0).all()
+        head_map = [0, 1] if pooled else list(harness.config.plan.head_map[layer])
+        pools = pools_of(harness, layer, last)
+        ranked = made.sum(0, keepdim=True).expand(2, -1) if pooled else made[head_map]
+        chosen = harness.selections[layer][0][last // 32, last]
+        for scores, taken in ((ranked, pools), (pool_scores(harness, layer, last), chosen)):
+            best = scores.topk(taken.shape[1], dim=1).values.sum(1)
+            kept = scores.gather(1, taken).sum(1)
+            assert (taken.diff(dim=1) > 0).all()
             torch.testing.assert_close(kept, best, rtol=rtol, atol=1e-9)
-            whole = scores_of(harness, layer, position)
-            if heads == "per_head":  # The pool lacks some of the best of all keys.
-                assert whole.gather(1, chosen).sum() < whole.topk(chosen.shape[1]).values.sum()
+        whole = scores_of(harness, layer, last)
+        # The pool lacks some of the best of all keys.
+        assert whole.gather(1, chosen).sum() < whole.topk(chosen.shape[1]).values.sum()
 
 
 def test_outputs_equal_float64_attention() -> None:
