@@ -44,6 +44,7 @@ def reasons(facts: ServerFacts, config: KascadeConfig) -> list[str]:
     kernels = facts.gpu and config.selection == "topk"
     found = [*_refused_plan(facts, config), *_refused_ranks(facts, config)]
     found += [*_refused_sinks(facts, config), *_refused_speculation(facts, config)]
+    found += _refused_hicache(facts, config)
     return [*found, *_refused_on_gpu(facts, config)] if kernels else found
 
 
@@ -153,6 +154,32 @@ def _refused_speculation(facts: ServerFacts, config: KascadeConfig) -> Iterator[
         yield (
             "--speculative-algorithm: expected none for a model with a sliding window in layers "
             f"{list(facts.model.windowed)}, got {facts.speculates_by}; drop the flag"
+        )
+
+
+def _refused_hicache(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
+    if not facts.hicache:
+        return
+    if not facts.gpu:
+        yield (
+            "--enable-hierarchical-cache: expected a GPU, whose KV pool host memory extends, got "
+            "none; drop the flag"
+        )
+    if config.selection == "topk" and not config.exact and facts.kv_cache_dtype == "auto":
+        yield (
+            "--enable-hierarchical-cache: expected no 8-bit copies of keys beside the KV pool, "
+            "which host memory does not hold, got them; add --kascade-exact, or "
+            "--kv-cache-dtype fp8_e4m3"
+        )
+    if facts.model.window_pool:
+        yield (
+            "--enable-hierarchical-cache: expected one KV pool for all layers, got one of their "
+            "own for layers with a window; add --disable-hybrid-swa-memory"
+        )
+    if facts.speculates_by is not None:
+        yield (
+            "--enable-hierarchical-cache: expected no speculative decoding beside it, got "
+            f"{facts.speculates_by}; drop one of the two flags"
         )
 
 

@@ -8,7 +8,7 @@ from kascade_kernels.budget import Budget, PoolRule, tile_of
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import find_plan
 from kascade_sglang.plan.schema import ModelShape, Plan
-from kascade_sglang.settings import MIN_K, PREFILL_MIN_K, Settings, changed, read_settings
+from kascade_sglang.settings import MIN_K, PREFILL_MIN_K, Settings, changed, judge_settings
 
 MB = 2**20
 SCORE_MEMORY = Settings().score_memory_mb * MB
@@ -138,12 +138,14 @@ def read_config(
 ) -> tuple[KascadeConfig, list[str]]:
     """Return a configuration, and why some values are refused, which are the defaults in it.
 
-    Raises KascadeError where settings cannot be read or no plan is found.
+    Raises KascadeError where no plan is found, with what else is refused.
     """
-    settings = read_settings(model_options, environ)
-    plan = find_plan(model, shape, settings.plan)
+    settings, refused = judge_settings(model_options, environ)
+    try:
+        plan = find_plan(model, shape, settings.plan)
+    except KascadeError as error:
+        raise KascadeError("\n".join([*refused, str(error)])) from error
 
-    refused: list[str] = []
     decode_default = _at_least(plan.budget, plan.decode_min_k, MIN_K)
     budget = _budget("", decode_default, settings.topk_ratio, settings.min_k, refused)
     prefill_default = _at_least(budget, plan.prefill_min_k, PREFILL_MIN_K)

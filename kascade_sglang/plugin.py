@@ -36,8 +36,9 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
 
     require_supported_host()
     facts = worker_facts(runner)
-    of_ngram = kascade_patches.hook_ngram() if facts.speculates_by == NGRAM else []
-    require_hooks([*kascade_patches.targets(), *of_ngram])
+    of_ngram = kascade_patches.OF_NGRAM if facts.speculates_by == NGRAM else ()
+    of_hicache = kascade_patches.OF_HICACHE if facts.hicache else ()
+    require_hooks([*kascade_patches.targets(), *kascade_patches.hook_now(of_ngram + of_hicache)])
     of_pool = ("window_pool",) if facts.model.window_pool else ("pool_cell_size", "pool_sizes")
     kascade_patches.require_ran(*of_pool)
     config = check(facts)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kascade_sglang.errors import KascadeError, noted
+from kascade_sglang.errors import KascadeError
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ SETTINGS = {setting.name: setting for setting in _declared()}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags; ``carry_flags`` checks their values."""
+    """Declare the flags; ``judge_settings`` judges their values."""
     group = parser.add_argument_group("Kascade", "sparse attention, --attention-backend kascade")
     for setting in SETTINGS.values():
         if setting.about.flag:
@@ -212,10 +212,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def carry_flags(arguments: Mapping[str, Any]) -> None:
-    """Put parsed flags into the environment, which processes inherit; raises KascadeError."""
+    """Put parsed flags into the environment, which processes inherit.
+
+    Their values are judged where all settings are read, so that all is refused at once.
+    """
     given = {name: arguments.get(f"kascade_{name}") for name in SETTINGS}
-    flags = _parse("command line", given).model_dump(exclude_unset=True)
+    flags = {name: value for name, value in given.items() if value is not None}
     os.environ[FLAGS_VARIABLE] = json.dumps(flags)
+
+
+def require_flags() -> None:
+    """Raise KascadeError, a line for each flag, where those that were carried have no values."""
+    refused: list[str] = []
+    _from_flags(os.environ, refused)
+    if refused:
+        raise KascadeError("\n".join(refused))
 
 
 def table() -> list[list[str]]:
@@ -227,12 +238,15 @@ def table() -> list[list[str]]:
     return rows
 
 
-def _parse(source: str, values: Mapping[str, Any]) -> Settings:
-    """Read one source, in which None is silence; raises KascadeError, a line for each value."""
+def _parse(source: str, values: Mapping[str, Any], refused: list[str]) -> Settings:
+    """Read one source, in which None is silence; notes a line for each value that is refused."""
+    given = {name: value for name, value in values.items() if value is not None}
     try:
-        return Settings.model_validate({k: v for k, v in values.items() if v is not None})
+        return Settings.model_validate(given)
     except ValidationError as error:
-        raise KascadeError("\n".join(_refusals(source, error))) from error
+        refused += _refusals(source, error)
+        wrong = {each["loc"][0] for each in error.errors()}
+        return Settings.model_validate({name: given[name] for name in given.keys() - wrong})
 
 
 def _refusals(source: str, error: ValidationError) -> Iterator[str]:
@@ -245,44 +259,58 @@ def _refusals(source: str, error: ValidationError) -> Iterator[str]:
             yield f"{source}: unknown setting {name!r}; known: {known}"
 
 
-def _from_environment(environ: Mapping[str, str]) -> Settings:
+def _from_flags(environ: Mapping[str, str], refused: list[str]) -> Settings:
+    return _parse("command line", json.loads(environ.get(FLAGS_VARIABLE) or "{}"), refused)
+
+
+def _from_environment(environ: Mapping[str, str], refused: list[str]) -> Settings:
     given = {name: environ.get(each.variable) or None for name, each in SETTINGS.items()}
-    return _parse("environment KASCADE_*", given)
+    return _parse("environment KASCADE_*", given, refused)
 
 
-def _from_model(options: Any) -> Settings:
+def _from_model(options: Any, refused: list[str]) -> Settings:
     source = 'model config "kascade"'
     if options is not None and not isinstance(options, Mapping):
-        raise KascadeError(f"{source}: expected an object of settings, got {options!r}")
-    for name in options or {}:
-        if name in SETTINGS and not SETTINGS[name].about.model:
-            raise KascadeError(
+        refused.append(f"{source}: expected an object of settings, got {options!r}")
+        return Settings()
+    given = dict(options or {})
+    for name in SETTINGS.keys() & given:
+        if not SETTINGS[name].about.model:
+            refused.append(
                 f"{source}: {name}: expected it in the environment alone, got it here; set "
                 f"{SETTINGS[name].variable}"
             )
-    return _parse(source, options or {})
+            del given[name]
+    return _parse(source, given, refused)
 
 
-def read_settings(model_options: Any, environ: Mapping[str, str] | None = None) -> Settings:
+def judge_settings(
+    model_options: Any, environ: Mapping[str, str] | None = None
+) -> tuple[Settings, list[str]]:
     """Merge flags, environment and the model config's ``kascade`` key, in that order.
 
     model_options: the value of that key, None if there is none.
-    Raises KascadeError, a line for each setting that is wrong, which names its source.
+    Also returns a line for each setting that is wrong, which names its source and is left out.
     """
     environ = os.environ if environ is None else environ
+    refused: list[str] = []
     sources = (
-        lambda: _from_model(model_options),
-        lambda: _from_environment(environ),
-        lambda: _parse("command line", json.loads(environ.get(FLAGS_VARIABLE) or "{}")),
+        _from_model(model_options, refused),
+        _from_environment(environ, refused),
+        _from_flags(environ, refused),
     )
     merged: dict[str, Any] = {}
-    refused: list[str] = []
-    for read in sources:
-        with noted(refused):
-            merged.update(read().model_dump(exclude_unset=True))
+    for source in sources:
+        merged |= source.model_dump(exclude_unset=True)
+    return Settings(**{**PRESETS[merged.get("preset", "balanced")], **merged}), refused
+
+
+def read_settings(model_options: Any, environ: Mapping[str, str] | None = None) -> Settings:
+    """Return what ``judge_settings`` does; raises KascadeError, a line for each that is wrong."""
+    settings, refused = judge_settings(model_options, environ)
     if refused:
         raise KascadeError("\n".join(refused))
-    return Settings(**{**PRESETS[merged.get("preset", "balanced")], **merged})
+    return settings
 
 
 def changed(settings: Settings, defaults: Mapping[str, object]) -> dict[str, object]:
@@ -316,9 +344,9 @@ def set_tile() -> None:
     tile is left to ``read_settings``: SGLang hides what a plugin raises as it is imported.
     """
     variable = SETTINGS["tile"].variable
-    try:
-        tile = _from_environment({variable: os.environ.get(variable, "")}).tile
-    except KascadeError:
+    refused: list[str] = []
+    tile = _from_environment({variable: os.environ.get(variable, "")}, refused).tile
+    if refused:
         return
     early = "kascade_kernels.budget" in sys.modules
     from kascade_kernels import budget

@@ -41,12 +41,16 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill floats that torch leaves unwritten with NaN, so that an unwritten output fails."""
+    """Fill what torch leaves unwritten, so that an unwritten output fails: NaN, or -1."""
 
     def poisoned(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def fill(*args: object, **kwargs: object) -> torch.Tensor:
             out = empty(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
+            if out.dtype == torch.bool:  # Both values are good ones.
+                return out
+            if out.is_floating_point():
+                return out.fill_(float("nan"))
+            return out.fill_(-1 if out.dtype.is_signed else torch.iinfo(out.dtype).max)
 
         return fill
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING
 
 import torch
 
 from kascade_sglang.backend.key_counter import KeyCounter
-from kascade_sglang.backend.path import Path, SelectedT, StepT
-from kascade_sglang.backend.paths import build_paths
+from kascade_sglang.backend.paths import AnyPath, AnyRunning, KernelPaths, build_paths
 from kascade_sglang.backend.published import publish
 from kascade_sglang.backend.warm_up import warm_up, warm_up_decode
 from kascade_sglang.config import KascadeConfig
@@ -35,20 +33,12 @@ SINKS = "sinks"
 """What a model may give with q, k and v: a logit of each query head."""
 
 
-@dataclass(frozen=True)
-class Running(Generic[StepT, SelectedT]):
-    """The step that layers run in, and the path that computes it."""
-
-    path: Path[StepT, SelectedT]
-    step: StepT
-
-
 class KascadeAttnBackend(Backend):
     """Anchor layers select keys, reuse layers attend to them, layer 0 attends to everything.
 
     Layers with a sliding window are the dense backend's, in prefill and in decoding.
     One instance serves one model runner. State between layers lives here for one step: the step
-    in ``running`` (None where all of it is dense), the last anchor's selection in ``paths.store``.
+    in ``running`` (None where all of it is dense), the last anchor's selection in its store.
     """
 
     def __init__(self, runner: ModelRunner, config: KascadeConfig) -> None:
@@ -57,7 +47,7 @@ class KascadeAttnBackend(Backend):
         self.config, self._runner = config, runner
         self.dense = build_dense_backend(runner, config.dense_backend)
         self.paths = build_paths(rank, self.token_to_kv_pool, config)
-        self.running: Running | None = None
+        self.running: AnyRunning | None = None
         self.has_windows = any(layer in rank.layers for layer in config.plan.windowed)
         # What decodes without the host needs no lengths there; what counts keys does, and the
         # delegate may, for prefill.
@@ -68,18 +58,19 @@ class KascadeAttnBackend(Backend):
         # Every stage has every request.
         publish(config, metrics=counts, requests=counts and 0 in rank.layers)
         anchors = [layer for layer in config.plan.anchors if layer in rank.layers]
-        if anchors and rank.device.startswith("cuda"):
-            self._warm_up(rank, anchors)
+        # What runs in Triton's interpreter, or in torch, is not compiled.
+        if anchors and rank.device.startswith("cuda") and isinstance(self.paths, KernelPaths):
+            self._warm_up(self.paths, rank, anchors)
 
-    def _warm_up(self, rank: Rank, anchors: list[int]) -> None:
+    def _warm_up(self, paths: KernelPaths, rank: Rank, anchors: list[int]) -> None:
         """Compile what no graph's capture will."""
         dtype, config = model_dtype(self._runner), self.config
         v_scale = 1.0 if config.fp8 else None
         layers = [Layer(anchor, 1.0, v_scale, sinks_of(self._runner)) for anchor in anchors]
         if config.sparse_prefill:
-            warm_up(self.paths, layers[0], dtype)
-        if rank.eager and self.paths.decode.attends_densely:
-            warm_up_decode(self.paths, layers, rank.captured, rank.eager, dtype)
+            warm_up(paths, layers[0], dtype)
+        if rank.eager:
+            warm_up_decode(paths, layers, rank.captured, rank.eager, dtype)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""
@@ -91,7 +82,7 @@ class KascadeAttnBackend(Backend):
             self.dense.init_forward_metadata(forward_batch)
         if path is not None:
             path.prepare(batch)
-        self._begin(path, batch)
+        self._begin(batch)
         self._count(batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -120,7 +111,7 @@ class KascadeAttnBackend(Backend):
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Record the rest of a decode step's preparation."""
         batch = Batch.of(forward_batch)
-        self._begin(self._path(batch), batch)
+        self._begin(batch)
         if self.has_windows:
             self.dense.init_forward_metadata_in_graph(forward_batch)
 
@@ -134,15 +125,14 @@ class KascadeAttnBackend(Backend):
     ) -> None:
         """Do nothing: a chain's rows depend on lengths alone, not on what was drafted."""
 
-    def _path(self, batch: Batch) -> Path | None:
+    def _path(self, batch: Batch) -> AnyPath | None:
         """What computes a step; None where the dense backend computes all of it."""
         if batch.decode:
             return self.paths.decode
         return self.paths.extend if self.config.sparse_prefill else None
 
-    def _begin(self, path: Path | None, batch: Batch) -> None:
-        self.paths.store.clear()
-        self.running = None if path is None else Running(path, path.record(batch))
+    def _begin(self, batch: Batch) -> None:
+        self.running = None if self._path(batch) is None else self.paths.begin(batch)
 
     def _count(self, batch: Batch) -> None:
         if self.counter is not None:
@@ -156,7 +146,7 @@ class KascadeAttnBackend(Backend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        **kwargs: object,
+        **kwargs: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of one new token a request: [tokens, query heads * head dim]."""
         dense = self.dense.forward_decode
@@ -170,7 +160,7 @@ class KascadeAttnBackend(Backend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        **kwargs: object,
+        **kwargs: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of new tokens after others, or of drafts: [tokens, query heads * head dim]."""
         dense = self.dense.forward_extend
@@ -185,7 +175,7 @@ class KascadeAttnBackend(Backend):
         layer: RadixAttention,
         batch: ForwardBatch,
         save_kv_cache: bool,
-        **kwargs: object,
+        **kwargs: torch.Tensor | None,
     ) -> torch.Tensor:
         facts = Layer.of(layer, self.config.fp8, kwargs.get(SINKS))
         if k is None or kwargs.keys() - {SINKS}:
@@ -194,36 +184,25 @@ class KascadeAttnBackend(Backend):
                 f"{sorted(kwargs) or 'no k'}; serve with another --attention-backend"
             )
         role, written = self.config.plan.role(facts.index), written_slots(batch)
-        if self.running is None or role is LayerRole.WINDOW:
+        running = self.running
+        if running is None or role is LayerRole.WINDOW:
             out = dense_forward(q, k, v, layer, batch, save_kv_cache, **kwargs)
             self.paths.kv.copy(facts.index, written)
             return out
-        path, step = self.running.path, self.running.step
         queries = queries_of(q, layer)
-        if role is LayerRole.DENSE and not path.attends_densely:
+        if role is LayerRole.DENSE and not running.path.attends_densely:
             out = dense_forward(q, k, v, layer, batch, save_kv_cache, **kwargs)
-            self._select(queries, facts, written)
+            self.paths.kv.copy(facts.index, written)
+            running.select(queries, facts)
             return out
         if save_kv_cache:
             self.paths.kv.write(layer, batch, k, v)
+        if role is not LayerRole.REUSE:
+            self.paths.kv.copy(facts.index, written)
         if role is LayerRole.DENSE:
             all_keys = torch.empty_like(queries)
-            self._select(queries, facts, written, all_keys)
+            running.select(queries, facts, all_keys)
             return all_keys.view_as(q)
         if role is LayerRole.ANCHOR:
-            self._select(queries, facts, written)
-        selected, head_map = self.paths.store.get(facts.index)
-        return path.attend(step, queries, facts, selected, head_map).view_as(q)
-
-    def _select(
-        self,
-        q: torch.Tensor,
-        layer: Layer,
-        written: torch.Tensor,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        """Select an anchor's keys and keep them; with ``out`` also attend to every key."""
-        self.paths.kv.copy(layer.index, written)
-        store = self.paths.store
-        selected = self.running.path.select(self.running.step, q, layer, out, store)
-        store.put(layer.index, selected)
+            running.select(queries, facts)
+        return running.attend(queries, facts).view_as(q)

@@ -285,9 +285,8 @@ class DecodePath:
         out: torch.Tensor | None,
     ) -> CodeBuffer:
         """Score all keys of a group of rows; with ``out`` also attend to them."""
-        keys, values = self._kv.of(layer.index)
-        if out is None:
-            keys, values = self._kv.scoring_keys(layer.index), None
+        pool_keys, values = self._kv.of(layer.index)
+        keys = self._kv.scoring_keys(layer.index) if out is None else pool_keys
         mine = slice(group.first, group.last)
         scratch = self._scratch(group, self._sizes.context)
         decode_scores(
@@ -301,7 +300,7 @@ class DecodePath:
             layer.scale,
             scratch,
             buffers.parts,
-            values=values,
+            values=None if out is None else values,
             out=None if out is None else out[mine],
             v_scale=layer.v_scale,
             sinks=layer.sinks,

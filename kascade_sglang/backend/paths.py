@@ -10,17 +10,18 @@ from kascade_kernels.arena import Arena
 from kascade_kernels.budget import TILE
 from kascade_kernels.decode_scores import ScoreScratch
 from kascade_kernels.launch import KERNEL_TILE
-from kascade_sglang.backend.decode import DecodePath
-from kascade_sglang.backend.extend import ExtendPath
+from kascade_kernels.structs import Lists
+from kascade_sglang.backend.decode import DecodePath, DecodeStep
+from kascade_sglang.backend.extend import ExtendPath, ExtendStep
 from kascade_sglang.backend.index_store import IndexStore
 from kascade_sglang.backend.kv import KeyValues
-from kascade_sglang.backend.path import Path
-from kascade_sglang.backend.reference import ReferencePath
+from kascade_sglang.backend.reference import ReferencePath, ReferenceStep, Selection
+from kascade_sglang.backend.running import Running
 from kascade_sglang.backend.sizes import Sizes, copied_layers, runs_kernels
 from kascade_sglang.config import MB, KascadeConfig
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.runtime import releasable
-from kascade_sglang.host.steps import Rank
+from kascade_sglang.host.steps import Batch, Rank
 
 if TYPE_CHECKING:
     from kascade_sglang.host.runtime import MHATokenToKVPool
@@ -29,21 +30,49 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Paths:
-    """How steps are computed, and what they share."""
+class KernelPaths:
+    """Steps through the kernels, and what they share."""
 
-    decode: Path
-    extend: Path
-    store: IndexStore
+    decode: DecodePath
+    extend: ExtendPath
+    store: IndexStore[Lists]
     kv: KeyValues
     sizes: Sizes
+
+    def begin(self, batch: Batch) -> Running[DecodeStep, Lists] | Running[ExtendStep, Lists]:
+        """Record a batch's step."""
+        if batch.decode:
+            return Running.begin(self.decode, batch, self.store)
+        return Running.begin(self.extend, batch, self.store)
+
+
+@dataclass(frozen=True)
+class ReferencePaths:
+    """The same through the torch reference, one path for all."""
+
+    decode: ReferencePath
+    extend: ReferencePath
+    store: IndexStore[Selection]
+    kv: KeyValues
+    sizes: Sizes
+
+    def begin(self, batch: Batch) -> Running[ReferenceStep, Selection]:
+        """Record a batch's step."""
+        return Running.begin(self.decode, batch, self.store)
+
+
+Paths = KernelPaths | ReferencePaths
+"""How a rank's steps are computed."""
+AnyPath = DecodePath | ExtendPath | ReferencePath
+AnyRunning = (
+    Running[DecodeStep, Lists] | Running[ExtendStep, Lists] | Running[ReferenceStep, Selection]
+)
 
 
 def build_paths(rank: Rank, pool: MHATokenToKVPool, config: KascadeConfig) -> Paths:
     """Build the paths of one rank; raises KascadeError where scores have no room."""
     sizes = Sizes.of(config, len(rank.heads), rank.table.shape[1], rank.chain)
     kernels = runs_kernels(rank.device, config)
-    store = IndexStore(config, rank.heads, rank.device, one_list=kernels and config.pooled)
     copied = copied_layers(config, rank.layers) if kernels else []
     with releasable(pool):
         kv = KeyValues(pool, copied, rank.slots, sizes.kv_heads, sizes.head_dim, rank.device)
@@ -52,14 +81,15 @@ def build_paths(rank: Rank, pool: MHATokenToKVPool, config: KascadeConfig) -> Pa
     logger.info("kascade: attention runs through %s, scores use %s", runs_on, scores)
     if not kernels:
         reference = ReferencePath(config, rank.table, kv)
-        return Paths(reference, reference, store, kv, sizes)
+        chosen = IndexStore[Selection](config, rank.heads, rank.device)
+        return ReferencePaths(reference, reference, chosen, kv, sizes)
     _require_room(sizes, config)
     with releasable(pool):
         arena = Arena(config.score_memory, rank.device)
-    return Paths(
+    return KernelPaths(
         DecodePath(config, sizes, rank.table, kv, arena),
         ExtendPath(config, sizes, rank.table, kv, arena),
-        store,
+        IndexStore[Lists](config, rank.heads, rank.device, one_list=config.pooled),
         kv,
         sizes,
     )

@@ -10,14 +10,14 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from kascade_kernels.budget import TILE
-from kascade_sglang.backend.paths import Paths
+from kascade_sglang.backend.paths import KernelPaths
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.steps import Batch, Layer
 
 logger = logging.getLogger(__name__)
 
 
-def warm_up(paths: Paths, layer: Layer, dtype: torch.dtype) -> None:
+def warm_up(paths: KernelPaths, layer: Layer, dtype: torch.dtype) -> None:
     """Run an anchor's prefill step at the end of the context, for nothing but its compilation.
 
     layer: an anchor, with all that the model's have: scales, sinks. dtype: of queries.
@@ -54,7 +54,7 @@ def warm_up(paths: Paths, layer: Layer, dtype: torch.dtype) -> None:
 
 
 def warm_up_decode(
-    paths: Paths, anchors: list[Layer], captured: int, eager: int, dtype: torch.dtype
+    paths: KernelPaths, anchors: list[Layer], captured: int, eager: int, dtype: torch.dtype
 ) -> None:
     """Run decode steps of more than ``captured`` and up to ``eager`` requests, one of each kind.
 

@@ -57,6 +57,7 @@ class ServerFacts:
         where it is prefilled whole.
     speculates_by: the algorithm of speculative decoding, None without.
     chain: tokens that a decode step computes for each request: one, or drafts to verify.
+    hicache: whether prefixes that leave the KV pool are kept in host memory.
     """
 
     model: ModelFacts
@@ -77,3 +78,4 @@ class ServerFacts:
     chunk: int
     speculates_by: str | None = None
     chain: int = 1
+    hicache: bool = False

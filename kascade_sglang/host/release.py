@@ -16,6 +16,9 @@ VERIFIED = ("0.5.17", "0.5.18", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23"
 VERIFIED_WITH_SINKS = ("0.5.17",)
 """Those of them on which models with attention sinks were served."""
 
+VERIFIED_WITH_HICACHE = ("0.5.17",)
+"""Those of them whose host-memory tier was read, and is tested on a GPU."""
+
 WRITTEN_FOR_SPECULATION = ("0.5.17",)
 """Those of them for which the verification of chains of drafts is tested, without a GPU."""
 

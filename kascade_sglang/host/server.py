@@ -1,6 +1,7 @@
 """SGLang's ServerArgs, model config, registry and releases, turned into facts of ours."""
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,7 +18,12 @@ from sglang.srt.server_args import (
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.facts import ModelFacts, RefusedFlag, ServerFacts
-from kascade_sglang.host.release import VERIFIED_WITH_SINKS, resolves_late, serves_sinks
+from kascade_sglang.host.release import (
+    VERIFIED_WITH_HICACHE,
+    VERIFIED_WITH_SINKS,
+    resolves_late,
+    serves_sinks,
+)
 from kascade_sglang.host.speculation import algorithm_of, chain_length, refused_speculation
 from kascade_sglang.plan.schema import ModelShape
 
@@ -40,7 +46,8 @@ SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
     "enable_single_batch_overlap": (False,),
     "enable_pdmux": (False,),
     "enable_torch_compile": (False,),
-    "enable_hierarchical_cache": (False,),
+    # Other servers may share it, whose keys and values another attention made.
+    "hicache_storage_backend": (None,),
     "enable_lmcache": (False,),
     "enable_flexkv": (False,),
     "radix_cache_backend": (None,),
@@ -150,6 +157,7 @@ def server_facts(server_args: Any, kv_dtype: torch.dtype | None = None) -> Serve
         chunk=max(args.chunked_prefill_size or 0, 0),
         speculates_by=algorithm_of(args),
         chain=chain_length(args),
+        hicache=args.enable_hierarchical_cache,
     )
 
 
@@ -254,6 +262,7 @@ def refused_flags(server_args: Any) -> Iterator[RefusedFlag]:
             flag = "--" + field.replace("_", "-")
             yield RefusedFlag(flag, repr(supported[0]), repr(value))
     yield from refused_speculation(args)
+    yield from refused_hicache(args)
     # None until it is resolved.
     if args.device and (kind := device_kind(args.device)) not in ("cuda", "cpu"):
         remedy = "serve with another --attention-backend"
@@ -264,6 +273,14 @@ def refused_flags(server_args: Any) -> Iterator[RefusedFlag]:
     if "full" in (args.cuda_graph_backend_prefill, by_json):
         flag, remedy = "--cuda-graph-backend-prefill", "tiles are cut on the host"
         yield RefusedFlag(flag, "breakable or disabled", "'full'", remedy)
+
+
+def refused_hicache(args: Any) -> Iterator[RefusedFlag]:
+    """Yield HiCache's flag on releases where it is not tested; ``args`` need not be resolved."""
+    release = version("sglang")
+    if args.enable_hierarchical_cache and release not in VERIFIED_WITH_HICACHE:
+        expected = f"SGLang {' or '.join(VERIFIED_WITH_HICACHE)}"
+        yield RefusedFlag("--enable-hierarchical-cache", expected, release)
 
 
 def largest_decodes(args: Any) -> tuple[int, int]:

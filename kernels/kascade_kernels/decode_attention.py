@@ -56,6 +56,7 @@ def decode_attention(
     require_lists(lists, count, (1, kv_heads))
     splits = spans.attend_splits
     group = q_heads // kv_heads
+    kind = ".fp8" if k_cache.dtype.itemsize == 1 else ""
     decode_attention_kernel[(kv_heads, count, splits)](
         q=q,
         k=k_cache,
@@ -77,7 +78,7 @@ def decode_attention(
         D=dim,
         BLOCK=tuning.STEP,
         SPLITS=splits,
-        **tuning.launch("decode_attention", q.device).options(),
+        **tuning.launch(f"decode_attention{kind}", q.device).options(),
     )
     out = torch.empty_like(q) if out is None else out
     return merge_parts(parts, splits, lists.counts, spans.attend, out, head_map, v_scale, sinks)

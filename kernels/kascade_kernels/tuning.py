@@ -122,6 +122,7 @@ TABLE: dict[str, list[tuple[Where, Launch]]] = {
     "decode_scores.attend": [(DEFAULT, Launch(2, 3))],
     "pool_scores": [(DEFAULT, Launch(4, programs=2048))],
     "decode_attention": [(DEFAULT, Launch(4, 4))],
+    "decode_attention.fp8": [(DEFAULT, Launch(4, 4))],
     "merge_parts": [(DEFAULT, Launch(1, block=4))],
     "count_high": [(DEFAULT, Launch(4, programs=2048))],
     "find_high": [(DEFAULT, Launch(4, block=16))],

@@ -4,7 +4,7 @@ A module holds ``TARGET`` (the symbol), ``KIND`` (when it runs) and ``hook``; it
 why, how, and when it can be removed. ``README.md`` beside this package is the register.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 from types import ModuleType
 from typing import Any
@@ -17,11 +17,13 @@ from kascade_patches import (
     grammar_apply,
     grammar_apply_reasoning,
     grammar_bitmask,
+    model_runner_forward,
     ngram_batch_get,
     pool_cell_size,
     pool_sizes,
     req_init,
     sampling_params_verify,
+    scheduler_attach_storage,
     scheduler_internal_state,
     server_args_add_cli_args,
     server_args_backend_names,
@@ -43,13 +45,15 @@ EVERYWHERE = (
     sampling_params_verify,
     window_pool,
 )
-INFORMING = (scheduler_internal_state,)
+INFORMING = (scheduler_internal_state, model_runner_forward)
 """Nothing depends on these, so no start is refused where SGLang has lost what they hook. They wait
 until a backend is built: their modules take seconds to import, which others need not wait for."""
 OF_SINKS = (server_args_backend_names,)
 """Only models with attention sinks depend on these; releases that serve none may lack them."""
 OF_NGRAM = (ngram_batch_get,)
 """Only chains of n-grams depend on these; they wait until a backend is built, too."""
+OF_HICACHE = (scheduler_attach_storage,)
+"""Only servers with a host-memory tier depend on these; they wait as well."""
 WITHOUT_GPU = (
     support_triton,
     get_last_loc,
@@ -81,21 +85,16 @@ def register_hooks() -> None:
 
 def hook_informing() -> None:
     """Hook what only informs, in a process that builds a backend."""
-    _hook_now(INFORMING)
+    hook_now(INFORMING)
 
 
-def hook_ngram() -> list[str]:
-    """Hook what only chains of n-grams depend on; return the SGLang symbols."""
-    _hook_now(OF_NGRAM)
-    return [module.TARGET for module in OF_NGRAM]
-
-
-def _hook_now(modules: Iterable[ModuleType]) -> None:
-    """Hook after SGLang has loaded its plugins; repeatable."""
+def hook_now(modules: Sequence[ModuleType]) -> list[str]:
+    """Hook after SGLang has loaded its plugins, repeatable; return the SGLang symbols."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     _register(module for module in modules if module.TARGET not in HookRegistry._hooks)
     HookRegistry.apply_hooks()
+    return [module.TARGET for module in modules]
 
 
 def _register(modules: Iterable[ModuleType]) -> None:

@@ -68,9 +68,9 @@ def backend_of_case(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         plan = Plan("case", shape, (0,), {})
         config = KascadeConfig(plan, Budget(1.0, 64), "per_head", dense_backend="triton")
-        # The kit's runners name no algorithm.
+        # The kit's runners name no algorithm, and SGLang's settings may be read-only by now.
         name = "EAGLE" if runner.server_args.speculative_num_draft_tokens == CHAIN else None
-        with mock.patch.object(runner.server_args, "speculative_algorithm", name):
+        with mock.patch.dict(vars(runner.server_args), speculative_algorithm=name):
             return KascadeAttnBackend(runner, config)
 
     monkeypatch.setitem(ATTENTION_BACKENDS, "kascade", build)

@@ -341,7 +341,7 @@ def test_makers_are_named(model_folder: Path, prompts: Path, tmp_path: Path) -> 
     ("chosen", "sentence"),
     [
         (("--anchors", "0,2", "--makers", "1"), "of those that --anchors names, got 1 with"),
-        (("--makers", "1"), "of those that --anchors names, got 1 with --anchors None"),
+        (("--makers", "1"), "of those that --anchors names, got 1 with --anchors 2"),
         (("--pool-share", "1.5"), "--pool-share: pool_share: expected a number between 0 and 1"),
     ],
 )

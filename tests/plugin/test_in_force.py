@@ -7,13 +7,16 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 import kascade_patches
 from kascade_patches import (
     INFORMING,
+    OF_HICACHE,
     OF_SINKS,
     forward_batch_init_new,
+    model_runner_forward,
     req_init,
     scheduler_internal_state,
     server_args_resolve,
@@ -100,6 +103,36 @@ def test_hooks_that_inform_are_live_where_a_backend_is_built_and_never_required(
     informing = {module.TARGET for module in INFORMING}
     assert informing and informing <= HookRegistry._patched
     assert not informing & set(kascade_patches.targets())
+
+
+def test_no_storage_is_attached_to_host_memory_while_a_server_runs() -> None:
+    """``tests/e2e/test_gpu_hicache.py`` asks a server."""
+    from sglang.srt.managers.io_struct import AttachHiCacheStorageReqInput
+    from sglang.srt.managers.scheduler import Scheduler
+
+    assert set(kascade_patches.hook_now(OF_HICACHE)) <= HookRegistry._patched
+    request = AttachHiCacheStorageReqInput(hicache_storage_backend="file")
+    answer = Scheduler.attach_hicache_storage_wrapped(None, request)
+    assert not answer.success
+    assert answer.message.startswith("--hicache-storage-backend: expected none with the kascade")
+
+
+def test_a_step_without_memory_says_what_to_change() -> None:
+    """``tests/e2e/test_gpu_memory.py`` takes a server's memory."""
+    batch = SimpleNamespace(input_ids=torch.zeros(7))
+    assert model_runner_forward.hook(lambda *given: given, "runner", batch, 3) == (
+        "runner",
+        batch,
+        3,
+    )
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        model_runner_forward.hook(fail, "runner", batch)
+    assert str(raised.value).startswith("kascade: GPU memory: expected room for a step of 7 new")
+    assert str(raised.value).endswith("torch says: CUDA out of memory. Tried")
 
 
 LAUNCHER = """

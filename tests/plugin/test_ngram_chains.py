@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kascade_patches import hook_ngram, ngram_batch_get
+from kascade_patches import OF_NGRAM, hook_now, ngram_batch_get
 from kascade_sglang.host.release import WRITTEN_FOR_SPECULATION
 from kascade_sglang.host.server import require_hooks
 
@@ -69,8 +69,8 @@ def corpus_class() -> Iterator[Any]:
     from sglang.srt.speculative.cpp_ngram.ngram_corpus import NgramCorpus
 
     original = NgramCorpus.batch_get
-    hook_ngram()
-    require_hooks(hook_ngram())
+    hook_now(OF_NGRAM)
+    require_hooks(hook_now(OF_NGRAM))
     yield NgramCorpus
     NgramCorpus.batch_get = original
     HookRegistry._hooks.pop(ngram_batch_get.TARGET)

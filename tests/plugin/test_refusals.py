@@ -146,6 +146,13 @@ def test_all_settings_that_are_wrong_are_said_at_once(
     words = ["--tp-size", "topk_ratio", "min_k", "prefill_min_k", "max_topk_ratio", "dense_backend"]
     said = [line.removeprefix("kascade: ") for line in refusals(make_model(), *flags)]
     assert [line.split(":")[0] for line in said] == words
+    # A value of another type is said with all else, and what the settings decide, too.
+    said = refusals(make_model(), *flags, "--kascade-score-memory-mb", "much", "--pp-size", "4")
+    beginnings = [line.removeprefix("kascade: ").split(": expected")[0] for line in said]
+    assert beginnings[:2] == ["--tp-size", "command line: score_memory_mb"]
+    assert beginnings[2:-1] == words[1:] and beginnings[-1].startswith("--pp-size: pipeline")
+    nothing = refusals(make_model(with_plan=False), "--kascade-min-k", "many")
+    assert "min_k" in nothing[0] and "no Kascade plan" in nothing[1]
     monkeypatch.setenv("KASCADE_EXACT", "maybe")
     model = make_model(kascade={"phases": "never"})
     said = refusals(model, "--enable-lmcache", "--tp-size", "3")

@@ -6,7 +6,7 @@ One table, a row for each refusal in the code: the tests below count that none i
 import ast
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
@@ -19,99 +19,14 @@ from sglang.srt.server_args import ServerArgs
 from kascade_sglang import checks
 from kascade_sglang.host import release, server, speculation
 from kascade_sglang.host.dense import FP8_TYPES
-from kascade_sglang.host.release import VERIFIED_WITH_SINKS, WRITTEN_FOR_SPECULATION
+from kascade_sglang.host.release import VERIFIED_WITH_HICACHE, VERIFIED_WITH_SINKS
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
-from tests.support.models import GEMMA_3, POOL_PLAN, WINDOWED_PLAN, make_plan, parse
+from tests.support.models import GEMMA_3, POOL_PLAN, SHAPE, WINDOWED_PLAN, make_plan, parse
+from tests.support.refused import CHAIN, EAGLE, FLAGS, HICACHE, NGRAM, TREE, Refused
 
 MakeModel = Callable[..., Path]
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A command line and the words that its refusal begins with.
-
-    flags: MODEL in them stands for the model's path.
-    flag: the ServerArgs field, where one flag alone is refused.
-    model, plan: changes to those of ``models.py``. gpu: whether steps run on one.
-    """
-
-    words: str
-    flags: str = ""
-    flag: str | None = None
-    model: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
-    environ: dict[str, str] = field(default_factory=dict)
-    gpu: bool = False
-    hip: str | None = None  # torch's version of AMD's libraries, where it is built with them
-    release: str | None = None  # of SGLang, where it is not the one that is installed
-    speculation: str | None = None  # the same, for what speculative decoding asks
-    speculates_on: tuple[str, ...] = WRITTEN_FOR_SPECULATION
-
-
-def of_flag(name: str, flags: str, words: str = "") -> Refused:
-    """A field that is refused whatever the model; its flag comes first."""
-    words = words or f"{flags.split()[0]}: expected"
-    return Refused(words, flags, flag=name)
-
-
-LATER = hasattr(ServerArgs, "attn_dp_size")
-DP = "--attn-dp-size: expected" if LATER else "--enable-dp-attention: expected"
-GRAPHS = "cuda_graph_backend_prefill"
-FULL_GRAPHS = '--cuda-graph-config {"prefill":{"backend":"full"}}'
-EAGLE = "--speculative-algorithm EAGLE --speculative-draft-model-path MODEL"
-NGRAM = "--speculative-algorithm NGRAM --speculative-ngram-max-bfs-breadth 1"
-CHAIN = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
-TREE = "--speculative-num-steps 3 --speculative-eagle-topk 4 --speculative-num-draft-tokens 8"
-FLAGS = (
-    of_flag(
-        "speculative_adaptive",
-        f"{EAGLE} --speculative-adaptive",
-        words="--speculative-adaptive: expected",
-    ),
-    of_flag(
-        "enable_multi_layer_eagle",
-        f"{EAGLE} --enable-multi-layer-eagle",
-        words="--enable-multi-layer-eagle: expected",
-    ),
-    of_flag("disaggregation_mode", "--disaggregation-mode decode"),
-    of_flag("dllm_algorithm", "--dllm-algorithm LowConfidence"),
-    of_flag("kv_cache_dtype", "--kv-cache-dtype nvfp4"),
-    of_flag("quantization_param_path", "--quantization-param-path scales.json"),
-    of_flag("dcp_size", "--dcp-size 2 --tp-size 4"),
-    of_flag("attn_cp_size", "--attn-cp-size 2 --tp-size 4"),
-    of_flag("enable_prefill_cp", "--enable-prefill-cp"),
-    of_flag("enable_dp_attention", "--enable-dp-attention --dp-size 2 --tp-size 2", DP),
-    of_flag("enable_two_batch_overlap", "--enable-two-batch-overlap"),
-    of_flag("enable_single_batch_overlap", "--enable-single-batch-overlap"),
-    of_flag("enable_pdmux", "--enable-pdmux"),
-    of_flag("enable_torch_compile", "--enable-torch-compile"),
-    of_flag("enable_hierarchical_cache", "--enable-hierarchical-cache"),
-    of_flag("enable_lmcache", "--enable-lmcache"),
-    of_flag("enable_flexkv", "--enable-flexkv"),
-    of_flag("radix_cache_backend", "--radix-cache-backend flexkv"),
-    of_flag("enable_hisparse", "--enable-hisparse"),
-    of_flag("enable_mis", "--enable-mis"),
-    of_flag("enable_unified_memory", "--enable-unified-memory"),
-    of_flag("enable_page_major_kv_layout", "--enable-page-major-kv-layout"),
-    of_flag("prefill_only_disable_kv_cache", "--prefill-only-disable-kv-cache"),
-    of_flag("use_ray", "--use-ray"),
-    of_flag("attn_dp_size", "--attn-dp-size 2 --tp-size 2"),
-    of_flag("enable_kv_cache_sharding", "--enable-kv-cache-sharding"),
-    of_flag("enable_unified_cache_external_linker", "--enable-unified-cache-external-linker"),
-    of_flag("enable_nvidia_megakernel", "--enable-nvidia-megakernel"),
-    of_flag(GRAPHS, "--cuda-graph-backend-prefill full"),
-    of_flag(GRAPHS, FULL_GRAPHS, words="--cuda-graph-backend-prefill: expected breakable"),
-)
-FLAGS += (
-    of_flag("device", "--device xpu"),
-    of_flag("device", "--device npu"),
-    Refused(
-        "--device: expected NVIDIA's cuda, or cpu, with the kascade backend, got rocm",
-        "--device cuda",
-        flag="device",
-        hip="6.4",
-    ),
-)
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -257,6 +172,32 @@ OTHERS = (
         model=GEMMA_3,
         plan=WINDOWED_PLAN,
     ),
+    Refused("--enable-hierarchical-cache: expected a GPU, whose KV pool host memory", HICACHE),
+    Refused(
+        "--enable-hierarchical-cache: expected no 8-bit copies of keys beside the KV pool",
+        HICACHE,
+        gpu=True,
+    ),
+    Refused(
+        "--enable-hierarchical-cache: expected no speculative decoding beside it, got NGRAM",
+        f"{HICACHE} --kascade-exact {NGRAM}",
+        gpu=True,
+    ),
+    Refused(
+        "--enable-hierarchical-cache: expected SGLang 0.5.17 with the kascade backend, got 0.5.23",
+        f"{HICACHE} --kascade-exact",
+        hicache="0.5.23",
+    ),
+    Refused(
+        "--hicache-storage-backend: expected None with the kascade backend, got 'file'",
+        f"{HICACHE} --kascade-exact --hicache-storage-backend file",
+        gpu=True,
+    ),
+    of_gpt_oss(
+        "--enable-hierarchical-cache: expected one KV pool for all layers, got one of their own",
+        f"{HICACHE} --kascade-exact",
+        gpu=True,
+    ),
     Refused("--tp-size: expected a divisor of the model's 4 KV heads, got 3", "--tp-size 3"),
     Refused("--tp-size: expected a divisor of the model's 4 KV heads, got 8", "--tp-size 8"),
     Refused(
@@ -312,6 +253,8 @@ def test_a_refused_server(
     monkeypatch.setattr(speculation, "VERIFIED_WITH_SPECULATION", row.speculates_on)
     if row.speculation:
         monkeypatch.setattr(speculation, "version", lambda name: row.speculation)
+    if row.hicache:
+        monkeypatch.setattr(server, "version", lambda name: row.hicache)
     monkeypatch.setattr(server, "has_gpu", lambda: row.gpu)
     monkeypatch.setattr(torch.version, "hip", row.hip)
     for name, value in row.environ.items():
@@ -347,6 +290,19 @@ def test_the_same_server_without_what_is_refused(
         flags = ("--disable-hybrid-swa-memory", "--kascade-dense-backend", "triton")
         facts = server.server_facts(parse(gpt_oss, *flags))
         assert checks.check(facts).window_of(2) == 8 and facts.model.sinks
+
+
+@pytest.mark.skipif(version("sglang") not in VERIFIED_WITH_HICACHE, reason="refused there")
+@pytest.mark.parametrize("keys", ["--kascade-exact", "--kv-cache-dtype fp8_e5m2"])
+def test_host_memory_holds_what_a_server_without_copies_needs(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, keys: str
+) -> None:
+    monkeypatch.setattr(server, "has_gpu", lambda: True)
+    shape = replace(SHAPE, head_dim=64)
+    model = make_model(make_plan(shape=shape), head_dim=64)
+    flags = ("--dtype", "bfloat16", "--kascade-dense-backend", "triton", *keys.split())
+    facts = server.server_facts(parse(model, HICACHE, *flags))
+    assert facts.hicache and checks.check(facts)
 
 
 def sentences(function: FunctionType) -> Iterator[str]:

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from kascade_kernels._triton._primitives import (
     LOGIT_BOUND,
+    load_values,
     load_visible,
     of_mapped_list,
     soften,
@@ -67,7 +68,7 @@ def decode_attention_kernel(
         s = tl.dot(queries, tl.trans(keys)) * scale_log2
         s = tl.where(visible[None, :], s, float("-inf"))
         weights, shrink, largest, total = soften(s, tl.max(s, 1), largest, total)
-        values = load_visible(v, address, visible)
+        values = load_values(v, slot, stride_k, head * D, visible, D)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
 
     store_part(part_lse, part_out, part, acc, largest, total, real, D)

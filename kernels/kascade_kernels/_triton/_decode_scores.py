@@ -13,6 +13,7 @@ from kascade_kernels._triton._primitives import (
     list_of,
     load_sinks,
     load_slots,
+    load_values,
     load_visible,
     own_tile_start,
     power_of_2,
@@ -132,7 +133,7 @@ def decode_scores_kernel(
             tl.store(block_max + where // BLOCK, m_block, mask=scored)
         weights, shrink, largest, total = soften(s, m_block, largest, total)
         if ATTEND:
-            values = load_visible(v, address, visible)
+            values = load_values(v, slot, stride_k, head * D, visible, D)
             acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
 
     if ATTEND:

@@ -77,6 +77,25 @@ def load_visible(states, address, visible):
 
 
 @triton.jit
+def load_values(v, slot, stride, at, visible, D: tl.constexpr):
+    """Values [N, D] of a head whose first is at ``at`` in a slot, as they are multiplied.
+
+    fp8 comes in pairs: a product reads its second operand along the other axis, for which shared
+    memory turns two bytes around at once, and single bytes one after another.
+    """
+    if v.dtype.element_ty.is_fp8():
+        pairs = v.to(tl.pointer_type(tl.int16), bitcast=True)
+        address = slot[:, None] * (stride // 2) + at // 2 + tl.arange(0, D // 2)[None, :]
+        pair = tl.load(pairs + address, mask=visible[:, None], other=0)
+        even = pair.to(tl.int8).to(v.dtype.element_ty, bitcast=True)
+        odd = (pair >> 8).to(tl.int8).to(v.dtype.element_ty, bitcast=True)
+        return tl.interleave(widen(even), widen(odd))
+    else:
+        address = slot[:, None] * stride + at + tl.arange(0, D)[None, :]
+        return load_visible(v, address, visible)
+
+
+@triton.jit
 def to_meet(queries, k):
     """Queries as they are multiplied with the keys that ``k`` points at, once widened."""
     return queries.to(tl.float16) if k.dtype.element_ty.is_fp8() else queries
