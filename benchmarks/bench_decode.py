@@ -15,6 +15,7 @@ from benchmarks.kernel_common import (
     KV_HEADS,
     LAYER0,
     MODES,
+    POOL_SHARE,
     Q_HEADS,
     SCALE,
     LayerRuns,
@@ -26,6 +27,7 @@ from benchmarks.kernel_common import (
     make_paths,
     measure,
     new_tokens,
+    pool_composites,
     run,
 )
 from benchmarks.rivals import (
@@ -37,7 +39,7 @@ from benchmarks.rivals import (
     torch_select,
 )
 from kascade_kernels.arena import empty_on
-from kascade_kernels.budget import Budget, tile_of
+from kascade_kernels.budget import Budget, PoolRule, tile_of
 from kascade_kernels.decode_lists import Budgets, Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
@@ -79,10 +81,14 @@ def bytes_read(pool: Pool, lengths: list[int], kind: str, mode: str) -> float:
     token = KV_HEADS * DIM * pool.stored_k.element_size()
     keys = sum(lengths)
     listed = sum(budgets(mode)[0].attended(length - 1) for length in lengths)
-    scored = keys * (token if pool.fp8 or mode == "exact" else KV_HEADS * (DIM + 4))
+    one_key = token if pool.fp8 or mode == "exact" else KV_HEADS * (DIM + 4)
+    tiles = [tile_of(length - 1) for length in lengths]
+    in_pools = sum(PoolRule(POOL_SHARE).pooled(tile, budgets(mode)[0]) for tile in tiles)
     return {
         "layer0": 2 * keys * token,
-        "anchor": scored + 2 * listed * token,
+        "anchor": keys * one_key + 2 * listed * token,
+        "maker": keys * one_key + 2 * listed * token,
+        "pooled": in_pools * one_key + 2 * listed * token,
         "reuse": 2 * listed * token,
     }[kind]
 
@@ -90,7 +96,7 @@ def bytes_read(pool: Pool, lengths: list[int], kind: str, mode: str) -> float:
 def measure_case(
     case: str, lengths: list[int], inputs: str, rivals: bool, kv_cache_dtype: str = "auto"
 ) -> Iterator[Row]:
-    """Measure the three kinds of layer in all modes, and the plans."""
+    """Measure all kinds of layer in all modes, and the plans."""
     shared = SHARED.get(case, 0)
     pool = Pool(lengths, inputs, shared, CONTEXT, kv_cache_dtype)
     spans = [(length - 1, length) for length in lengths]
@@ -123,9 +129,32 @@ def measure_case(
             read = 0 if shared else bytes_read(pool, lengths, kind, mode)
             kinds[kind] = Row(case, kind, mode, measure(step), fa3_ms, inputs, bytes=read)
             yield kinds[kind]
-        yield from composites(kinds, measure(prepare))
+        once = measure(prepare)
+        yield from composites(kinds, once)
+        if not shared:
+            yield from measure_pools(pool, batch, q, kinds, once, mode)
         if mode == "exact" and rivals and not shared:
             yield from measure_rivals(case, pool, batch, q, layers, fa3_ms)
+
+
+def measure_pools(
+    pool: Pool,
+    batch: Batch,
+    q: torch.Tensor,
+    kinds: dict[str, Row],
+    once: float,
+    mode: str,
+) -> Iterator[Row]:
+    """A maker, an anchor that scores its pool, and plans with and without; once: ms of a step."""
+    paths = make_paths(pool, mode, pools=True)
+    paths.decode.reserve(len(q))
+    layers, like = LayerRuns(pool, paths, paths.decode, batch, q), kinds["anchor"]
+    lengths = batch.ends.tolist()
+    for kind, step in (("maker", layers.anchor), ("pooled", layers.pooled)):
+        read = bytes_read(pool, lengths, kind, mode)
+        kinds[kind] = like._replace(kind=kind, ms=measure(step), bytes=read)
+        yield kinds[kind]
+    yield from pool_composites(kinds, once)
 
 
 def measure_rivals(

@@ -39,7 +39,15 @@ DTYPE = torch.bfloat16
 SCALE = DIM**-0.5
 PLANS = {"llama-3.1-8b": (32, (0, 2, 8, 13, 14)), "qwen3-8b": (36, (0, 2, 7, 14, 23))}
 """Layers and anchors, from the paper, section 4.1; both have 8 KV heads, group 4, head dim 128."""
-LAYER0, ANCHOR, REUSE = range(3)
+POOL_PLANS = {
+    "10-anchors": {"layer0": 1, "anchor": 9, "reuse": 22},
+    "10-anchors-4-makers": {"layer0": 1, "maker": 4, "pooled": 5, "reuse": 22},
+}
+"""How often 32 layers have each kind, as what candidate pools were measured with has them
+(``candidate_pools.csv``): ten anchors that score all keys, or four, for five more."""
+POOL_SHARE = 0.25
+LAYER0, ANCHOR, REUSE, POOLED = range(4)
+"""Layers of the benchmark's model. ANCHOR makes pools for POOLED, where a plan has any."""
 MODES = ("default", "fast", "exact")
 FLUSH_BYTES = 256 * 2**20
 """Read before every step: several times the L2 cache of any GPU."""
@@ -148,20 +156,26 @@ def budgets(mode: str) -> tuple[Budget, Budget]:
     return Budget(), Budget()
 
 
-def make_paths(pool: Pool, mode: str) -> Paths:
+def make_paths(pool: Pool, mode: str, *, pools: bool = False) -> Paths:
     """Build what the backend would, for a model of one layer of each kind.
 
     mode: ``default``; ``fast``, the preset; ``exact``, that with ``--kascade-exact``.
+    pools: whether there is a layer that scores a candidate pool, and ANCHOR makes it.
     """
     maps = torch.rand(KV_HEADS, KV_HEADS, generator=torch.Generator().manual_seed(0)).tolist()
-    shape = ModelShape(3, Q_HEADS, KV_HEADS, DIM, Q_HEADS * DIM)
-    plan = Plan("benchmark", shape, (LAYER0, ANCHOR), {REUSE: tuple(map(tuple, maps))})
-    rank = Rank(range(KV_HEADS), range(3), pool.table, pool.size + pool.page_size, DEVICE)
+    rows, count = tuple(map(tuple, maps)), 4 if pools else 3
+    shape = ModelShape(count, Q_HEADS, KV_HEADS, DIM, Q_HEADS * DIM)
+    anchors, borrowed = (LAYER0, ANCHOR, POOLED)[: count - 1], {REUSE: rows}
+    if pools:
+        borrowed[POOLED] = rows
+    makes = {"makers": (ANCHOR,), "pool_share": POOL_SHARE} if pools else {}
+    plan = Plan("benchmark", shape, anchors, borrowed, **makes)
+    rank = Rank(range(KV_HEADS), range(count), pool.table, pool.size + pool.page_size, DEVICE)
     decode, prefill = budgets(mode)
     options = {"exact": mode == "exact", "kv_cache_dtype": pool.kv_cache_dtype}
     config = KascadeConfig(plan, decode, "per_head", prefill=prefill, **options)
     paths = build_paths(rank, pool, config)
-    for index in (LAYER0, ANCHOR):
+    for index in plan.anchors:
         paths.kv.copy(index, torch.arange(pool.size, device=DEVICE))
     return paths
 
@@ -179,8 +193,8 @@ class LayerRuns:
     def select(self, index: int, out: torch.Tensor | None = None) -> None:
         """Copy a layer's new keys, select and keep; with ``out`` also attend to every key."""
         self._paths.kv.copy(index, self._batch.written)
-        selected = self._path.select(self.step, self._q, self._pool.layer(index), out)
-        self._paths.store.put(index, selected)
+        layer, store = self._pool.layer(index), self._paths.store
+        store.put(index, self._path.select(self.step, self._q, layer, out, store))
 
     def attend(self, index: int) -> torch.Tensor:
         """Attend to what a layer's anchor selected."""
@@ -188,9 +202,14 @@ class LayerRuns:
         return self._path.attend(self.step, self._q, self._pool.layer(index), *kept)
 
     def anchor(self) -> None:
-        """Run an anchor."""
+        """Run an anchor; where the plan has pools, a maker."""
         self.select(ANCHOR)
         self.attend(ANCHOR)
+
+    def pooled(self) -> None:
+        """Run an anchor that scores what the maker left."""
+        self.select(POOLED)
+        self.attend(POOLED)
 
     def reuse(self) -> None:
         """Run a layer that reuses the anchor's selection."""
@@ -271,6 +290,15 @@ def composites(kinds: dict[str, Row], step: float = 0.0) -> Iterator[Row]:
         ms = step + sum(count * row.ms for count, row in rows)
         fa3 = layers * layer0.fa3_ms
         yield layer0._replace(kind="composite", plan=plan, ms=ms, fa3_ms=fa3, bytes=0, scratch=0)
+
+
+def pool_composites(kinds: dict[str, Row], step: float) -> Iterator[Row]:
+    """Sum steps of plans with many anchors, all scoring all keys or most of them a pool."""
+    for plan, counts in POOL_PLANS.items():
+        ms = step + sum(count * kinds[kind].ms for kind, count in counts.items())
+        fa3 = sum(counts.values()) * kinds["layer0"].fa3_ms
+        name = {"kind": "pool_composite", "plan": plan}
+        yield kinds["layer0"]._replace(**name, ms=ms, fa3_ms=fa3, bytes=0, scratch=0)
 
 
 def append_rows(path: Path, rows: list[Row], stamp: dict[str, str]) -> None:

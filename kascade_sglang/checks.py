@@ -208,6 +208,16 @@ def _refused_ranks(facts: ServerFacts, config: KascadeConfig) -> Iterator[str]:
             f"rank; calibrate with anchors there, or use --tp-size (anchors: "
             f"{list(config.plan.anchors)})"
         )
+    lost = [
+        anchor
+        for anchor, maker in config.plan.maker_of.items()
+        if any(maker < start <= anchor for start in facts.stage_starts)
+    ]
+    if lost:
+        yield (
+            f"--pp-size: anchors {lost} score a pool whose maker sits on another rank; make "
+            f"stages start at makers, or use --tp-size (makers: {list(config.plan.makers)})"
+        )
 
 
 def _first_layers(facts: ServerFacts, config: KascadeConfig) -> list[int]:

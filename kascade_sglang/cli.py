@@ -125,6 +125,15 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
         help="how many anchor layers to pick, layer 0 included, or the layers themselves; default: "
         "the fewest whose answers diverge at most twice as much as where every layer selects",
     )
+    add(
+        "--makers",
+        type=_anchor_list,
+        default=(),
+        metavar="3,9",
+        help="which of the --anchors leave a candidate pool, that the anchors after them score "
+        "alone in decoding; default: none",
+    )
+    add("--pool-share", type=float, default=0.25, help="share of the keys in a pool (0.25)")
     add("--out", required=True, type=Path, help="the plan file to write")
     add("--report", type=Path, help="also draw a page about it: .png, .svg or .html")
     add("--device", default="auto", help="auto (the default), cpu, cuda, ...")

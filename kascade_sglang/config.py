@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kascade_kernels.budget import Budget, tile_of
+from kascade_kernels.budget import Budget, PoolRule, tile_of
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.plan.library import find_plan
 from kascade_sglang.plan.schema import ModelShape, Plan
@@ -71,14 +71,27 @@ class KascadeConfig:
         """How many keys a tile attends to in prefill."""
         return self.prefill or self.budget
 
+    @property
+    def pool_rule(self) -> PoolRule | None:
+        """How many keys candidate pools of decoding hold; None where every anchor scores all."""
+        return self.plan.pool_rule
+
     def most_selected(self, phase: str, context: int) -> int:
         """Return how many keys a list may hold in a phase, own tile apart; 'prefill' or 'decode'.
 
         context: positions that a request may have.
         """
+        return self._largest(phase).selected(tile_of(context - 1))
+
+    def most_pooled(self, context: int) -> int:
+        """Return how many keys a candidate pool may hold, own tile apart; 0 without pools."""
+        rule = self.pool_rule
+        return rule.pooled(tile_of(context - 1), self._largest("decode")) if rule else 0
+
+    def _largest(self, phase: str) -> Budget:
+        """The largest budget of a request, apart from those of every key."""
         own = self.prefill_budget if phase == "prefill" else self.budget
-        largest = Budget(max(own.ratio, self.max_ratio or 0), own.min_k)
-        return largest.selected(tile_of(context - 1))
+        return Budget(max(own.ratio, self.max_ratio or 0), own.min_k)
 
     @property
     def sparse_prefill(self) -> bool:
@@ -88,7 +101,20 @@ class KascadeConfig:
 
 def every_layer_an_anchor(plan: Plan) -> Plan:
     """Return a plan by which every layer selects for itself."""
-    return replace(plan, anchors=tuple(plan.full_layers), similarity={})
+    return replace(plan, anchors=tuple(plan.full_layers), similarity={}, makers=(), pool_share=None)
+
+
+def without_pools(plan: Plan) -> Plan:
+    """Return a plan by which every anchor scores all keys."""
+    kept = {layer: plan.similarity[layer] for layer in plan.reuse_layers}
+    return replace(plan, similarity=kept, makers=(), pool_share=None)
+
+
+def _plan_for(selection: str, plan: Plan) -> Plan:
+    """Return the plan that a selection is served by."""
+    if selection == "quest":  # It hands nothing from layer to layer.
+        return every_layer_an_anchor(plan)
+    return plan if selection == "topk" else without_pools(plan)
 
 
 def load_config(
@@ -136,8 +162,7 @@ def read_config(
     if settings.max_topk_ratio is not None:
         _budget("max_", budget, settings.max_topk_ratio, None, refused)
     config = KascadeConfig(
-        # Quest hands nothing from layer to layer.
-        plan=every_layer_an_anchor(plan) if settings.selection == "quest" else plan,
+        plan=_plan_for(settings.selection, plan),
         budget=budget,
         heads=settings.heads or plan.heads,
         dense_backend=settings.dense_backend,

@@ -57,15 +57,21 @@ def reads_by_query(
     seen = (len(roles) - windowed) * (positions + 1) + in_windows
     if prefills and not config.sparse_prefill:
         return np.stack([seen, np.zeros_like(seen), seen])
+    # In decoding some anchors score a candidate pool alone.
+    pools = 0 if prefills else sum(layer in plan.maker_of for layer in layers or range(len(roles)))
     selecting, sparse = dense + roles.count(LayerRole.ANCHOR), len(roles) - dense - windowed
     tiles = positions // TILE
     selected = budget.selected_counts(tiles)
     selects = selected < TILE * tiles
-    attended = selected + positions - TILE * tiles + 1
+    own = positions - TILE * tiles + 1
+    attended = selected + own
+    scored = (selecting - pools) * _scored(config.selection, positions)
+    if pools:
+        scored += pools * (config.pool_rule.pooled_counts(tiles, selected) + own)
     return np.stack(
         [
             sparse * attended + dense * (positions + 1) + in_windows,
-            selecting * np.where(selects, _scored(config.selection, positions), 0),
+            np.where(selects, scored, 0),
             seen,
         ]
     )

@@ -60,17 +60,17 @@ class KascadeAttnBackend(Backend):
         anchors = [layer for layer in config.plan.anchors if layer in rank.layers]
         # What runs in Triton's interpreter, or in torch, is not compiled.
         if anchors and rank.device.startswith("cuda") and isinstance(self.paths, KernelPaths):
-            self._warm_up(self.paths, rank, anchors[0])
+            self._warm_up(self.paths, rank, anchors)
 
-    def _warm_up(self, paths: KernelPaths, rank: Rank, anchor: int) -> None:
+    def _warm_up(self, paths: KernelPaths, rank: Rank, anchors: list[int]) -> None:
         """Compile what no graph's capture will."""
         dtype, config = model_dtype(self._runner), self.config
         v_scale = 1.0 if config.fp8 else None
-        layer = Layer(anchor, 1.0, v_scale, sinks_of(self._runner))
+        layers = [Layer(anchor, 1.0, v_scale, sinks_of(self._runner)) for anchor in anchors]
         if config.sparse_prefill:
-            warm_up(paths, layer, dtype)
+            warm_up(paths, layers[0], dtype)
         if rank.eager:
-            warm_up_decode(paths, layer, rank.captured, rank.eager, dtype)
+            warm_up_decode(paths, layers, rank.captured, rank.eager, dtype)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare an eager step; once a step, before any layer."""

@@ -17,8 +17,9 @@ from kascade_kernels.decode_lists import Budgets, Spans, decode_lists, most_spli
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.merge_parts import Parts, most_parts
-from kascade_kernels.select_slots import select_slots
-from kascade_kernels.structs import Lists, Rows
+from kascade_kernels.select_slots import CodeBuffer, select_slots
+from kascade_kernels.structs import Lists, Pool, PoolKeys, Rows
+from kascade_sglang.backend.index_store import IndexStore
 from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.sizes import Sizes
 from kascade_sglang.config import KascadeConfig
@@ -37,6 +38,7 @@ class DecodeBuffers:
     table: int32 [most, context padded], the requests' own slots. It lies at the beginning of
         ``lists.slots``, so that it can be the list of a request that asked for every key.
     requests: int64 [rows], each row's request in ``table``.
+    pool: candidate pools, whose slots follow the lists'; None where no layer makes any.
     """
 
     def __init__(self, most: int, sizes: Sizes, config: KascadeConfig, device: str) -> None:
@@ -44,12 +46,19 @@ class DecodeBuffers:
         self.rows = rows = most * sizes.chain
         count, room = rows * sizes.lists, sizes.longest_list
         width = row_width(sizes.context)
-        slots = torch.zeros(most * width + count * room, dtype=torch.int32, device=device)
-        self.table, self._room = slots[: most * width].view(most, width), room
-        self._budget = config.budget
-        offsets = torch.from_numpy(self._offsets(sizes.lists)).to(device)
+        filled = most * width, count * room, count * sizes.longest_pool
+        slots = torch.zeros(sum(filled), dtype=torch.int32, device=device)
+        self.table = slots[: most * width].view(most, width)
+        self._lists_at = (filled[0], room), (sum(filled[:2]), sizes.longest_pool)
+        self._budget, self._per_row = config.budget, sizes.lists
+        offsets, pool_offsets = (torch.from_numpy(each).to(device) for each in self._offsets())
         counts = torch.empty_like(offsets, dtype=torch.int32)
         self.lists = Lists(slots, offsets, counts)
+        self.pool = None
+        if config.pool_rule is not None:
+            lists = Lists(slots, pool_offsets, torch.empty_like(counts))
+            ends, spans = torch.empty(2, rows, dtype=torch.int32, device=device)
+            self.pool = Pool(lists, ends, spans)
         columns = (config.budget.ratio_ppm, config.budget.min_k)
         self.budgets = Budgets(*(torch.full_like(counts[:, 0], value) for value in columns))
         self._asked: tuple[Budget | None, ...] = ()
@@ -65,12 +74,15 @@ class DecodeBuffers:
         """Bytes of all buffers; the table is a part of the lists' slots."""
         single = (self.requests, self.steps)
         tensors = (*single, *self.lists, *self.budgets, *self.shared, *self.parts)
+        if self.pool is not None:
+            _, offsets, counts = self.pool.lists
+            tensors += (offsets, counts, self.pool.ends, self.pool.spans)
         return sum(tensor.nbytes for tensor in tensors)
 
-    def _offsets(self, lists: int) -> np.ndarray:
-        """Where each row's lists begin, int64 [rows, lists]."""
-        numbers = np.arange(self.rows * lists).reshape(self.rows, lists)
-        return self.table.numel() + self._room * numbers
+    def _offsets(self) -> np.ndarray:
+        """Where each row's lists and pools begin, int64 [2, rows, lists]."""
+        numbers = np.arange(self.rows * self._per_row).reshape(self.rows, self._per_row)
+        return np.stack([first + room * numbers for first, room in self._lists_at])
 
     def ask(self, budgets: tuple[Budget | None, ...]) -> None:
         """Give the first requests' rows the budgets that these asked for, None: the server's.
@@ -81,7 +93,7 @@ class DecodeBuffers:
         if budgets == self._asked:
             return
         self._asked = budgets
-        offsets = self._offsets(self.lists.per_row)
+        offsets = self._offsets()
         columns = np.empty((2, self.rows), np.int32)
         columns[:] = [[self._budget.ratio_ppm], [self._budget.min_k]]
         for request, budget in enumerate(budgets):
@@ -89,16 +101,21 @@ class DecodeBuffers:
                 mine = slice(request * self._chain, (request + 1) * self._chain)
                 columns[:, mine] = [[budget.ratio_ppm], [budget.min_k]]
                 if budget.is_everything:
-                    offsets[mine] = request * self.table.shape[1]
-        written = (*self.budgets, self.lists.offsets)
-        for buffer, values in zip(written, (*columns, offsets), strict=True):
+                    offsets[:, mine] = request * self.table.shape[1]
+        written = {**dict(zip(self.budgets, columns, strict=True)), self.lists.offsets: offsets[0]}
+        if self.pool is not None:
+            written[self.pool.lists.offsets] = offsets[1]
+        for buffer, values in written.items():
             host = torch.from_numpy(values)
             buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """The rows [first, last) of a step, scored together; what follows is of these rows."""
+    """The rows [first, last) of a step, scored together; what follows is of these rows.
+
+    pool: their candidate pools, where any layer makes them.
+    """
 
     first: int
     last: int
@@ -106,17 +123,19 @@ class RowGroup:
     lists: Lists
     spans: Spans
     shared: SharedPrefix
+    pool: Pool | None
 
 
 @dataclass(frozen=True)
 class DecodeStep:
     """One step's rows, one a token, and where they write.
 
-    lists: of all rows; their counts are decided, their slots come from ``select``.
+    lists, pool: of all rows; their counts are decided, their slots come from ``select``.
     groups: the rows in as few groups as have room for their scores.
     """
 
     lists: Lists
+    pool: Pool | None
     spans: Spans
     groups: tuple[RowGroup, ...]
     buffers: DecodeBuffers
@@ -179,14 +198,24 @@ class DecodePath:
         lists = buffers.lists.rows(0, count)
         spans = Spans.within(buffers.steps, count, heads, batch_invariant=invariant)
         budgets = buffers.budgets.rows(count)
-        decode_lists(rows.ends, heads, budgets, spans, lists.counts, batch_invariant=invariant)
-        groups = tuple(self._cut(rows, lists, spans, buffers.shared))
+        pool = None if buffers.pool is None else buffers.pool.rows(0, count)
+        decode_lists(
+            rows.ends,
+            heads,
+            budgets,
+            spans,
+            lists.counts,
+            batch_invariant=invariant,
+            pool=pool,
+            rule=self._config.pool_rule,
+        )
+        groups = tuple(self._cut(rows, lists, spans, buffers.shared, pool))
         for group in groups:
             find_shared_prefixes(buffers.table, group.rows, group.spans, group.shared)
-        return DecodeStep(lists, spans, groups, buffers)
+        return DecodeStep(lists, pool, spans, groups, buffers)
 
     def _cut(
-        self, rows: Rows, lists: Lists, spans: Spans, shared: SharedPrefix
+        self, rows: Rows, lists: Lists, spans: Spans, shared: SharedPrefix, pool: Pool | None
     ) -> Iterator[RowGroup]:
         for first, last in self._ranges(len(rows.ends)):
             yield RowGroup(
@@ -196,6 +225,7 @@ class DecodePath:
                 lists.rows(first, last),
                 spans.rows(first, last),
                 shared.rows(first, last),
+                None if pool is None else pool.rows(first, last),
             )
 
     def _ranges(self, count: int) -> Iterator[tuple[int, int]]:
@@ -225,35 +255,90 @@ class DecodePath:
         return DecodeBuffers(requests, self._sizes, self._config, str(self._table.device))
 
     def select(
-        self, step: DecodeStep, q: torch.Tensor, layer: Layer, out: torch.Tensor | None = None
+        self,
+        step: DecodeStep,
+        q: torch.Tensor,
+        layer: Layer,
+        out: torch.Tensor | None = None,
+        store: IndexStore[Lists] | None = None,
     ) -> Lists:
         """Select for every row; with ``out`` the pool's own keys are read, for both."""
+        part = None if store is None or step.pool is None else store.pool_of(layer.index)
+        makes_pool = store is not None and step.pool is not None and store.makes_pool(layer.index)
+        for group in step.groups:
+            if part is not None:
+                self._select_in_pool(group, q, layer, step.buffers, part[1])
+                continue
+            codes = self._score(group, q, layer, step.buffers, out)
+            for lists in (group.lists, *([group.pool.lists] if makes_pool else [])):
+                select_slots(codes, step.buffers.table, group.rows, lists, append_own=True)
+        if makes_pool:
+            store.put_pool(layer.index, step.pool.lists)
+        return step.lists
+
+    def _score(
+        self,
+        group: RowGroup,
+        q: torch.Tensor,
+        layer: Layer,
+        buffers: DecodeBuffers,
+        out: torch.Tensor | None,
+    ) -> CodeBuffer:
+        """Score all keys of a group of rows; with ``out`` also attend to them."""
         pool_keys, values = self._kv.of(layer.index)
         keys = self._kv.scoring_keys(layer.index) if out is None else pool_keys
-        sizes, table = self._sizes, step.buffers.table
-        for group in step.groups:
-            count, mine = group.last - group.first, slice(group.first, group.last)
-            scratch = ScoreScratch.allocate(
-                count, sizes.q_heads, sizes.lists, sizes.context, self._arena.cut()
-            )
-            decode_scores(
-                q[mine],
-                keys,
-                table,
-                group.rows,
-                group.lists,
-                group.spans,
-                group.shared,
-                layer.scale,
-                scratch,
-                step.buffers.parts,
-                values=None if out is None else values,
-                out=None if out is None else out[mine],
-                v_scale=layer.v_scale,
-                sinks=layer.sinks,
-            )
-            select_slots(scratch.codes, table, group.rows, group.lists, append_own=True)
-        return step.lists
+        mine = slice(group.first, group.last)
+        scratch = self._scratch(group, self._sizes.context)
+        decode_scores(
+            q[mine],
+            keys,
+            buffers.table,
+            group.rows,
+            group.lists,
+            group.spans,
+            group.shared,
+            layer.scale,
+            scratch,
+            buffers.parts,
+            values=None if out is None else values,
+            out=None if out is None else out[mine],
+            v_scale=layer.v_scale,
+            sinks=layer.sinks,
+        )
+        return scratch.codes
+
+    def _select_in_pool(
+        self,
+        group: RowGroup,
+        q: torch.Tensor,
+        layer: Layer,
+        buffers: DecodeBuffers,
+        head_map: torch.Tensor,
+    ) -> None:
+        """Score a group's pools, which are rows of a shorter context, and select of them."""
+        pool, scratch = group.pool, self._scratch(group, self._sizes.longest_pool)
+        rows = group.rows._replace(ends=pool.ends)
+        keys = PoolKeys(pool.lists, head_map)
+        decode_scores(
+            q[group.first : group.last],
+            self._kv.scoring_keys(layer.index),
+            buffers.table,
+            rows,
+            group.lists,
+            group.spans._replace(score=pool.spans),
+            group.shared,
+            layer.scale,
+            scratch,
+            buffers.parts,
+            sinks=layer.sinks,
+            pool=keys,
+        )
+        select_slots(scratch.codes, buffers.table, rows, group.lists, append_own=True, pool=keys)
+
+    def _scratch(self, group: RowGroup, keys: int) -> ScoreScratch:
+        """Room for the scores of a group's rows, of up to so many keys each."""
+        sizes, rows = self._sizes, group.last - group.first
+        return ScoreScratch.allocate(rows, sizes.q_heads, sizes.lists, keys, self._arena.cut())
 
     def attend(
         self,

@@ -15,6 +15,7 @@ from kascade_kernels.tile_attention import tile_attention
 from kascade_kernels.tile_lse import tile_lse
 from kascade_kernels.tile_scores import tile_scores
 from kascade_kernels.tiles import cut_tiles
+from kascade_sglang.backend.index_store import IndexStore
 from kascade_sglang.backend.kv import KeyValues
 from kascade_sglang.backend.sizes import Sizes
 from kascade_sglang.backend.tile_lists import lay_out_lists, selected_counts
@@ -139,9 +140,17 @@ class ExtendPath:
         return CodeBuffer.bytes_per_row(self._sizes.lists, keys) + sums
 
     def select(
-        self, step: ExtendStep, q: torch.Tensor, layer: Layer, out: torch.Tensor | None = None
+        self,
+        step: ExtendStep,
+        q: torch.Tensor,
+        layer: Layer,
+        out: torch.Tensor | None = None,
+        store: IndexStore[Lists] | None = None,
     ) -> Lists:
-        """Select for every tile; ``out`` must be None."""
+        """Select for every tile, of all keys: only decoding has candidate pools.
+
+        ``out`` must be None.
+        """
         for group in step.groups:
             codes = self._score(group, q, layer)
             select_slots(codes, self._table, group.rows, group.lists, append_own=False)

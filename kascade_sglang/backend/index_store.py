@@ -1,4 +1,4 @@
-"""The keys that this step's anchors selected, as KV slots."""
+"""The keys that this step's anchors selected, and candidate pools, as KV slots."""
 
 from typing import Generic
 
@@ -8,10 +8,14 @@ from kascade_sglang.backend.path import SelectedT
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
 
+ALIGNED = 4
+"""Numbers of a head map that fill 16 bytes."""
+
 
 class IndexStore(Generic[SelectedT]):
     """Hands an anchor's selection to the layers that reuse it, with the head map to read it by.
 
+    Likewise a maker's candidate pool to the anchors that score it.
     A head map is int32 [KV heads]: which of the selection's lists each head attends to. An
     anchor's own is the identity.
     heads: the model's KV heads that this rank holds; head maps stay within them.
@@ -23,17 +27,23 @@ class IndexStore(Generic[SelectedT]):
     ) -> None:
         plan = config.plan
         maps = [
-            plan.local_head_map(layer, heads) if layer in plan.reuse_layers else range(len(heads))
+            plan.local_head_map(layer, heads) if layer in borrowing else range(len(heads))
+            for borrowing in (plan.reuse_layers, plan.maker_of)
             for layer in range(plan.shape.layers)
         ]
-        table = torch.tensor(list(map(list, maps)), dtype=torch.int32, device=device)
-        self._head_maps = torch.zeros_like(table) if one_list else table
-        self._anchor_of = plan.anchor_of
-        self._kept: tuple[int, SelectedT] | None = None
+        # Every map begins where memory is aligned: kernels are compiled again where one is not.
+        width = -(-len(heads) // ALIGNED) * ALIGNED
+        table = torch.zeros(len(maps), width, dtype=torch.int32, device=device)[:, : len(heads)]
+        if not one_list:
+            table.copy_(torch.tensor(list(map(list, maps)), dtype=torch.int32))
+        self._head_maps, self._pool_maps = table.split(plan.shape.layers)
+        self._anchor_of, self._maker_of, self._makers = plan.anchor_of, plan.maker_of, plan.makers
+        self.clear()
 
     def clear(self) -> None:
         """Forget the last step."""
-        self._kept = None
+        self._kept: tuple[int, SelectedT] | None = None
+        self._pool: tuple[int, SelectedT] | None = None
 
     def put(self, anchor: int, selected: SelectedT) -> None:
         """Keep an anchor's selection; the one before it is no longer needed."""
@@ -45,3 +55,20 @@ class IndexStore(Generic[SelectedT]):
         if self._kept is None or self._kept[0] != anchor:
             raise KascadeError(f"layer {layer} ran before its anchor, layer {anchor}, in this step")
         return self._kept[1], self._head_maps[layer]
+
+    def makes_pool(self, layer: int) -> bool:
+        """Whether a layer leaves a candidate pool."""
+        return layer in self._makers
+
+    def put_pool(self, maker: int, pool: SelectedT) -> None:
+        """Keep a maker's candidate pool; the one before it is no longer needed."""
+        self._pool = maker, pool
+
+    def pool_of(self, layer: int) -> tuple[SelectedT, torch.Tensor] | None:
+        """Return the pool an anchor scores, and its head map; None where it scores all keys."""
+        maker = self._maker_of.get(layer)
+        if maker is None:
+            return None
+        if self._pool is None or self._pool[0] != maker:
+            raise KascadeError(f"layer {layer} ran before its maker, layer {maker}, in this step")
+        return self._pool[1], self._pool_maps[layer]

@@ -4,11 +4,16 @@ A key index is born in ``select``, kept in the ``IndexStore`` between layers, an
 ``attend``. ``DecodePath`` and ``ExtendPath`` run the kernels, ``ReferencePath`` plain torch.
 """
 
-from typing import Protocol, TypeVar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
 from kascade_sglang.host.steps import Batch, Layer
+
+if TYPE_CHECKING:
+    from kascade_sglang.backend.index_store import IndexStore
 
 StepT = TypeVar("StepT")
 """All that one step's layers share: frozen, made by ``record``, kept by the backend."""
@@ -35,11 +40,17 @@ class Path(Protocol[StepT, SelectedT]):
         """Return the step. Recorded in a graph where ``batch`` is captured."""
 
     def select(
-        self, step: StepT, q: torch.Tensor, layer: Layer, out: torch.Tensor | None = None
+        self,
+        step: StepT,
+        q: torch.Tensor,
+        layer: Layer,
+        out: torch.Tensor | None = None,
+        store: IndexStore[SelectedT] | None = None,
     ) -> SelectedT:
         """Select the keys of every query tile.
 
         q: [tokens, Hq, D]. out: like q; where given, also attend to every key, into it.
+        store: where candidate pools are put and taken from; without, every key is scored.
         """
 
     def attend(

@@ -33,7 +33,8 @@ class Running(Generic[StepT, SelectedT]):
 
     def select(self, q: torch.Tensor, layer: Layer, out: torch.Tensor | None = None) -> None:
         """Select an anchor's keys and keep them; arguments are those of ``Path.select``."""
-        self.store.put(layer.index, self.path.select(self.step, q, layer, out))
+        selected = self.path.select(self.step, q, layer, out, self.store)
+        self.store.put(layer.index, selected)
 
     def attend(self, q: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Attend to what a layer's anchor selected; [tokens, Hq, D] as ``q``."""

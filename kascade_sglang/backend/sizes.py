@@ -18,7 +18,9 @@ class Sizes:
     lists: selections per query tile: one for each KV head, or 1 where they are pooled.
     longest_list: slots on the list of the context's last position in decoding, own tile
         included. longest_prefill_list: those of the last tile in prefill, without its own.
-        Both also hold what one request may ask for (``max_topk_ratio``).
+        longest_pool: slots of the context's last candidate pool in decoding, own tile included;
+        0 where there are none.
+        All also hold what one request may ask for (``max_topk_ratio``).
     chain: tokens that a decode step computes for each request, a row each.
     """
 
@@ -30,6 +32,7 @@ class Sizes:
     longest_list: int
     longest_prefill_list: int
     chain: int = 1
+    longest_pool: int = 0
 
     @staticmethod
     def of(config: KascadeConfig, kv_heads: int, context: int, chain: int = 1) -> Sizes:
@@ -44,6 +47,7 @@ class Sizes:
             longest_list=config.most_selected("decode", context) + TILE,
             longest_prefill_list=config.most_selected("prefill", context),
             chain=chain,
+            longest_pool=config.most_pooled(context) + TILE if config.pool_rule else 0,
         )
 
     @property

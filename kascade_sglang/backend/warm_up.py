@@ -54,17 +54,16 @@ def warm_up(paths: KernelPaths, layer: Layer, dtype: torch.dtype) -> None:
 
 
 def warm_up_decode(
-    paths: KernelPaths, layer: Layer, captured: int, eager: int, dtype: torch.dtype
+    paths: KernelPaths, anchors: list[Layer], captured: int, eager: int, dtype: torch.dtype
 ) -> None:
     """Run decode steps of more than ``captured`` and up to ``eager`` requests, one of each kind.
 
     Smaller ones are compiled when their graphs are captured. All keys of all requests are in the
-    padding's slot 0, whose 8-bit copy is the only thing of the pool that is written. layer, dtype:
-    as above.
+    padding's slot 0, whose 8-bit copy is the only thing of the pool that is written. anchors: the
+    rank's, of all kinds. dtype: as above.
     """
     sizes, started, decode = paths.sizes, time.monotonic(), paths.decode
-    keys, _ = paths.kv.of(layer.index)
-    head_map = torch.zeros(sizes.kv_heads, dtype=torch.int32, device=keys.device)
+    keys, _ = paths.kv.of(anchors[0].index)
     # The largest first: buffers for it serve the others, and requests.
     for count in sorted(decode.sizes_apart(captured + 1, eager), reverse=True):
         first = torch.zeros(count, dtype=torch.int64, device=keys.device)
@@ -72,11 +71,14 @@ def warm_up_decode(
         batch = Batch(decode=True, requests=first, ends=first + chain, written=first, chain=chain)
         shape = (count * chain, sizes.q_heads, sizes.head_dim)
         q = torch.zeros(shape, dtype=dtype, device=keys.device)
-        paths.kv.copy(layer.index, batch.written)
+        paths.store.clear()
         decode.prepare(batch)
         step = decode.record(batch)
-        decode.select(step, q, layer, torch.empty_like(q))
-        selected = decode.select(step, q, layer)
-        decode.attend(step, q, layer, selected, head_map)
+        decode.select(step, q, anchors[0], torch.empty_like(q))
+        for layer in anchors:
+            paths.kv.copy(layer.index, batch.written)
+            selected = decode.select(step, q, layer, store=paths.store)
+            paths.store.put(layer.index, selected)
+        decode.attend(step, q, layer, *paths.store.get(layer.index))
     waited = time.monotonic() - started
     logger.info("kascade: kernels of eager decode steps were ready after %.1f s", waited)

@@ -48,10 +48,13 @@ def build_plan(
     budget: Budget,
     heads: str,
     provenance: dict[str, Any],
+    makers: tuple[int, ...] = (),
+    pool_share: float | None = None,
 ) -> Plan:
     """Build the plan of measured statistics and chosen anchors.
 
     choices: the best of other counts, to be named beside it. model: the name to write.
+    makers, pool_share: see ``Plan``.
     provenance: what the plan was made from; scores, importance, mass and choices are added here.
     """
     score = stats.pooled if heads == "pooled" else layer_similarity(stats.similarity)
@@ -62,9 +65,11 @@ def build_plan(
         model=model,
         shape=shape,
         anchors=choice.anchors,
-        similarity=_borrowed_rows(stats, choice.anchors),
+        similarity=_borrowed_rows(stats, choice.anchors, makers),
         budget=budget,
         heads=heads,
+        makers=makers,
+        pool_share=pool_share if makers else None,
         windowed=tuple(layer for layer in range(shape.layers) if layer not in stats.layers),
         provenance={
             **provenance,
@@ -88,13 +93,17 @@ def build_plan(
 
 
 def _borrowed_rows(
-    stats: LayerStats, anchors: Sequence[int]
+    stats: LayerStats, anchors: Sequence[int], makers: Sequence[int]
 ) -> dict[int, tuple[tuple[float, ...], ...]]:
-    """For every reuse layer, its heads' similarity to the heads of its nearest earlier anchor."""
+    """For every layer that borrows, its heads' similarity to the heads that it borrows from.
+
+    A reuse layer borrows from the last anchor before it, an anchor from the last maker.
+    """
     rows = {}
     for place, layer in enumerate(stats.layers):
-        anchor = max(anchor for anchor in anchors if anchor <= layer)
-        if anchor != layer:
-            table = stats.similarity[stats.layers.index(anchor), place].round(6).tolist()
+        lenders = makers if layer in anchors else anchors
+        earlier = [one for one in lenders if one < layer]
+        if earlier and layer not in makers:
+            table = stats.similarity[stats.layers.index(earlier[-1]), place].round(6).tolist()
             rows[layer] = tuple(tuple(row) for row in table)
     return rows

@@ -14,7 +14,7 @@ import transformers
 from tqdm import tqdm
 
 import kascade_sglang
-from kascade_kernels.budget import Budget
+from kascade_kernels.budget import Budget, PoolRule
 from kascade_sglang.calibration import hf_model
 from kascade_sglang.calibration.anchors import AnchorChoice
 from kascade_sglang.calibration.answers import MOST_ROWS, Selecting, reply_rows
@@ -57,6 +57,7 @@ class CalibrationConfig:
     trust_remote_code: whether code that comes with the model may run.
     report: a page about the plan, .png, .svg or .html. tiles: query tiles of each prompt.
     criterion: what anchors are chosen by, one of CRITERIA.
+    makers: of the anchors given, those that leave a pool of ``pool_share`` of the keys for others.
     """
 
     model: str
@@ -73,6 +74,8 @@ class CalibrationConfig:
     heads: str = "per_head"
     tiles: int = 64
     criterion: str = "kl"
+    makers: tuple[int, ...] = ()
+    pool_share: float = 0.25
 
     @property
     def seed(self) -> int:
@@ -94,7 +97,12 @@ class Measured(NamedTuple):
     provenance: dict[str, Any]
 
     def plan(
-        self, anchors: int | tuple[int, ...] | None, heads: str, criterion: str = "kl"
+        self,
+        anchors: int | tuple[int, ...] | None,
+        heads: str,
+        criterion: str = "kl",
+        makers: tuple[int, ...] = (),
+        pool_share: float = 0.25,
     ) -> Plan:
         """Build a plan; see ``CalibrationConfig``. By ``kl``, anchors are of ``choices``."""
         if criterion == "mass":
@@ -107,9 +115,8 @@ class Measured(NamedTuple):
             choice, choices = named[0], self.choices
         by = "the user" if isinstance(anchors, tuple) else criterion
         said = {**self.provenance, "anchors_by": by, "criterion": criterion}
-        return build_plan(
-            self.stats, choice, choices, self.model, self.shape, self.budget, heads, said
-        )
+        measured = (self.stats, choice, choices, self.model, self.shape, self.budget)
+        return build_plan(*measured, heads, said, makers, pool_share)
 
 
 def calibrate(config: CalibrationConfig) -> Plan:
@@ -120,7 +127,8 @@ def calibrate(config: CalibrationConfig) -> Plan:
     Raises CalibrationError, before the weights are loaded where that is possible.
     """
     measured, checkpoint = measure(config)
-    plan = measured.plan(config.anchors, config.heads, config.criterion)
+    pools = (config.makers, config.pool_share)
+    plan = measured.plan(config.anchors, config.heads, config.criterion, *pools)
     try:
         plan.save(config.out)
     except OSError as error:
@@ -145,6 +153,7 @@ def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     windowed = hf_model.windowed_layers(hf_config, _longest(found.prompts))
     full = [layer for layer in range(shape.layers) if layer not in windowed]
     _check_anchors(1 if config.anchors is None else config.anchors, full)
+    _check_makers(config)
     if config.criterion == "kl":
         _say_what_answers_are(found.prompts, budget, config.source.name)
     _check_vocabulary(found.prompts, hf_config.get_text_config().vocab_size, config.model)
@@ -205,6 +214,20 @@ def _check_anchors(anchors: int | tuple[int, ...], layers: list[int]) -> None:
             f"--anchors: expected layers with full attention, of {','.join(map(str, layers))}, "
             f"got {given}"
         )
+
+
+def _check_makers(config: CalibrationConfig) -> None:
+    """Refuse makers that are no anchors, and shares that are none."""
+    given, named = config.anchors, config.anchors if isinstance(config.anchors, tuple) else ()
+    if list(config.makers) != sorted(set(config.makers)) or not set(config.makers) <= set(named):
+        raise CalibrationError(
+            "--makers: expected ascending layers of those that --anchors names, got "
+            f"{','.join(map(str, config.makers))} with --anchors {given}"
+        )
+    try:
+        PoolRule(config.pool_share)
+    except ValueError as error:
+        raise CalibrationError(f"--pool-share: {error}") from error
 
 
 def _longest(prompts: list[Prompt]) -> int:

@@ -48,7 +48,7 @@ def without_head_map(plan: Plan) -> Plan:
     Source: "no remapping", an ablation of the paper's (arXiv 2512.16391, section 3.4).
     """
     identity = identity_similarity(plan.shape.kv_heads)
-    return replace(plan, similarity=dict.fromkeys(plan.reuse_layers, identity))
+    return replace(plan, similarity=dict.fromkeys(plan.borrowing_layers, identity))
 
 
 CHANGED_PLANS: dict[str, Callable[[Plan], Plan]] = {

@@ -26,6 +26,8 @@ def _settings(a: Plan, b: Plan) -> Iterator[str]:
         ("min_k", a.budget.min_k, b.budget.min_k),
         ("decode_min_k", a.decode_min_k, b.decode_min_k),
         ("prefill_min_k", a.prefill_min_k, b.prefill_min_k),
+        ("makers", _numbers(a.makers), _numbers(b.makers)),
+        ("pool_share", a.pool_share, b.pool_share),
         ("heads", a.heads, b.heads),
     ):
         if one != other:
@@ -38,7 +40,7 @@ def _layers(a: Plan, b: Plan) -> Iterator[str]:
         one, other = _role(a, layer), _role(b, layer)
         if one != other:
             yield _line(f"layer {layer}", one, other)
-        elif a.role(layer) is LayerRole.REUSE and a.shape.kv_heads == b.shape.kv_heads:
+        elif layer in a.head_map and a.shape.kv_heads == b.shape.kv_heads:
             yield from _head_map(a, b, layer)
 
 
@@ -64,6 +66,8 @@ def _provenance(a: Plan, b: Plan) -> Iterator[str]:
 
 def _role(plan: Plan, layer: int) -> str:
     role = plan.role(layer)
+    if layer in plan.maker_of:
+        return f"selects of {plan.maker_of[layer]}'s pool"
     return f"reuses {plan.anchor_of[layer]}" if role is LayerRole.REUSE else role.value
 
 

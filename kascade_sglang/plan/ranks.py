@@ -26,7 +26,7 @@ class RankLoss(NamedTuple):
 def rank_losses(plan: Plan) -> list[RankLoss]:
     """Losses at 2, 4 and 8 ranks, where these divide the KV heads and any layer reuses."""
     kv_heads = plan.shape.kv_heads
-    if not plan.reuse_layers:
+    if not plan.borrowing_layers:
         return []
     return [_loss(plan, ranks) for ranks in RANKS if ranks <= kv_heads and kv_heads % ranks == 0]
 
@@ -34,7 +34,7 @@ def rank_losses(plan: Plan) -> list[RankLoss]:
 def _loss(plan: Plan, ranks: int) -> RankLoss:
     width = plan.shape.kv_heads // ranks
     moved, lost = [], []
-    for layer in plan.reuse_layers:
+    for layer in plan.borrowing_layers:
         for start in range(0, plan.shape.kv_heads, width):
             heads = range(start, start + width)
             for head, local in zip(heads, plan.local_head_map(layer, heads), strict=True):

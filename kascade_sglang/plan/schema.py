@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
-from kascade_kernels.budget import TILE, Budget
+from kascade_kernels.budget import TILE, Budget, PoolRule
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.files import write_atomically
 
@@ -79,11 +79,14 @@ class Plan:
 
     anchors: ascending layer numbers; the first is the first layer with full attention, 0 unless
         that one is windowed.
-    similarity: for every reuse layer, [KV heads][anchor heads]: the share of a head's own Top-k
-        mass that the anchor head's keys recover. The head map is its argmax (section 3.4).
+    similarity: for every layer that borrows, [KV heads][heads of the layer it borrows from]: the
+        share of a head's own Top-k mass that the other head's keys recover. The head map is its
+        argmax (section 3.4). Reuse layers borrow an anchor's lists, pooled anchors a maker's pool.
     windowed: layers with a sliding window (Gemma 2 and 3), neither anchors nor reuse layers.
     budget: what similarities were measured at.
     decode_min_k, prefill_min_k: least number of keys when served; None leaves it to the release.
+    makers: anchors that score all keys and leave the best as a candidate pool, which anchors after
+        them score alone. None: every anchor scores all keys. pool_share: of keys in a pool.
     """
 
     model: str
@@ -96,6 +99,8 @@ class Plan:
     windowed: tuple[int, ...] = ()
     decode_min_k: int | None = None
     prefill_min_k: int | None = None
+    makers: tuple[int, ...] = ()
+    pool_share: float | None = None
 
     def __post_init__(self) -> None:
         if not self.model.isprintable() or len(self.model) > MAX_NAME:
@@ -110,11 +115,12 @@ class Plan:
                 Budget(self.budget.ratio, self.budget.min_k if least is None else least)
             except ValueError as error:
                 raise PlanError(f"plan.{phase}_{error}") from error
-        for layer in self.reuse_layers:
+        _check_makers(self.makers, self.pool_share, self.anchors)
+        for layer in self.borrowing_layers:
             _check_similarity(layer, self.similarity.get(layer), self.shape.kv_heads)
-        extra = sorted(set(self.similarity) - set(self.reuse_layers))
+        extra = sorted(set(self.similarity) - set(self.borrowing_layers))
         if extra:
-            raise PlanError(f"plan.similarity: layers {extra} are not reuse layers of this plan")
+            raise PlanError(f"plan.similarity: layers {extra} borrow nothing by this plan")
 
     @cached_property
     def anchor_of(self) -> tuple[int, ...]:
@@ -136,14 +142,33 @@ class Plan:
         """Layers that attend to an earlier anchor's keys."""
         return [layer for layer in self.full_layers if layer not in self.anchors]
 
+    @property
+    def pool_rule(self) -> PoolRule | None:
+        """How many keys are in a candidate pool; None where no maker leaves any."""
+        return PoolRule(self.pool_share) if self.makers else None
+
+    @cached_property
+    def maker_of(self) -> dict[int, int]:
+        """For every pooled anchor, the maker whose candidate pool it scores: the last before it."""
+        return {
+            anchor: max(maker for maker in self.makers if maker < anchor)
+            for anchor in self.anchors
+            if anchor not in self.makers and any(maker < anchor for maker in self.makers)
+        }
+
+    @property
+    def borrowing_layers(self) -> list[int]:
+        """Layers that have a head map: reuse layers and pooled anchors."""
+        return sorted((*self.reuse_layers, *self.maker_of))
+
     @cached_property
     def head_map(self) -> dict[int, tuple[int, ...]]:
-        """For every reuse layer, the anchor head of each KV head; ties go to the lower."""
+        """For every borrowing layer, whose head each KV head borrows; ties go to the lower."""
         everything = range(self.shape.kv_heads)
-        return {layer: self.local_head_map(layer, everything) for layer in self.reuse_layers}
+        return {layer: self.local_head_map(layer, everything) for layer in self.borrowing_layers}
 
     def local_head_map(self, layer: int, heads: range) -> tuple[int, ...]:
-        """Head map of a reuse layer within one rank's KV heads, numbered from its first."""
+        """Head map of a borrowing layer within one rank's KV heads, numbered from its first."""
         rows = (self.similarity[layer][head][heads.start : heads.stop] for head in heads)
         return tuple(row.index(max(row)) for row in rows)
 
@@ -168,6 +193,7 @@ class Plan:
         """Return the plan as it stands in the file."""
         # Written only where there are any: releases without them still read the others.
         windowed = {"windowed": list(self.windowed)} if self.windowed else {}
+        pools = {"makers": list(self.makers), "pool_share": self.pool_share} if self.makers else {}
         least = {"decode_min_k": self.decode_min_k, "prefill_min_k": self.prefill_min_k}
         return {
             "format": FORMAT,
@@ -175,6 +201,7 @@ class Plan:
             "model": {"id": self.model, **asdict(self.shape)},
             **windowed,
             "anchors": list(self.anchors),
+            **pools,
             "anchor_of": list(self.anchor_of),
             "similarity": {str(layer): rows for layer, rows in self.similarity.items()},
             "tile": TILE,
@@ -216,9 +243,24 @@ def _check_anchors(anchors: tuple[int, ...], layers: int, windowed: tuple[int, .
         )
 
 
+def _check_makers(makers: tuple[int, ...], share: float | None, anchors: tuple[int, ...]) -> None:
+    if list(makers) != sorted(set(makers)) or not set(makers) <= set(anchors):
+        raise PlanError(
+            f"plan.makers: expected some of the anchors {list(anchors)}, ascending, got "
+            f"{list(makers)}"
+        )
+    if bool(makers) != (share is not None):
+        raise PlanError("plan.pool_share: expected a share with makers, and none without")
+    if share is not None:
+        try:
+            PoolRule(share)
+        except ValueError as error:
+            raise PlanError(f"plan.{error}") from error
+
+
 def _check_similarity(layer: int, rows: Any, kv_heads: int) -> None:
     if rows is None:
-        raise PlanError(f"plan.similarity: reuse layer {layer} is missing; calibrate again")
+        raise PlanError(f"plan.similarity: layer {layer} is missing; calibrate again")
     square = len(rows) == kv_heads and all(len(row) == kv_heads for row in rows)
     if not square or not all(0 <= value <= 1e6 for row in rows for value in row):
         raise PlanError(
@@ -243,6 +285,8 @@ class _File(BaseModel):
     windowed: tuple[Whole, ...] = ()
     decode_min_k: Whole = None
     prefill_min_k: Whole = None
+    makers: tuple[Whole, ...] = ()
+    pool_share: Any = None
 
 
 def plan_from_json(raw: Any) -> Plan:

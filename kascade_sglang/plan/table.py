@@ -27,6 +27,7 @@ def describe(plan: Plan) -> str:
         + (f", {plan.decode_min_k} in decoding" if plan.decode_min_k is not None else "")
         + (f", {plan.prefill_min_k} in prefill" if plan.prefill_min_k is not None else ""),
         f"heads      {plan.heads}",
+        *_pools(plan),
         "",
         *_layer_table(plan),
         *_section("tensor parallel", rank_table(plan)),
@@ -40,19 +41,28 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _pools(plan: Plan) -> list[str]:
+    """Say who makes candidate pools, and of what size; nothing of other plans."""
+    if plan.pool_rule is None:
+        return []
+    makers = ",".join(map(str, plan.makers))
+    return [f"pools      layers {makers} leave {plan.pool_share:g} of the keys, used in decoding"]
+
+
 def _layer_table(plan: Plan) -> list[str]:
     importance = plan.provenance.get("importance")
     rows = [("layer", "role", "anchor", "similarity", "importance", "head map")]
     for layer in range(plan.shape.layers):
-        reuses = plan.role(layer) is LayerRole.REUSE
+        borrows = layer in plan.head_map
+        lender = plan.maker_of.get(layer, plan.anchor_of[layer])
         rows.append(
             (
                 str(layer),
-                plan.role(layer).value,
-                "-" if plan.role(layer) is LayerRole.WINDOW else str(plan.anchor_of[layer]),
-                _mean_similarity(plan, layer) if reuses else "-",
+                "pooled anchor" if layer in plan.maker_of else plan.role(layer).value,
+                "-" if plan.role(layer) is LayerRole.WINDOW else str(lender),
+                _mean_similarity(plan, layer) if borrows else "-",
                 _number_at(importance, layer),
-                " ".join(map(str, plan.head_map[layer])) if reuses else "-",
+                " ".join(map(str, plan.head_map[layer])) if borrows else "-",
             )
         )
     return aligned(rows)

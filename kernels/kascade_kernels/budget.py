@@ -88,3 +88,48 @@ class Budget:
         """Number of keys that the query at this position attends to, its own key included."""
         tile = tile_of(position)
         return self.selected(tile) + position - TILE * tile + 1
+
+
+POOL_FACTOR = 2
+"""A candidate pool holds at least so many times the keys that are selected from it."""
+
+
+@dataclass(frozen=True)
+class PoolRule:
+    """How many keys a maker leaves for the anchors after it to select from: its candidate pool.
+
+    share: of the keys before a tile, in (0, 1). A pool holds no less than twice what the budget
+    selects, in whole tiles, so that pool and own tile are cut into tiles as a shorter context is.
+
+    Raises ValueError for a share outside this range.
+
+    >>> rule = PoolRule(share=0.25)
+    >>> rule.pooled(tile_of(9_999), Budget(ratio=0.1)), rule.pooled(tile_of(127), Budget())
+    (2496, 96)
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.share, (int, float)) and not isinstance(self.share, bool)
+        if not number or not 0 < self.share < 1:
+            raise ValueError(
+                f"pool_share: expected a number between 0 and 1, got {self.share!r}; 0.25 leaves "
+                "a quarter of the keys"
+            )
+
+    @property
+    def share_ppm(self) -> int:
+        """The share in millionths, so that host and device round alike."""
+        return round(self.share * PPM)
+
+    def pooled(self, tile: int, budget: Budget) -> int:
+        """Number of keys before the tile in its pool, of which ``budget`` selects."""
+        return int(self.pooled_counts(np.array(tile), budget.selected_counts(np.array(tile))))
+
+    def pooled_counts(self, tiles: np.ndarray, selected: np.ndarray) -> np.ndarray:
+        """``pooled`` of many tiles, int64; selected: keys that each tile selects."""
+        before = TILE * tiles
+        share = -(-before * self.share_ppm // PPM)
+        wanted = np.maximum(share, POOL_FACTOR * selected)
+        return np.minimum(-(-wanted // TILE) * TILE, before)

@@ -2,7 +2,7 @@
 
 import torch
 
-from kascade_kernels.structs import FP8, SINKS, Lists, Rows
+from kascade_kernels.structs import FP8, SINKS, Lists, PoolKeys, Rows
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
@@ -65,6 +65,14 @@ def require_lists(lists: Lists, rows: int, per_row: tuple[int, ...]) -> None:
     require_dtype("lists.counts", lists.counts, torch.int32)
     require_contiguous("lists.offsets", lists.offsets)
     require_contiguous("lists.counts", lists.counts)
+
+
+def require_pool(pool: PoolKeys | None, rows: int, heads: int, lists: Lists) -> None:
+    """Raise ValueError unless rows have as many pools as lists, and each KV head one of them."""
+    if pool is not None:
+        require_lists(pool.lists, rows, (lists.per_row,))
+        require_shape("pool.head_map", pool.head_map, (heads,))
+        require_dtype("pool.head_map", pool.head_map, torch.int32)
 
 
 def require_sinks(sinks: torch.Tensor | None, q_heads: int) -> None:

@@ -15,8 +15,14 @@ import triton
 
 from kascade_kernels import tuning
 from kascade_kernels._triton._decode_lists import decode_lists_kernel
-from kascade_kernels.budget import Budget
-from kascade_kernels.checks import require_contiguous, require_dtype, require_shape
+from kascade_kernels.budget import Budget, PoolRule
+from kascade_kernels.checks import (
+    require_contiguous,
+    require_dtype,
+    require_lists,
+    require_shape,
+)
+from kascade_kernels.structs import Pool
 
 
 class Spans(NamedTuple):
@@ -95,11 +101,15 @@ def decode_lists(
     counts: torch.Tensor,
     *,
     batch_invariant: bool = False,
+    pool: Pool | None = None,
+    rule: PoolRule | None = None,
 ) -> None:
     """Fill ``spans`` and ``counts`` for one step: the only kernel that knows budgets.
 
     ends: [rows], keys that each row's query sees. heads: KV heads.
     counts: int32 [rows, lists], becomes the keys on each list, own tile included.
+    pool, rule: where rows have candidate pools, what of them is filled (all but offsets and slots),
+        and how long they are.
     """
     rows = ends.shape[0]
     require_shape("counts", counts, (rows, None))
@@ -109,6 +119,13 @@ def decode_lists(
         require_shape(f"budgets.{name}", values, (rows,))
         require_dtype(f"budgets.{name}", values, torch.int32)
         require_contiguous(f"budgets.{name}", values)
+    if (pool is None) != (rule is None):
+        raise ValueError("pool: expected a rule with it, and none without")
+    if pool is not None:
+        require_lists(pool.lists, rows, (counts.shape[1],))
+        for name in ("ends", "spans"):
+            require_shape(f"pool.{name}", getattr(pool, name), (rows,))
+            require_dtype(f"pool.{name}", getattr(pool, name), torch.int32)
     device = counts.device
     decode_lists_kernel[(1,)](
         ends=ends,
@@ -117,6 +134,9 @@ def decode_lists(
         counts=counts,
         ratios_ppm=budgets.ratios_ppm,
         min_ks=budgets.min_ks,
+        pool_counts=None if pool is None else pool.lists.counts,
+        pool_ends=None if pool is None else pool.ends,
+        pool_spans=None if pool is None else pool.spans,
         rows=rows,
         ROWS=triton.next_power_of_2(rows),
         LISTS=counts.shape[1],
@@ -125,6 +145,7 @@ def decode_lists(
         ATTEND_PROGRAMS=max(1, tuning.cut("attend", device).programs // heads),
         ATTEND_MOST=spans.attend_splits,
         STEP=tuning.STEP,
+        SHARE_PPM=0 if rule is None else rule.share_ppm,
         BATCH_INVARIANT=batch_invariant,
         **tuning.launch("decode_lists", device).options(),
     )

@@ -14,16 +14,17 @@ from kascade_kernels.checks import (
     require_dtype,
     require_heads_together,
     require_lists,
+    require_pool,
     require_same_stride,
     require_shape,
     require_sinks,
 )
 from kascade_kernels.decode_lists import Spans
 from kascade_kernels.find_shared_prefixes import SharedPrefix
-from kascade_kernels.launch import LOG2_E, padded_group
+from kascade_kernels.launch import LOG2_E, padded_group, pool_arguments
 from kascade_kernels.merge_parts import Parts, merge_parts
 from kascade_kernels.select_slots import CodeBuffer, programs_per_list
-from kascade_kernels.structs import KeyCopy, Lists, Rows
+from kascade_kernels.structs import KeyCopy, Lists, PoolKeys, Rows
 from kascade_kernels.tuning import CHUNK, STEP
 
 
@@ -76,6 +77,7 @@ def decode_scores(
     out: torch.Tensor | None = None,
     v_scale: float | None = None,
     sinks: torch.Tensor | None = None,
+    pool: PoolKeys | None = None,
 ) -> torch.Tensor | None:
     """Score all candidates of every row into ``scratch.codes``; with ``values`` also attend.
 
@@ -87,6 +89,7 @@ def decode_scores(
     scale: a logit is q.k * scale; where keys have a scale of their own, it is a part of this one.
     v_scale: that of the values, where they have one.
     sinks: [Hq], where heads have them: logits of one more key, which takes mass and is not scored.
+    pool: where given, what is scored instead of the slot table; ``rows.ends`` are its counts.
     Codes order like the post-softmax mass, summed over the group (section 3.3) or, where the
     scratch has one list, over all heads. Logits are rounded to half precision, less the
     maximum of their block of 64.
@@ -95,7 +98,7 @@ def decode_scores(
     kind = ".8bit" if eight_bit else "" if values is None else ".attend"
     launch = tuning.launch(f"decode_scores{kind}", q.device)
     cache = keys.values if eight_bit else keys
-    _check(q, cache, values, req_to_token, lists, scratch)
+    _check(q, cache, values, req_to_token, lists, scratch, pool)
     require_sinks(sinks, q.shape[1])
     (count, q_heads, dim), kv_heads = q.shape, cache.shape[1]
     splits, group = spans.score_splits, q_heads // kv_heads
@@ -104,7 +107,7 @@ def decode_scores(
         k=cache,
         k_scales=keys.scales if eight_bit else cache,
         v=cache if values is None else values,
-        table=req_to_token,
+        table=req_to_token if pool is None else pool.lists.slots,
         requests=rows.requests,
         ends=rows.ends,
         counts=lists.counts,
@@ -130,6 +133,7 @@ def decode_scores(
         SPLITS=splits,
         EIGHT_BIT=eight_bit,
         ATTEND=values is not None,
+        **pool_arguments(pool),
         **launch.options(),
     )
     _pool(rows, lists, scratch, parts, splits, sinks)
@@ -147,8 +151,10 @@ def _check(
     req_to_token: torch.Tensor,
     lists: Lists,
     scratch: ScoreScratch,
+    pool: PoolKeys | None,
 ) -> None:
     count, q_heads, dim = q.shape
+    require_pool(pool, count, cache.shape[1], lists)
     require_heads_together("q", q)
     require_heads_together("keys", cache)
     require_shape("keys", cache, (None, None, dim))

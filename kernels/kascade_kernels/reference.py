@@ -140,6 +140,17 @@ def pool_heads(scores: torch.Tensor) -> torch.Tensor:
     return scores.sum(dim=0, keepdim=True)
 
 
+def pool_keys(k_cache: torch.Tensor, pool: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Keys that an anchor with a candidate pool scores: a context of pool and own tile.
+
+    k_cache: [slots, H, D]. pool: [H, P] slots of each KV head's pool, whole tiles of them.
+    own: [m] slots of the own tile. Returns [P + m, H, D], for ``tile_scores``: selected are then
+    places in the pool.
+    """
+    slots = torch.cat([pool, own.expand(len(pool), -1)], dim=1).T
+    return k_cache[slots, torch.arange(len(pool), device=pool.device)]
+
+
 def decode_scores(
     q: torch.Tensor, k: torch.Tensor, scale: float, sinks: torch.Tensor | None = None
 ) -> torch.Tensor:

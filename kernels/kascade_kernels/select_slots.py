@@ -17,7 +17,8 @@ from kascade_kernels._triton._select_slots import (
 )
 from kascade_kernels.arena import Empty
 from kascade_kernels.checks import require_dtype, require_lists, require_shape
-from kascade_kernels.structs import Lists, Rows
+from kascade_kernels.launch import pool_arguments
+from kascade_kernels.structs import Lists, PoolKeys, Rows
 from kascade_kernels.tuning import CHUNK, FEW, Launch
 
 
@@ -82,7 +83,13 @@ def count_high(buffer: CodeBuffer, rows: Rows, lists: Lists) -> None:
 
 
 def select_slots(
-    buffer: CodeBuffer, req_to_token: torch.Tensor, rows: Rows, lists: Lists, *, append_own: bool
+    buffer: CodeBuffer,
+    req_to_token: torch.Tensor,
+    rows: Rows,
+    lists: Lists,
+    *,
+    append_own: bool,
+    pool: PoolKeys | None = None,
 ) -> None:
     """Fill every row's lists.
 
@@ -90,6 +97,9 @@ def select_slots(
     ascending by position; ties go to the lower position. Lists that hold all candidates read no
     codes. append_own: whether a list also holds, and its count counts, the row's own tile up to
     its last query.
+    pool: where given, candidates and own tiles are those of pools, of which ``rows.ends`` are the
+        counts; the slot table is not read.
+    Codes stay as they are: shorter and longer lists may be selected by the same.
     Not checked: that ``lists.slots`` has room, and that counts are no more than there are keys.
     """
     _, per_row, chunks, _ = buffer.high.shape
@@ -138,13 +148,14 @@ def select_slots(
     )
     emit_slots_kernel[grid(emit)](
         codes=codes,
-        table=req_to_token,
+        table=req_to_token if pool is None else pool.lists.slots,
         requests=rows.requests,
         before=before,
         slots=lists.slots,
         offsets=lists.offsets,
         stride_codes_list=codes.stride(1),
         stride_table=req_to_token.stride(0),
+        **pool_arguments(pool),
         **common,
         **emit.options(),
     )

@@ -63,3 +63,31 @@ class Lists(NamedTuple):
     def rows(self, first: int, last: int) -> Lists:
         """Return the lists of some of the rows."""
         return Lists(self.slots, self.offsets[first:last], self.counts[first:last])
+
+
+class Pool(NamedTuple):
+    """Candidate pools of a decode step's rows: what anchors after a maker score.
+
+    A pool is a list like any other, own tile included, and of whole tiles before it. So to score
+    and to select, a pool is a shorter context: ``ends`` are its rows' ends, its lists their slots.
+    lists: pools, one for each KV head of the maker, or one for all; those of a row are as long.
+    ends: int32 [rows], keys of each pool. spans: int32 [rows], as ``Spans.score``.
+    """
+
+    lists: Lists
+    ends: torch.Tensor
+    spans: torch.Tensor
+
+    def rows(self, first: int, last: int) -> Pool:
+        """Return the pools of some of the rows."""
+        return Pool(self.lists.rows(first, last), self.ends[first:last], self.spans[first:last])
+
+
+class PoolKeys(NamedTuple):
+    """Keys to score by pools' lists, in place of a slot table.
+
+    head_map: int32 [H], which of a row's pools each KV head scores.
+    """
+
+    lists: Lists
+    head_map: torch.Tensor

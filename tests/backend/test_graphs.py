@@ -158,6 +158,14 @@ def test_what_requests_ask_for_changes_between_replays() -> None:
         pair.step(offset, asks)
 
 
+def test_replays_with_candidate_pools_equal_eager_steps() -> None:
+    """A request asks for every key, whose pool is then its row of the table, and stops asking."""
+    plan = {"layers": 6, "anchors": (0, 1, 2, 4), "makers": (1,)}
+    pair, dense = EagerAndCaptured(exact=False, **plan), Ask(EVERYTHING, EVERYTHING)
+    for offset, asks in enumerate([{}, {0: dense}, {1: dense}, {}, {}, {}]):
+        pair.step(offset, asks)
+
+
 def test_padding_changes_nothing() -> None:
     full, padded = (Harness(LENGTHS, batch_invariant=True) for _ in range(2))
     outputs = []

@@ -46,3 +46,19 @@ def test_a_layer_never_gets_the_keys_of_another_anchor_or_step() -> None:
     store.clear()
     with pytest.raises(KascadeError, match="layer 1 ran before its anchor, layer 0, in this step"):
         store.get(1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_pool_goes_to_the_anchors_after_its_maker(ranks: int) -> None:
+    plan = make_plan(layers=6, kv_heads=4, group=2, anchors=(0, 1, 3, 4), makers=(1, 3))
+    count = 4 // ranks
+    for rank in range(ranks):
+        heads = range(rank * count, (rank + 1) * count)
+        store = IndexStore(KascadeConfig(plan, Budget(), "per_head"), heads, "cpu")
+        assert [layer for layer in range(6) if store.makes_pool(layer)] == [1, 3]
+        assert [store.pool_of(layer) for layer in range(4)] == [None] * 4
+        with pytest.raises(KascadeError, match="layer 4 ran before its maker, layer 3, in this"):
+            store.pool_of(4)
+        store.put_pool(3, pools := ())
+        found, head_map = store.pool_of(4)
+        assert found is pools and tuple(head_map.tolist()) == plan.local_head_map(4, heads)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kascade_kernels.budget import Budget
+from kascade_kernels.budget import Budget, PoolRule
 from kascade_sglang.asks import EVERYTHING
 from kascade_sglang.backend.key_counter import (
     BUCKETS,
@@ -17,7 +17,7 @@ from kascade_sglang.backend.key_counter import (
 from kascade_sglang.backend.selectors import SELECTORS
 from kascade_sglang.config import KascadeConfig, every_layer_an_anchor
 from kascade_sglang.host.steps import Batch
-from kascade_sglang.sparsity import key_reads
+from kascade_sglang.sparsity import key_reads, reads_by_query
 from tests.support.harness import make_plan
 
 POSITIONS = np.array([*range(40, 300), 5, 95, 95, 700])
@@ -155,3 +155,18 @@ def test_requests_that_asked_are_counted_by_their_budgets() -> None:
     counter.add(Batch(False, unread, unread, unread, ends, [0, 0, 0], budgets=budgets))
     grown = [child._value.get() - old for child, old in zip(children, before, strict=True)]
     assert grown == expected.tolist()
+
+
+def test_pooled_anchors_score_their_pool_in_decoding() -> None:
+    """Of four anchors one scores a pool alone, where the budget leaves a choice."""
+    whole, pools = (make_plan(6, 2, 4, (0, 1, 2, 4), makers=makers) for makers in ((), (1, 4)))
+    configs = [KascadeConfig(plan, Budget(0.1, 64), "per_head") for plan in (whole, pools)]
+    positions = np.array([20, 63, 64, 700, 1000])
+    counts = [reads_by_query(config, positions, phase="decode") for config in configs]
+    tiles = positions // 32
+    pooled = [PoolRule(0.25).pooled(tile, Budget(0.1, 64)) for tile in tiles.tolist()]
+    saved = np.where(positions >= 64, 32 * tiles - pooled, 0)
+    assert saved.tolist() == [0, 0, 0, 480, 736]
+    assert (counts[0] - counts[1]).tolist() == [[0] * 5, saved.tolist(), [0] * 5]
+    prefill = [reads_by_query(config, positions, phase="prefill") for config in configs]
+    assert (prefill[0] == prefill[1]).all()

@@ -50,6 +50,8 @@ def test_decode_measures_every_kind_of_layer(
     for mode in kernel_common.MODES:
         assert {("layer0", "", mode, "kascade"), ("anchor", "", mode, "kascade")} <= found
         assert ("composite", "qwen3-8b", mode, "kascade") in found
+        assert {("maker", "", mode, "kascade"), ("pooled", "", mode, "kascade")} <= found
+        assert ("pool_composite", "10-anchors-4-makers", mode, "kascade") in found
     assert {("select", "", "exact", name) for name in ("torch", "flashinfer")} <= found
     step, layers = 1.0, 32
     composite = next(row for row in rows if row.plan == "llama-3.1-8b")

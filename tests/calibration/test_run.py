@@ -325,3 +325,33 @@ def test_weights_drawn_at_random_are_not_measured(
 def test_tied_weights_are_not_missing() -> None:
     model = load_model(str(MODEL), "float32", torch.device("cpu"))
     assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_makers_are_named(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    """Their anchors borrow by similarity to them, reuse layers by that to their anchor."""
+    out = tmp_path / "plan.json"
+    chosen = ("--anchors", "0,1,2", "--makers", "1", "--pool-share", "0.4", "--tiles", "2")
+    assert calibrate(model_folder, prompts, out, *chosen) == 0
+    plan = load_plan(out)
+    assert (plan.makers, plan.pool_share, plan.maker_of) == ((1,), 0.4, {2: 1})
+    assert sorted(plan.similarity) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "sentence"),
+    [
+        (("--anchors", "0,2", "--makers", "1"), "of those that --anchors names, got 1 with"),
+        (("--makers", "1"), "of those that --anchors names, got 1 with --anchors 2"),
+        (("--pool-share", "1.5"), "--pool-share: pool_share: expected a number between 0 and 1"),
+    ],
+)
+def test_makers_that_are_no_anchors_are_refused(
+    model_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    chosen: tuple[str, ...],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert calibrate(model_folder, prompts, tmp_path / "plan.json", *chosen) == 1
+    assert sentence in capsys.readouterr().err

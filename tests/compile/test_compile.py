@@ -27,7 +27,7 @@ from kascade_kernels.tile_attention import tile_attention
 from kascade_kernels.tile_lse import tile_lse
 from kascade_kernels.tile_scores import tile_scores
 from tests.support.capture import compiled_launches
-from tests.support.decode_case import DecodeCase
+from tests.support.decode_case import DecodeCase, PoolCase
 
 CONTEXT = 131072
 HEADS = 2
@@ -61,6 +61,12 @@ def launch_decode(
     if stored is None:
         copy_keys(case.k, torch.arange(2), copy)
     copy_row_slots(case.req_to_token, case.rows, allocate_row_slots(2, CONTEXT, "cpu"))
+    pool = PoolCase.make(case, 1, HEADS)
+    for keys in (case.k, copy):
+        case.score(keys, spans, lists, scratch, parts, pool=pool)
+    select_slots(
+        scratch.codes, case.req_to_token, pool.rows, lists, append_own=True, pool=pool.keys
+    )
     for keys, values in ((case.k, None), (copy, None), (case.k, case.v)):
         case.score(keys, spans, lists, scratch, parts, values, v_scale=v_scale)
     select_slots(scratch.codes, case.req_to_token, case.rows, lists, append_own=True)

@@ -84,13 +84,22 @@ def test_warming_up_compiles_all_that_prefill_launches(
 @pytest.mark.parametrize("exact", [False, True], ids=["default", "exact"])
 @pytest.mark.parametrize("invariant", [False, True], ids=["any", "invariant"])
 @pytest.mark.parametrize("score_memory", [2**24, 2**27], ids=["in_groups", "together"])
+@pytest.mark.parametrize("makers", [(), (2,)], ids=["whole", "pools"])
 def test_warming_up_compiles_all_that_eager_decoding_launches(
-    exact: bool, invariant: bool, score_memory: int, monkeypatch: pytest.MonkeyPatch
+    exact: bool,
+    invariant: bool,
+    score_memory: int,
+    makers: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Batches above the largest graph once waited 2.5 s for a compiler in the middle of serving."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    shape = ModelShape(2, HEADS * GROUP, HEADS, DIM, 64)
-    plan = Plan("test", shape, (0,), {1: ((0.1, 0.9), (0.8, 0.2))})
+    shape, rows = ModelShape(4, HEADS * GROUP, HEADS, DIM, 64), ((0.1, 0.9), (0.8, 0.2))
+    anchors, similarity = (0, 2, 3), dict.fromkeys((1, 3), rows)
+    if makers:
+        plan = Plan("test", shape, anchors, similarity, makers=makers, pool_share=0.25)
+    else:
+        plan = Plan("test", shape, anchors, {1: rows})
     config = KascadeConfig(
         plan,
         Budget(),
@@ -101,12 +110,12 @@ def test_warming_up_compiles_all_that_eager_decoding_launches(
     )
     captured, eager = 5, 150
     table = torch.zeros(eager + 1, 4096, dtype=torch.int32)
-    rank = Rank(range(HEADS), range(2), table, slots=SLOTS, device="cpu")
+    rank = Rank(range(HEADS), range(4), table, slots=SLOTS, device="cpu")
     paths = build_paths(rank, Pool(torch.bfloat16), config)
+    layers = [Layer(anchor, 1.0) for anchor in plan.anchors]
     paths.decode.reserve(captured)
     with launched_variants(90) as compiled:
-        warm_up_decode(paths, Layer(0, 1.0), captured, eager, torch.bfloat16)
-    head_map = torch.zeros(HEADS, dtype=torch.int32)
+        warm_up_decode(paths, layers, captured, eager, torch.bfloat16)
     with launched_variants(90) as launched:
         for count in range(captured + 1, eager + 1):
             requests = torch.arange(count)
@@ -115,9 +124,11 @@ def test_warming_up_compiles_all_that_eager_decoding_launches(
             paths.kv.copy(0, batch.written)
             paths.decode.prepare(batch)
             step = paths.decode.record(batch)
-            anchor, reuse = Layer(0, 1.0), Layer(1, 1.0)
-            paths.decode.select(step, q, anchor, torch.empty_like(q))
-            selected = paths.decode.select(step, q, anchor)
-            paths.decode.attend(step, q, reuse, selected, head_map)
-    assert len(launched) >= 12
+            for layer in layers:
+                out = None if layer.index else torch.empty_like(q)
+                selected = paths.decode.select(step, q, layer, out, paths.store)
+                paths.store.put(layer.index, selected)
+                kept = paths.store.get(layer.index + (layer.index == 0))
+                paths.decode.attend(step, q, layer, *kept)
+    assert len(launched) >= 12 + 7 * len(makers)
     assert launched - compiled == set()

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_kernels.budget import TILE, Budget, PoolRule, tile_of
 
 BUDGETS = [
     pytest.param(Budget(ratio, min_k), id=f"{ratio}-{min_k}")
@@ -101,3 +101,23 @@ def test_an_ablation_may_change_the_tile() -> None:
         [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["16", "6", str(1616 // 10 - 16)]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.25, 0.9])
+def test_pools_hold_the_budget_twice_and_whole_tiles(share: float) -> None:
+    rule = PoolRule(share)
+    for budget in (Budget(0.1, 64), Budget(0.4, 96), Budget(1.0, 64)):
+        tiles = np.arange(400)
+        selected = budget.selected_counts(tiles)
+        pooled = rule.pooled_counts(tiles, selected)
+        assert (pooled % TILE == 0).all() and (pooled <= TILE * tiles).all()
+        least = np.maximum(2 * selected, np.ceil(TILE * tiles * share))
+        assert (pooled >= np.minimum(least, TILE * tiles)).all()
+        assert (pooled < least + TILE).all() and (np.diff(pooled) >= 0).all()
+        assert [rule.pooled(tile, budget) for tile in (0, 7, 399)] == pooled[[0, 7, 399]].tolist()
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5, "0.5", True, None])
+def test_refuses_shares_that_are_none(share: object) -> None:
+    with pytest.raises(ValueError, match="pool_share: expected a number between 0 and 1"):
+        PoolRule(share)

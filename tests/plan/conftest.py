@@ -1,6 +1,7 @@
 """A plan of six layers and three KV heads, as an object and as the file's JSON value."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,11 @@ def plan_file(plan: Plan, tmp_path: Path) -> Path:
     path = tmp_path / "plan.json"
     plan.save(path)
     return path
+
+
+@pytest.fixture
+def pool_plan(plan: Plan) -> Plan:
+    """The plan with anchors 2, a maker, and 4, which scores its pool."""
+    similarity = plan.similarity | {4: rows(1, 2, 0)}
+    pools = {"makers": (2,), "pool_share": 0.25}
+    return replace(plan, anchors=(0, 2, 4), similarity=similarity, **pools)

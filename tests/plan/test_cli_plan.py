@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kascade_sglang.cli import main
+from kascade_sglang.config import without_pools
 from kascade_sglang.plan.schema import Plan, load_plan
 
 TABLE = np.array([[0, 1, 2], [2, 2, 0], [0, 1, 2], [1, 0, 1], [2, 1, 0], [0, 0, 1]], np.int32)
@@ -204,3 +205,19 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out.startswith("kascade ")
+
+
+def test_show_and_diff_name_pools(
+    pool_plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "pools.json", tmp_path / "whole.json"]
+    for path, plan in zip(paths, (pool_plan, without_pools(pool_plan)), strict=True):
+        plan.save(path)
+    assert main(["plan", "show", str(paths[0])]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["4", "pooled", "anchor", "2", "0.900", "0.1000", "1", "2", "0"] in rows
+    assert "pools layers 2 leave 0.25 of the keys, used in decoding".split() in rows
+    assert main(["plan", "diff", *map(str, paths)]) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["makers", "2", "|", "none"] in rows and ["pool_share", "0.25", "|", "None"] in rows
+    assert "layer 4 selects of 2's pool | anchor".split() in rows

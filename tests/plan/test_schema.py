@@ -104,7 +104,7 @@ REFUSED: list[tuple[str, Damage, str]] = [
     ("layers-huge", put("model.layers", 10**12), "plan.model.layers: expected .* 4096, got 10"),
     ("kv-0", put("model.kv_heads", 0), "plan.model.kv_heads: expected .* 1, got 0"),
     ("kv-other", put("model.kv_heads", 4), "must hold 4 x 4 numbers"),
-    ("layer-more", put("model.layers", 7), "reuse layer 6 is missing"),
+    ("layer-more", put("model.layers", 7), "layer 6 is missing"),
     ("anchors-empty", put("anchors", []), r"expected ascending layers from 0, got \[\]"),
     ("anchors-from-1", put("anchors", [1, 2]), "expected ascending layers from 0"),
     ("anchors-descend", put("anchors", [0, 3, 2]), "expected ascending layers from 0"),
@@ -122,8 +122,8 @@ REFUSED: list[tuple[str, Damage, str]] = [
     ("no-anchors", drop("anchors"), "plan.anchors is missing"),
     ("anchor-of", put("anchor_of", [0, 0, 2, 2, 2, 0]), "plan.anchor_of: every layer must"),
     ("no-anchor-of", drop("anchor_of"), "plan.anchor_of is missing"),
-    ("no-layer", drop("similarity.4"), "reuse layer 4 is missing"),
-    ("anchor-row", put("similarity.2", SQUARE), r"layers \[2\] are not reuse layers"),
+    ("no-layer", drop("similarity.4"), "layer 4 is missing"),
+    ("anchor-row", put("similarity.2", SQUARE), r"layers \[2\] borrow nothing"),
     ("row-short", put("similarity.1", [[0.5] * 3] * 2), "layer 1 must hold 3 x 3"),
     ("row-ragged", put("similarity.1", [[1], [1, 2], [1, 2, 3]]), "layer 1 must hold 3 x 3"),
     ("negative", put("similarity.1", [[0.5, -1, 0]] * 3), "layer 1 must hold 3 x 3"),
@@ -155,6 +155,9 @@ REFUSED: list[tuple[str, Damage, str]] = [
     ("prefill-text", put("prefill_min_k", "x"), "prefill_min_k: expected"),
     ("heads", put("heads", "both"), "plan.heads: expected 'per_head' or 'pooled', got 'both'"),
     ("no-heads", drop("heads"), "plan.heads is missing"),
+    ("makers", put("makers", [1]), r"plan.makers: expected some of the anchors \[0, 2\]"),
+    ("makers-alone", put("makers", [0]), "plan.pool_share: expected a share with makers"),
+    ("share-alone", put("pool_share", 0.5), "plan.pool_share: expected a share with makers"),
     ("provenance", put("provenance", 5), "plan.provenance: expected .*, got 5"),
 ]
 
@@ -239,3 +242,33 @@ def test_phases_keep_their_least_numbers_of_keys(tmp_path: Path, plan_file: Path
     other = replace(plan, decode_min_k=256, prefill_min_k=512)
     other.save(tmp_path / "other.json")
     assert load_plan(tmp_path / "other.json") == other
+
+
+def test_plan_with_pools_comes_back(pool_plan: Plan, tmp_path: Path) -> None:
+    pool_plan.save(tmp_path / "plan.json")
+    found = load_plan(tmp_path / "plan.json")
+    assert found == pool_plan and found.maker_of == {4: 2}
+    assert found.reuse_layers == [1, 3, 5] and found.borrowing_layers == [1, 3, 4, 5]
+    assert found.head_map[4] == (1, 2, 0) and found.pool_rule.share == 0.25
+
+
+def test_plans_without_pools_say_nothing_of_them(plan: Plan) -> None:
+    assert not {"makers", "pool_share"} & plan.to_json().keys()
+    assert plan.maker_of == {} and plan.pool_rule is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (drop("similarity.4"), "plan.similarity: layer 4 is missing"),
+        (drop("makers"), "plan.pool_share: expected a share with makers"),
+        (put("pool_share", 1), "plan.pool_share: expected a number between 0 and 1, got 1"),
+        (put("pool_share", "x"), "plan.pool_share: expected a number between 0 and 1, got 'x'"),
+        (put("makers", [4, 2]), "plan.makers: expected some of the anchors"),
+    ],
+)
+def test_refuses_damaged_pools(pool_plan: Plan, damage: Damage, sentence: str) -> None:
+    raw = json.loads(json.dumps(pool_plan.to_json()))
+    damage(raw)
+    with pytest.raises(PlanError, match=sentence):
+        plan_from_json(raw)

@@ -16,7 +16,8 @@ from kascade_sglang.checks import check
 from kascade_sglang.config import MB
 from kascade_sglang.host import server
 from kascade_sglang.host.server import largest_decodes, server_facts
-from tests.support.models import GEMMA_3, WINDOWED_PLAN, make_plan, parse
+from kascade_sglang.plan.schema import Plan
+from tests.support.models import GEMMA_3, POOL_PLAN, WINDOWED_PLAN, make_plan, parse
 
 LISTS, ROOM = 4, 409 - 32 + 32
 """KV heads; a tenth of the 4096 positions, in which the own tile is counted, and a tile."""
@@ -36,12 +37,14 @@ def reserved(make_model: Callable[..., Path]) -> Callable[..., ReservedMemory]:
         prefill: Budget | None = None,
         max_ratio: float | None = None,
         kv_cache_dtype: str = "auto",
+        plan: Plan | None = None,
         **changes: object,
     ) -> ReservedMemory:
         facts = server_facts(parse(make_model(), "--chunked-prefill-size", "256"))
         budgets = {"budget": Budget(0.1, 128), "prefill": prefill, "max_ratio": max_ratio}
         chosen = {"exact": exact, "heads": heads, "kv_cache_dtype": kv_cache_dtype}
         config = replace(check(facts), **chosen, **budgets)
+        config = replace(config, plan=plan or config.plan)
         facts = replace(facts, gpu=True, captured_decode=8, eager_decode=0)
         return reserved_memory(replace(facts, **changes), config)
 
@@ -70,6 +73,13 @@ def test_longer_lists_that_a_request_may_ask_for_are_counted(
 ) -> None:
     more = reserved(max_ratio=0.2).scratch - reserved().scratch
     assert more == 4 * LISTS * (8 + 256 // 32) * (819 - 409)
+
+
+def test_candidate_pools_are_counted(reserved: Callable[..., ReservedMemory]) -> None:
+    """A quarter of the 4096 positions, and a tile, for each row and KV head."""
+    without, rows = reserved().scratch, 8 * LISTS
+    more = reserved(plan=make_plan(**POOL_PLAN)).scratch - without
+    assert more == rows * (4 * (1024 + 32) + 8 + 4) + 8 * (4 + 4)
 
 
 def test_chains_have_a_row_and_lists_for_each_draft(

@@ -21,7 +21,7 @@ from kascade_sglang.host import release, server, speculation
 from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.release import VERIFIED_WITH_HICACHE, VERIFIED_WITH_SINKS
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
-from tests.support.models import GEMMA_3, SHAPE, WINDOWED_PLAN, make_plan, parse
+from tests.support.models import GEMMA_3, POOL_PLAN, SHAPE, WINDOWED_PLAN, make_plan, parse
 from tests.support.refused import CHAIN, EAGLE, FLAGS, HICACHE, NGRAM, TREE, Refused
 
 MakeModel = Callable[..., Path]
@@ -115,6 +115,11 @@ OTHERS = (
         "--pp-size 2",
         model=GEMMA_3,
         plan=WINDOWED_PLAN,
+    ),
+    Refused(
+        "--pp-size: anchors [2] score a pool whose maker sits on another rank",
+        "--pp-size 2",
+        plan=POOL_PLAN,
     ),
     Refused(
         "--speculative-algorithm: expected one of None, NGRAM, EAGLE, EAGLE3, STANDALONE with the",

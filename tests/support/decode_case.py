@@ -11,7 +11,7 @@ from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.reference import pool_heads
-from kascade_kernels.structs import KeyCopy, Lists, Rows
+from kascade_kernels.structs import KeyCopy, Lists, PoolKeys, Rows
 from tests.support.shapes import DEVICE
 
 
@@ -106,14 +106,17 @@ class DecodeCase:
         values: torch.Tensor | None = None,
         shared: SharedPrefix | None = None,
         v_scale: float | None = None,
+        pool: "PoolCase | None" = None,
     ) -> torch.Tensor | None:
         """Score these rows' candidates, and attend to all keys where ``values`` are given.
 
-        shared: what is taken for common to rows; None finds it.
+        shared: what is taken for common to rows; None finds it. pool: what is scored instead.
         """
         shared = self.shared(spans) if shared is None else shared
-        where = (self.req_to_token, self.rows, lists, spans, shared, self.scale)
-        more = {"v_scale": v_scale, "sinks": self.sinks}
+        rows = self.rows if pool is None else pool.rows
+        where = (self.req_to_token, rows, lists, spans, shared, self.scale)
+        keys_of = None if pool is None else pool.keys
+        more = {"v_scale": v_scale, "sinks": self.sinks, "pool": keys_of}
         return decode_scores(self.q, keys, *where, scratch, parts, values, **more)
 
     def counts(self, per_row: int, budget: Budget) -> list[list[int]]:
@@ -147,3 +150,51 @@ def list_of(lists: Lists, row: int, index: int) -> torch.Tensor:
 def lists_of(lists: Lists, row: int) -> torch.Tensor:
     """A row's lists where they are of one length, int64 [lists, count]."""
     return torch.stack([list_of(lists, row, index) for index in range(lists.per_row)])
+
+
+@dataclass
+class PoolCase:
+    """Candidate pools of a case's rows, drawn at random: a case of shorter rows.
+
+    rows: with pools' lengths as ends. lengths: these. keys: what the kernels take.
+    """
+
+    case: DecodeCase
+    rows: Rows
+    lengths: list[int]
+    keys: PoolKeys
+
+    @staticmethod
+    def make(case: DecodeCase, tiles: int, per_row: int, seed: int = 0) -> "PoolCase":
+        """Draw pools of so many tiles, or of all that rows have; heads borrow in reverse order."""
+        generator = torch.Generator().manual_seed(seed)
+        before = [TILE * tile_of(length - 1) for length in case.lengths]
+        counts = [[min(TILE * tiles, candidates)] * per_row for candidates in before]
+        lists = case.lists(counts, append_own=True)
+        for row, candidates in enumerate(before):
+            for index in range(per_row):
+                places = torch.randperm(candidates, generator=generator)[: counts[row][index]]
+                own = torch.arange(candidates, case.lengths[row])
+                slots = case.slots_of(row)[torch.cat([places.sort().values, own]).to(DEVICE)]
+                first = int(lists.offsets[row, index])
+                lists.slots[first : first + len(slots)] = slots.to(torch.int32)
+        heads = case.k.shape[1]
+        head_map = [0] * heads if per_row == 1 else [*reversed(range(heads))]
+        ends = lists.counts[:, 0].contiguous()
+        keys = PoolKeys(lists, torch.tensor(head_map, dtype=torch.int32, device=DEVICE))
+        return PoolCase(case, Rows(case.rows.requests, ends), ends.tolist(), keys)
+
+    def slots_of(self, row: int) -> torch.Tensor:
+        """Slots of a row's pool by KV head, own tile included, int64 [H, length]."""
+        return lists_of(self.keys.lists, row)[self.keys.head_map.long()]
+
+    def counts(self, per_row: int, budget: Budget) -> list[list[int]]:
+        """Keys to select before the own tile: the budget's of the whole row."""
+        return self.case.counts(per_row, budget)
+
+    def scores(self, row: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Scores of a row's pools by KV head, [H, keys before the own tile]."""
+        case, slots = self.case, self.slots_of(row)
+        own = case.own(row)
+        keys = reference.pool_keys(case.k, slots[:, :-own], slots[0, -own:]).to(dtype)
+        return reference.decode_scores(case.q[row].to(dtype), keys, case.scale, case.sinks)

@@ -60,16 +60,20 @@ def make_plan(
     group: int,
     anchors: tuple[int, ...],
     windowed: tuple[int, ...] = (),
+    makers: tuple[int, ...] = (),
+    pool_share: float = 0.25,
 ) -> Plan:
-    """A plan whose head maps differ from layer to layer."""
+    """A plan whose head maps differ from layer to layer; pools where there are makers."""
     generator = torch.Generator().manual_seed(7)
+    reuse = [layer for layer in range(layers) if layer not in (*anchors, *windowed)]
+    pooled = [layer for layer in anchors if makers and makers[0] < layer not in makers]
     similarity = {
         layer: tuple(map(tuple, torch.rand(kv_heads, kv_heads, generator=generator).tolist()))
-        for layer in range(layers)
-        if layer not in (*anchors, *windowed)
+        for layer in (*reuse, *pooled)
     }
+    pools = {"makers": makers, "pool_share": pool_share} if makers else {}
     shape = ModelShape(layers, kv_heads * group, kv_heads, HEAD_DIM, 64)
-    return Plan("test", shape, anchors, similarity, windowed=windowed)
+    return Plan("test", shape, anchors, similarity, windowed=windowed, **pools)
 
 
 class Harness:
@@ -109,8 +113,10 @@ class Harness:
         scales: tuple[float, float] | None = None,
         sinks: bool = False,
         chain: int = 1,
+        makers: tuple[int, ...] = (),
+        pool_share: float = 0.25,
     ) -> None:
-        plan = make_plan(layers, kv_heads, group, anchors, windowed)
+        plan = make_plan(layers, kv_heads, group, anchors, windowed, makers, pool_share)
         budget = budget or Budget(0.1, 64)
         self.config = KascadeConfig(
             plan,

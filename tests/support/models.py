@@ -35,6 +35,15 @@ GEMMA_3 = {
 WINDOWED_PLAN = {"windowed": (0, 2), "anchors": (1,), "similarity": {3: ROWS}}
 
 
+POOL_PLAN = {
+    "anchors": (0, 1, 2),
+    "similarity": {2: ROWS, 3: ROWS},
+    "makers": (1,),
+    "pool_share": 0.25,
+}
+"""Layer 2 selects of the candidate pool of layer 1."""
+
+
 def make_plan(**changes: Any) -> Plan:
     """A valid plan for LLAMA."""
     fields = {

@@ -6,6 +6,7 @@ import triton.language as tl
 from kascade_kernels._triton._primitives import TILE, VARY, own_tile_start, power_of_2
 
 PPM = tl.constexpr(1_000_000)
+POOL_FACTOR = tl.constexpr(2)
 
 
 @triton.jit
@@ -15,6 +16,15 @@ def selected_count(end, ratio_ppm, min_k):
     share = (own_start + TILE).to(tl.int64) * ratio_ppm // PPM
     wanted = tl.maximum(share, min_k) - TILE
     return tl.minimum(wanted, own_start).to(tl.int32)
+
+
+@triton.jit
+def pooled_count(end, selected, share_ppm):
+    """Keys of a candidate pool before that tile: ``PoolRule.pooled`` on the device."""
+    own_start = own_tile_start(end)
+    share = tl.cdiv(own_start.to(tl.int64) * share_ppm, PPM)
+    wanted = tl.maximum(share, POOL_FACTOR * selected)
+    return tl.minimum(tl.cdiv(wanted, TILE) * TILE, own_start).to(tl.int32)
 
 
 @triton.jit
@@ -32,6 +42,9 @@ def decode_lists_kernel(
     counts,  # int32 [rows, LISTS]
     ratios_ppm,  # int32 [rows]
     min_ks,  # int32 [rows]
+    pool_counts,  # int32 [rows, LISTS], or None where there are no pools
+    pool_ends,  # int32 [rows]
+    pool_spans,  # int32 [rows], in steps
     rows,
     ROWS: tl.constexpr,
     LISTS: tl.constexpr,
@@ -40,6 +53,7 @@ def decode_lists_kernel(
     ATTEND_PROGRAMS: tl.constexpr,
     ATTEND_MOST: tl.constexpr,
     STEP: tl.constexpr,
+    SHARE_PPM: tl.constexpr,  # of keys in a pool
     BATCH_INVARIANT: tl.constexpr,
 ):
     # Grid: (1,). Spans are in steps of STEP keys.
@@ -48,7 +62,8 @@ def decode_lists_kernel(
     end = tl.load(ends + row, mask=real, other=0).to(tl.int32)
     ratio_ppm = tl.load(ratios_ppm + row, mask=real, other=0)
     min_k = tl.load(min_ks + row, mask=real, other=0)
-    listed = selected_count(end, ratio_ppm, min_k) + end - own_tile_start(end)
+    selected, own = selected_count(end, ratio_ppm, min_k), end - own_tile_start(end)
+    listed = selected + own
     listed = tl.where(real, listed, 0)
     list_ = tl.arange(0, power_of_2(LISTS))
     inside = real[:, None] & (list_ < LISTS)[None, :]
@@ -63,3 +78,11 @@ def decode_lists_kernel(
     attend = _spans(listed, all_listed, ATTEND_PROGRAMS, ATTEND_MOST, STEP)
     tl.store(score_spans + row, score.to(tl.int32), mask=real)
     tl.store(attend_spans + row, attend.to(tl.int32), mask=real)
+    if pool_counts is not None:
+        pooled = tl.where(real, pooled_count(end, selected, SHARE_PPM) + own, 0)
+        tl.store(pool_ends + row, pooled, mask=real)
+        alike = tl.broadcast_to(pooled[:, None], inside.shape)
+        tl.store(pool_counts + row[:, None] * LISTS + list_[None, :], alike, mask=inside)
+        all_pooled = 0 if BATCH_INVARIANT else tl.sum(pooled.to(tl.int64), 0)
+        score = _spans(pooled, all_pooled, SCORE_PROGRAMS, SCORE_MOST, STEP)
+        tl.store(pool_spans + row, score.to(tl.int32), mask=real)

@@ -17,6 +17,7 @@ from kascade_kernels._triton._primitives import (
     load_visible,
     own_tile_start,
     power_of_2,
+    slots_of,
     soften,
     store_counts,
     store_part,
@@ -31,19 +32,21 @@ def _quantise_rows(q):
     return tl.floor(q / scale[:, None] + 0.5).to(tl.int8), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pool_offsets", "pool_map"])
 def decode_scores_kernel(
     q,  # [rows, Hq, D]
     k,  # [slots, H, D], or int8 with EIGHT_BIT
     k_scales,  # float32 [slots, H], read with EIGHT_BIT
     v,  # [slots, H, D], read with ATTEND
-    table,  # int32 [requests, max_context]
+    table,  # int32 [requests, max_context], or slots of pools
     requests,  # [rows]
     ends,  # [rows]
     counts,  # int32 [rows, LISTS]
     spans,  # int32 [rows], blocks of one program
     shared_keys,  # int32 [rows]
     shared_rows,  # int32 [rows, MEMBERS]
+    pool_offsets,  # int64 [rows, LISTS]: where pools begin in the table, or None
+    pool_map,  # int32 [H], read with pools
     logits,  # float16 [rows, Hq, stride]: base 2, less the block's maximum
     block_max,  # float32 [rows, Hq, stride / BLOCK]
     part_lse,  # float32 [rows, Hq, SPLITS]
@@ -70,7 +73,8 @@ def decode_scores_kernel(
     span = tl.load(spans + row) * BLOCK
     lo = split * span
     hi = tl.minimum(lo + span, own_end)
-    together = lo + span <= tl.load(shared_keys + row)
+    common = tl.load(shared_keys + row) if pool_offsets is None else 0
+    together = lo + span <= common
 
     # Each lane is a query head of a row: of this row alone, or where a group of rows shares these
     # keys, of all of them, in the program of the group's first row.
@@ -100,7 +104,7 @@ def decode_scores_kernel(
     queries = to_meet(queries, k)
     if EIGHT_BIT:
         queries, q_scales = _quantise_rows(queries.to(tl.float32))
-    row_slots = table + tl.load(requests + row).to(tl.int64) * stride_table
+    row_slots = slots_of(table, requests, stride_table, pool_offsets, pool_map, row, head, LISTS)
 
     largest = tl.full([GROUP_PAD], -LOGIT_BOUND, tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)

@@ -19,7 +19,8 @@ weights of its row NaN, and of no other row."""
 LEAST_TOTAL = tl.constexpr(1e-30)
 """Less than the sum of weights of any key: what divides where no key has weight, for zeros."""
 
-VARY = ["requests", "ends", "starts", "tokens", "offsets", "counts", "head_map", "rows", "room"]
+VARY = """requests ends starts tokens offsets counts head_map rows room pool_offsets pool_map
+    pool_ends pool_counts pool_spans""".split()
 """Arguments that differ from step to step in alignment or size: a server must not compile again
 for a prompt of another length."""
 
@@ -149,6 +150,17 @@ def encode_score(score):
 def load_slots(table, position, visible):
     """KV slots of positions in one request's row of the table; slot 0 where not visible."""
     return tl.load(table + position, mask=visible, other=0).to(tl.int64)
+
+
+@triton.jit
+def slots_of(table, requests, stride_table, pool_offsets, pool_map, row, head, LISTS: tl.constexpr):
+    """Where the slots begin that a head scores: the request's in the table, or a pool's."""
+    # One way out: what stands behind a return is compiled, too.
+    if pool_offsets is None:
+        first = tl.load(requests + row).to(tl.int64) * stride_table
+    else:
+        first = of_mapped_list(pool_offsets, row, pool_map, head, LISTS)
+    return table + first
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from kascade_kernels._triton._primitives import (
     VARY,
     load_slots,
     own_tile_start,
+    slots_of,
     store_counts,
 )
 
@@ -194,8 +195,10 @@ def find_low_kernel(
 @triton.jit(do_not_specialize=VARY)
 def emit_slots_kernel(
     codes,  # uint16 [rows, LISTS, stride]
-    table,  # int32 [requests, max_context]
+    table,  # int32 [requests, max_context], or slots of pools
     requests,  # [rows]
+    pool_offsets,  # int64 [rows, LISTS]: where pools begin in the table, or None
+    pool_map,  # int32 [H], read with pools
     ends,  # [rows]
     counts,  # int32 [rows, LISTS]
     thresholds,  # int32 [rows, LISTS, 2]
@@ -213,7 +216,9 @@ def emit_slots_kernel(
     program, list_, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     list_index = row.to(tl.int64) * LISTS + list_
     candidates, wanted = _wanted(ends, counts, row, list_index, APPEND_OWN)
-    request_table = table + tl.load(requests + row).to(tl.int64) * stride_table
+    request_table = slots_of(
+        table, requests, stride_table, pool_offsets, pool_map, row, list_, LISTS
+    )
     out = slots + tl.load(offsets + list_index)
     if APPEND_OWN and program == 0:
         end = tl.load(ends + row).to(tl.int32)
