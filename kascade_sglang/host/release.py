@@ -19,12 +19,9 @@ VERIFIED_WITH_SINKS = ("0.5.17",)
 VERIFIED_WITH_HICACHE = ("0.5.17",)
 """Those of them whose host-memory tier was read, and is tested on a GPU."""
 
-WRITTEN_FOR_SPECULATION = ("0.5.17",)
-"""Those of them for which the verification of chains of drafts is tested, without a GPU."""
-
-VERIFIED_WITH_SPECULATION: tuple[str, ...] = ()
-"""Those of them on which a GPU has served it: where ``tests/e2e/test_speculation.py`` passes, with
-the release added here, leave it."""
+VERIFIED_WITH_SPECULATION = {"0.5.17": ("NGRAM", "STANDALONE")}
+"""Those of them that verify chains of drafts, and by which algorithms a GPU has served them:
+``tests/e2e/test_speculation.py`` passes there."""
 
 
 def require_supported_host(found: str | None = None) -> None:

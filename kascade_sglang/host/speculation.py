@@ -37,13 +37,12 @@ def refused_speculation(args: Any) -> Iterator[RefusedFlag]:
     if algorithm not in CHAINS:
         known = ", ".join(map(str, CHAINS))
         yield RefusedFlag("--speculative-algorithm", f"one of {known}", repr(algorithm))
-    if release not in VERIFIED_WITH_SPECULATION:
+    elif release not in VERIFIED_WITH_SPECULATION:
         served = " or ".join(VERIFIED_WITH_SPECULATION)
-        if served:
-            yield RefusedFlag("--speculative-algorithm", f"SGLang {served}", release)
-        else:
-            expected = "none, as no GPU has served it yet,"
-            yield RefusedFlag("--speculative-algorithm", expected, algorithm)
+        yield RefusedFlag("--speculative-algorithm", f"SGLang {served}", release)
+    elif algorithm not in VERIFIED_WITH_SPECULATION[release]:
+        expected = f"{' or '.join(VERIFIED_WITH_SPECULATION[release])}, which a GPU has served,"
+        yield RefusedFlag("--speculative-algorithm", expected, algorithm)
     breadth, topk = args.speculative_ngram_max_bfs_breadth, args.speculative_eagle_topk
     if algorithm == NGRAM and breadth != 1:
         got, remedy = f"{breadth}, a tree", "add the flag with 1"

@@ -11,7 +11,7 @@ import torch
 from kascade_kernels.budget import Budget
 from kascade_sglang.asks import EVERYTHING, Ask
 from kascade_sglang.errors import KascadeError
-from kascade_sglang.host.release import WRITTEN_FOR_SPECULATION
+from kascade_sglang.host.release import VERIFIED_WITH_SPECULATION
 from kascade_sglang.host.steps import Batch
 from tests.support.harness import DEVICE, Harness
 from tests.support.interpreter import multiply_by_row
@@ -138,7 +138,7 @@ def test_steps_of_another_length_are_refused() -> None:
         harness.step([(0, 161, 162)])
 
 
-@pytest.mark.skipif(version("sglang") not in WRITTEN_FOR_SPECULATION, reason="refused there")
+@pytest.mark.skipif(version("sglang") not in VERIFIED_WITH_SPECULATION, reason="refused there")
 def test_what_sglang_moves_of_a_chain_stays_where_it_is() -> None:
     """So 8-bit copies of accepted drafts' keys need not follow; n-grams are always "moved"."""
     from sglang.srt.speculative.spec_utils import move_accept_tokens_to_target_kvcache

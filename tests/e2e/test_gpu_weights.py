@@ -31,7 +31,7 @@ pytestmark = [
 PROMPT, NEW, GROUP = 3000, 8, 128
 CONFIG = LlamaConfig(
     vocab_size=4096, hidden_size=512, intermediate_size=1024, num_hidden_layers=6,
-    num_attention_heads=8, num_key_value_heads=2, head_dim=64, initializer_range=0.07,
+    num_attention_heads=8, num_key_value_heads=2, head_dim=128, initializer_range=0.07,
     max_position_embeddings=8192, bos_token_id=0, eos_token_id=1, pad_token_id=1,
 )  # fmt: skip
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

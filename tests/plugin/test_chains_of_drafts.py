@@ -1,4 +1,4 @@
-"""Servers that speculate in chains, which are not refused."""
+"""Servers that speculate in chains: not refused, those included that no GPU has served yet."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 
 from kascade_sglang import checks
 from kascade_sglang.host import server, speculation
-from kascade_sglang.host.release import WRITTEN_FOR_SPECULATION
+from kascade_sglang.host.release import VERIFIED_WITH_SPECULATION
 from tests.plugin.test_refused_servers import CHAIN, NGRAM
 from tests.support.models import SHAPE, make_plan, parse
 
@@ -17,7 +17,7 @@ MakeModel = Callable[..., Path]
 
 
 @pytest.mark.skipif(
-    version("sglang") not in WRITTEN_FOR_SPECULATION, reason="this release does not serve it"
+    version("sglang") not in VERIFIED_WITH_SPECULATION, reason="this release does not serve it"
 )
 @pytest.mark.parametrize(
     "algorithm, flags",
@@ -38,7 +38,8 @@ def test_chains_of_drafts_are_served(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, algorithm: str, flags: str
 ) -> None:
     monkeypatch.setattr(server, "has_gpu", lambda: True)
-    monkeypatch.setattr(speculation, "VERIFIED_WITH_SPECULATION", WRITTEN_FOR_SPECULATION)
+    everything = {version("sglang"): speculation.CHAINS}
+    monkeypatch.setattr(speculation, "VERIFIED_WITH_SPECULATION", everything)
     plan = make_plan(shape=replace(SHAPE, head_dim=64))
     model = make_model(plan, head_dim=64, torch_dtype="bfloat16")
     args = parse(model, *flags.replace("MODEL", str(model)).split())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kascade_patches import OF_NGRAM, hook_now, ngram_batch_get
-from kascade_sglang.host.release import WRITTEN_FOR_SPECULATION
+from kascade_sglang.host.release import VERIFIED_WITH_SPECULATION
 from kascade_sglang.host.server import require_hooks
 
 ALONE = -1
@@ -78,7 +78,7 @@ def corpus_class() -> Iterator[Any]:
 
 
 @pytest.mark.skipif(
-    version("sglang") not in WRITTEN_FOR_SPECULATION, reason="refused on this release"
+    version("sglang") not in VERIFIED_WITH_SPECULATION, reason="refused on this release"
 )
 def test_sglang_s_corpus_proposes_chains(corpus_class: Any) -> None:
     """What is compiled when a server starts is a stand-in here."""

@@ -127,10 +127,10 @@ OTHERS = (
         "--speculative-draft-attention-backend triton " + CHAIN,
     ),
     Refused(
-        "--speculative-algorithm: expected none, as no GPU has served it yet, with the kascade "
-        "backend, got NGRAM",
-        NGRAM,
-        speculates_on=(),
+        "--speculative-algorithm: expected NGRAM or STANDALONE, which a GPU has served, with the "
+        "kascade backend, got EAGLE",
+        f"{EAGLE} {CHAIN} --speculative-draft-attention-backend triton",
+        speculation="0.5.17",
     ),
     Refused(
         "--speculative-algorithm: expected SGLang 0.5.17 with the kascade backend, got 0.5.23",
@@ -250,7 +250,6 @@ def test_a_refused_server(
         if row.release is None and found not in VERIFIED_WITH_SINKS:
             pytest.skip("this release does not serve it")
         monkeypatch.setattr(release, "version", lambda name: found)
-    monkeypatch.setattr(speculation, "VERIFIED_WITH_SPECULATION", row.speculates_on)
     if row.speculation:
         monkeypatch.setattr(speculation, "version", lambda name: row.speculation)
     if row.hicache:

@@ -5,8 +5,6 @@ from typing import Any
 
 from sglang.srt.server_args import ServerArgs
 
-from kascade_sglang.host.release import WRITTEN_FOR_SPECULATION
-
 
 @dataclass(frozen=True)
 class Refused:
@@ -28,7 +26,6 @@ class Refused:
     release: str | None = None  # of SGLang, where it is not the one that is installed
     speculation: str | None = None  # the same, for what speculative decoding asks
     hicache: str | None = None  # the same, for HiCache
-    speculates_on: tuple[str, ...] = WRITTEN_FOR_SPECULATION
 
 
 def of_flag(name: str, flags: str, words: str = "") -> Refused:
