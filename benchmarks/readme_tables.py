@@ -169,6 +169,13 @@ def budgets_table() -> str:
     return laid_out(["budget"], table, "{:+.1f}")
 
 
+def by_length(name: str, index: list[str], figure: str, form: str) -> str:
+    """A file of answers: means of a figure, a row a configuration, a column a length."""
+    rows = newest(RESULTS / name, QUALITY)
+    table = rows.pivot_table(index=index, columns="length", values=figure, sort=False)
+    return laid_out(index, table, form)
+
+
 def answers() -> pd.DataFrame:
     """``quality_models.csv``, a row a model and configuration."""
     return summary(newest(RESULTS / "quality_models.csv", QUALITY))
@@ -342,6 +349,8 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "settings": settings_table,
         "models": models_table,
         "budgets": budgets_table,
+        "rivals": partial(by_length, "quality_rivals.csv", ["config"], "diff", "{:+.1f}"),
+        "ttft": partial(by_length, "quality_ttft.csv", ["model", "config"], "ttft_ms", "{:.0f}"),
     },
     "docs/benchmarks.md": {
         "quality": quality_table,
