@@ -104,7 +104,7 @@ def test_huge_plan(make_model: MakeModel) -> None:
         ({"anchors": [1, 2]}, "ascending layers from 0"),
         ({"topk_ratio": 1.5}, "(0, 1]"),
         ({"heads": "some"}, "plan.heads"),
-        ({"similarity": {}}, "reuse layer 1 is missing"),
+        ({"similarity": {}}, "layer 1 is missing"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
