@@ -201,14 +201,15 @@ def rows_of(
 ) -> Iterator[dict[str, str]]:
     """One row a task and length that both this configuration and ``dense`` have answered.
 
-    dense: its replies, of ``by_prompt``.
+    dense: its replies, of ``by_prompt``. ttft: by length; what an earlier run asked at others is
+    left out.
     """
     results = Results(replies_of(model, config, work))
     ours = by_prompt(results.saved())
     for row in results.rows():
         key = (row["task"], row["length"], row["samples"])
         common = sorted(ours[key].keys() & dense.get(key, {}).keys())
-        if not common:
+        if not common or (row["length"] and int(row["length"]) not in ttft):
             continue
         pair = ([side[key][index].score for index in common] for side in (ours, dense))
         sparse = "" if config == "dense" else model.plan_name(split(words)[1])

@@ -38,12 +38,12 @@ class IndexStore(Generic[SelectedT]):
             table.copy_(torch.tensor(list(map(list, maps)), dtype=torch.int32))
         self._head_maps, self._pool_maps = table.split(plan.shape.layers)
         self._anchor_of, self._maker_of, self._makers = plan.anchor_of, plan.maker_of, plan.makers
-        self.clear()
+        self._kept: tuple[int, SelectedT] | None = None
+        self._pool: tuple[int, SelectedT] | None = None
 
     def clear(self) -> None:
         """Forget the last step."""
-        self._kept: tuple[int, SelectedT] | None = None
-        self._pool: tuple[int, SelectedT] | None = None
+        self._kept = self._pool = None
 
     def put(self, anchor: int, selected: SelectedT) -> None:
         """Keep an anchor's selection; the one before it is no longer needed."""
