@@ -55,6 +55,7 @@ def test_launches_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> Non
 
     with instead_of_launching(90, act):
         launch_decode(torch.bfloat16, 128, 4)
+        launch_decode(torch.bfloat16, 128, 4, torch.float8_e4m3fn)
         launch_prefill(torch.bfloat16, 128, 4)
     assert seen == set(names)
 
