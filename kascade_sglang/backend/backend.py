@@ -66,7 +66,10 @@ class KascadeAttnBackend(Backend):
         """Compile what no graph's capture will."""
         dtype, config = model_dtype(self._runner), self.config
         v_scale = 1.0 if config.fp8 else None
-        layers = [Layer(anchor, 1.0, v_scale, sinks_of(self._runner)) for anchor in anchors]
+        # Up to the first that scores a pool, if any, there is one of each kind.
+        last = next((anchor for anchor in anchors if anchor in config.plan.maker_of), anchors[0])
+        kinds = [anchor for anchor in anchors if anchor <= last]
+        layers = [Layer(anchor, 1.0, v_scale, sinks_of(self._runner)) for anchor in kinds]
         if config.sparse_prefill:
             warm_up(paths, layers[0], dtype)
         if rank.eager:

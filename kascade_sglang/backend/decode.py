@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -102,10 +102,10 @@ class DecodeBuffers:
                 columns[:, mine] = [[budget.ratio_ppm], [budget.min_k]]
                 if budget.is_everything:
                     offsets[:, mine] = request * self.table.shape[1]
-        written = {**dict(zip(self.budgets, columns, strict=True)), self.lists.offsets: offsets[0]}
+        written = [*zip(self.budgets, columns, strict=True), (self.lists.offsets, offsets[0])]
         if self.pool is not None:
-            written[self.pool.lists.offsets] = offsets[1]
-        for buffer, values in written.items():
+            written.append((self.pool.lists.offsets, offsets[1]))
+        for buffer, values in written:
             host = torch.from_numpy(values)
             buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)
 
@@ -124,6 +124,11 @@ class RowGroup:
     spans: Spans
     shared: SharedPrefix
     pool: Pool | None
+
+    def in_pools(self) -> RowGroup:
+        """The same rows as they are scored in their pools: rows of a shorter context."""
+        rows = self.rows._replace(ends=self.pool.ends)
+        return replace(self, rows=rows, spans=self.spans._replace(score=self.pool.spans))
 
 
 @dataclass(frozen=True)
@@ -263,15 +268,15 @@ class DecodePath:
         store: IndexStore[Lists] | None = None,
     ) -> Lists:
         """Select for every row; with ``out`` the pool's own keys are read, for both."""
-        part = None if store is None or step.pool is None else store.pool_of(layer.index)
-        makes_pool = store is not None and step.pool is not None and store.makes_pool(layer.index)
-        for group in step.groups:
-            if part is not None:
-                self._select_in_pool(group, q, layer, step.buffers, part[1])
-                continue
-            codes = self._score(group, q, layer, step.buffers, out)
+        with_pools = store is not None and step.pool is not None
+        scored = store.pool_of(layer.index) if with_pools else None
+        makes_pool = with_pools and store.makes_pool(layer.index)
+        for whole in step.groups:
+            group = whole if scored is None else whole.in_pools()
+            pool = None if scored is None else PoolKeys(group.pool.lists, scored[1])
+            codes, table = self._score(group, q, layer, step.buffers, out, pool), step.buffers.table
             for lists in (group.lists, *([group.pool.lists] if makes_pool else [])):
-                select_slots(codes, step.buffers.table, group.rows, lists, append_own=True)
+                select_slots(codes, table, group.rows, lists, append_own=True, pool=pool)
         if makes_pool:
             store.put_pool(layer.index, step.pool.lists)
         return step.lists
@@ -283,12 +288,17 @@ class DecodePath:
         layer: Layer,
         buffers: DecodeBuffers,
         out: torch.Tensor | None,
+        pool: PoolKeys | None,
     ) -> CodeBuffer:
-        """Score all keys of a group of rows; with ``out`` also attend to them."""
-        pool_keys, values = self._kv.of(layer.index)
-        keys = self._kv.scoring_keys(layer.index) if out is None else pool_keys
-        mine = slice(group.first, group.last)
-        scratch = self._scratch(group, self._sizes.context)
+        """Score all keys of a group of rows, or their pools; with ``out`` also attend to them."""
+        keys, values = self._kv.of(layer.index)
+        if out is None:
+            keys, values = self._kv.scoring_keys(layer.index), None
+        sizes, mine = self._sizes, slice(group.first, group.last)
+        room = sizes.context if pool is None else sizes.longest_pool
+        scratch = ScoreScratch.allocate(
+            group.last - group.first, sizes.q_heads, sizes.lists, room, self._arena.cut()
+        )
         decode_scores(
             q[mine],
             keys,
@@ -300,45 +310,13 @@ class DecodePath:
             layer.scale,
             scratch,
             buffers.parts,
-            values=None if out is None else values,
+            values=values,
             out=None if out is None else out[mine],
             v_scale=layer.v_scale,
             sinks=layer.sinks,
+            pool=pool,
         )
         return scratch.codes
-
-    def _select_in_pool(
-        self,
-        group: RowGroup,
-        q: torch.Tensor,
-        layer: Layer,
-        buffers: DecodeBuffers,
-        head_map: torch.Tensor,
-    ) -> None:
-        """Score a group's pools, which are rows of a shorter context, and select of them."""
-        pool, scratch = group.pool, self._scratch(group, self._sizes.longest_pool)
-        rows = group.rows._replace(ends=pool.ends)
-        keys = PoolKeys(pool.lists, head_map)
-        decode_scores(
-            q[group.first : group.last],
-            self._kv.scoring_keys(layer.index),
-            buffers.table,
-            rows,
-            group.lists,
-            group.spans._replace(score=pool.spans),
-            group.shared,
-            layer.scale,
-            scratch,
-            buffers.parts,
-            sinks=layer.sinks,
-            pool=keys,
-        )
-        select_slots(scratch.codes, buffers.table, rows, group.lists, append_own=True, pool=keys)
-
-    def _scratch(self, group: RowGroup, keys: int) -> ScoreScratch:
-        """Room for the scores of a group's rows, of up to so many keys each."""
-        sizes, rows = self._sizes, group.last - group.first
-        return ScoreScratch.allocate(rows, sizes.q_heads, sizes.lists, keys, self._arena.cut())
 
     def attend(
         self,

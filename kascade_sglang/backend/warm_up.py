@@ -59,8 +59,8 @@ def warm_up_decode(
     """Run decode steps of more than ``captured`` and up to ``eager`` requests, one of each kind.
 
     Smaller ones are compiled when their graphs are captured. All keys of all requests are in the
-    padding's slot 0, whose 8-bit copy is the only thing of the pool that is written. anchors: the
-    rank's, of all kinds. dtype: as above.
+    padding's slot 0, whose 8-bit copy is the only thing of the pool that is written. anchors: of
+    all kinds that the rank has, a pooled one's maker before it. dtype: as above.
     """
     sizes, started, decode = paths.sizes, time.monotonic(), paths.decode
     keys, _ = paths.kv.of(anchors[0].index)
