@@ -80,16 +80,18 @@ def bytes_read(pool: Pool, lengths: list[int], kind: str, mode: str) -> float:
     """Bytes of keys and values that a layer has to read."""
     token = KV_HEADS * DIM * pool.stored_k.element_size()
     keys = sum(lengths)
-    listed = sum(budgets(mode)[0].attended(length - 1) for length in lengths)
+    budget, rule = budgets(mode)[0], PoolRule(POOL_SHARE)
+    listed = sum(budget.attended(length - 1) for length in lengths)
     one_key = token if pool.fp8 or mode == "exact" else KV_HEADS * (DIM + 4)
-    tiles = [tile_of(length - 1) for length in lengths]
-    in_pools = sum(PoolRule(POOL_SHARE).pooled(tile, budgets(mode)[0]) for tile in tiles)
+    in_pools = sum(rule.pooled(tile_of(length - 1), budget) for length in lengths)
+    attended = 2 * listed * token
+    anchor = keys * one_key + attended
     return {
         "layer0": 2 * keys * token,
-        "anchor": keys * one_key + 2 * listed * token,
-        "maker": keys * one_key + 2 * listed * token,
-        "pooled": in_pools * one_key + 2 * listed * token,
-        "reuse": 2 * listed * token,
+        "anchor": anchor,
+        "maker": anchor,
+        "pooled": in_pools * one_key + attended,
+        "reuse": attended,
     }[kind]
 
 

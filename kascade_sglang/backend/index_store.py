@@ -52,9 +52,7 @@ class IndexStore(Generic[SelectedT]):
     def get(self, layer: int) -> tuple[SelectedT, torch.Tensor]:
         """Return what ``layer`` attends to, its own selection or its anchor's, and its head map."""
         anchor = self._anchor_of[layer]
-        if self._kept is None or self._kept[0] != anchor:
-            raise KascadeError(f"layer {layer} ran before its anchor, layer {anchor}, in this step")
-        return self._kept[1], self._head_maps[layer]
+        return _lent(self._kept, layer, "anchor", anchor), self._head_maps[layer]
 
     def makes_pool(self, layer: int) -> bool:
         """Whether a layer leaves a candidate pool."""
@@ -69,6 +67,11 @@ class IndexStore(Generic[SelectedT]):
         maker = self._maker_of.get(layer)
         if maker is None:
             return None
-        if self._pool is None or self._pool[0] != maker:
-            raise KascadeError(f"layer {layer} ran before its maker, layer {maker}, in this step")
-        return self._pool[1], self._pool_maps[layer]
+        return _lent(self._pool, layer, "maker", maker), self._pool_maps[layer]
+
+
+def _lent(kept: tuple[int, SelectedT] | None, layer: int, kind: str, lender: int) -> SelectedT:
+    """Return what a layer borrows; raises KascadeError where another lent it, or none has."""
+    if kept is None or kept[0] != lender:
+        raise KascadeError(f"layer {layer} ran before its {kind}, layer {lender}, in this step")
+    return kept[1]

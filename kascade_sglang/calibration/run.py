@@ -38,7 +38,7 @@ from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_o
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
-from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan
+from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan, are_makers
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def _check_anchors(anchors: int | tuple[int, ...], layers: list[int]) -> None:
 def _check_makers(config: CalibrationConfig) -> None:
     """Refuse makers that are no anchors, and shares that are none."""
     given, named = config.anchors, config.anchors if isinstance(config.anchors, tuple) else ()
-    if list(config.makers) != sorted(set(config.makers)) or not set(config.makers) <= set(named):
+    if not are_makers(config.makers, named):
         raise CalibrationError(
             "--makers: expected ascending layers of those that --anchors names, got "
             f"{','.join(map(str, config.makers))} with --anchors {given}"

@@ -243,8 +243,13 @@ def _check_anchors(anchors: tuple[int, ...], layers: int, windowed: tuple[int, .
         )
 
 
+def are_makers(makers: tuple[int, ...], anchors: tuple[int, ...]) -> bool:
+    """Whether layers may be the makers of these anchors: some of them, ascending, none twice."""
+    return list(makers) == sorted(set(makers) & set(anchors))
+
+
 def _check_makers(makers: tuple[int, ...], share: float | None, anchors: tuple[int, ...]) -> None:
-    if list(makers) != sorted(set(makers)) or not set(makers) <= set(anchors):
+    if not are_makers(makers, anchors):
         raise PlanError(
             f"plan.makers: expected some of the anchors {list(anchors)}, ascending, got "
             f"{list(makers)}"

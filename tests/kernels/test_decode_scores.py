@@ -8,7 +8,6 @@ import torch
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, tile_of
 from kascade_kernels.codes import decode
-from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.merge_parts import Parts
 from kascade_kernels.select_slots import select_slots
@@ -116,8 +115,7 @@ def test_codes_are_the_scores(dtype: torch.dtype) -> None:
 @pytest.mark.memcheck
 def test_eight_bit_keys_recover_the_mass() -> None:
     case = DecodeCase.make([700, 333], dim=64)
-    copy = allocate_key_copy(case.k.shape[0], case.k.shape[1], 64, DEVICE)
-    copy_keys(case.k, torch.arange(case.k.shape[0], device=DEVICE), copy)
+    copy = case.key_copy()
     selection, _, _ = run(case, copy=copy)
     for row in range(2):
         wanted = BUDGET.selected(tile_of(case.lengths[row] - 1))

@@ -6,7 +6,6 @@ import torch
 from kascade_kernels import reference
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import Budget
-from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.decode_scores import ScoreScratch
 from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
 from kascade_kernels.launch import padded_group
@@ -147,6 +146,5 @@ def test_scores_the_same_together_as_alone(group: int, dim: int, dtype: torch.dt
 @pytest.mark.memcheck
 def test_scores_8_bit_keys_the_same_together_as_alone() -> None:
     case = sharing_case()
-    copy = allocate_key_copy(*case.k.shape, DEVICE)
-    copy_keys(case.k, torch.arange(len(case.k), device=DEVICE), copy)
+    copy = case.key_copy()
     check_together(case, copy)

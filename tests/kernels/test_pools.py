@@ -7,7 +7,6 @@ from kascade_kernels import reference
 from kascade_kernels.arena import empty_on
 from kascade_kernels.budget import TILE, Budget, PoolRule, tile_of
 from kascade_kernels.codes import decode
-from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.decode_lists import Budgets, Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch
 from kascade_kernels.merge_parts import Parts
@@ -94,8 +93,7 @@ def test_codes_are_the_scores(dtype: torch.dtype) -> None:
 @pytest.mark.memcheck
 def test_scores_of_eight_bit_keys_recover_the_mass() -> None:
     case = DecodeCase.make([700, 333], dim=64)
-    copy = allocate_key_copy(case.k.shape[0], case.k.shape[1], 64, DEVICE)
-    copy_keys(case.k, torch.arange(case.k.shape[0], device=DEVICE), copy)
+    copy = case.key_copy()
     pool = PoolCase.make(case, 8, 2)
     selection, _ = run(pool, copy)
     for row, length in enumerate(case.lengths):

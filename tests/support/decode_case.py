@@ -6,6 +6,7 @@ import torch
 
 from kascade_kernels import reference
 from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_kernels.copy_keys import allocate_key_copy, copy_keys
 from kascade_kernels.decode_lists import Budgets, Spans, decode_lists
 from kascade_kernels.decode_scores import ScoreScratch, decode_scores
 from kascade_kernels.find_shared_prefixes import SharedPrefix, find_shared_prefixes
@@ -122,6 +123,12 @@ class DecodeCase:
     def counts(self, per_row: int, budget: Budget) -> list[list[int]]:
         """Keys before the own tile that each list of each row holds by a budget."""
         return [[budget.selected(tile_of(length - 1))] * per_row for length in self.lengths]
+
+    def key_copy(self) -> KeyCopy:
+        """The 8-bit copy of all keys."""
+        copy = allocate_key_copy(*self.k.shape, DEVICE)
+        copy_keys(self.k, torch.arange(len(self.k), device=DEVICE), copy)
+        return copy
 
     def own(self, row: int) -> int:
         """Keys of a row's own tile, up to its query."""
