@@ -29,7 +29,7 @@ from kascade_sglang.calibration.answers import (
 )
 from kascade_sglang.calibration.build import build_plan, choices_by_mass
 from kascade_sglang.calibration.collect import LayerStats, collect
-from kascade_sglang.calibration.elimination import choose
+from kascade_sglang.calibration.elimination import choose, run_densely
 from kascade_sglang.calibration.hf_attention import KascadeAttention, our_attention
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.similarity import best_heads
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, _, layers = text.partition("=")
         named[name] = layers_of(layers)
     model, first, prompts, stats, how, answers = measure(options)
-    choices = choose(model, first, how, 3)
+    choices = choose(run_densely(model, first, how), how.layers, 3)
     sparse = [SparseAnswers(one, how) for one in answers]
     shape, stamp = hf_model.shape_of(model.config), stamp_of(options, len(prompts))
     for tried in candidates(choices, stats, options.counts, options.draws, named):

@@ -127,11 +127,11 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
     )
     add(
         "--makers",
-        type=_anchor_list,
+        type=lambda text: text if text == "auto" else _anchor_list(text),
         default=(),
-        metavar="3,9",
+        metavar="auto | 3,9",
         help="which of the --anchors leave a candidate pool, that the anchors after them score "
-        "alone in decoding; default: none",
+        "alone in decoding; auto: the fewest by which answers lose little; default: none",
     )
     add("--pool-share", type=float, default=0.25, help="share of the keys in a pool (0.25)")
     add("--out", required=True, type=Path, help="the plan file to write")

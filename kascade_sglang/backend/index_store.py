@@ -37,7 +37,7 @@ class IndexStore(Generic[SelectedT]):
         if not one_list:
             table.copy_(torch.tensor(list(map(list, maps)), dtype=torch.int32))
         self._head_maps, self._pool_maps = table.split(plan.shape.layers)
-        self._anchor_of, self._maker_of, self._makers = plan.anchor_of, plan.maker_of, plan.makers
+        self._anchor_of, self._maker_of = plan.anchor_of, plan.maker_of
         self._kept: tuple[int, SelectedT] | None = None
         self._pool: tuple[int, SelectedT] | None = None
 
@@ -55,8 +55,8 @@ class IndexStore(Generic[SelectedT]):
         return _lent(self._kept, layer, "anchor", anchor), self._head_maps[layer]
 
     def makes_pool(self, layer: int) -> bool:
-        """Whether a layer leaves a candidate pool."""
-        return layer in self._makers
+        """Whether a layer leaves a candidate pool that another one scores."""
+        return layer in self._maker_of.values()
 
     def put_pool(self, maker: int, pool: SelectedT) -> None:
         """Keep a maker's candidate pool; the one before it is no longer needed."""

@@ -29,6 +29,9 @@ _TOLERANCE = 0.01
 """Loss, in nats, of running layers again that leave no key out; low precision rounds."""
 _NOT_KEPT = ("hidden_states", "kascade")
 
+Select = Callable[[LayerCall, torch.Tensor, Budget, bool], Lists]
+"""How an anchor's rows select: ``select_keys``, or what takes and returns the same."""
+
 
 def reply_rows(prompt: Prompt, budget: Budget) -> list[int]:
     """Positions whose output is a token of a reply, ascending, MOST_ROWS spread over all of them.
@@ -190,7 +193,7 @@ class _RowsAttention(DenseAttention):
         states: tuple,
         how: Selecting,
         lists: Lists | None,
-        select: Callable[..., Lists],
+        select: Select,
     ) -> None:
         self._rows, self._states, self._how, self.lists = rows, states, how, lists
         self._select = select
@@ -207,15 +210,10 @@ class _RowsAttention(DenseAttention):
 
 
 class SparseAnswers:
-    """A prompt's rows, sparse in all layers; what was run for the last anchors is kept.
+    """A prompt's rows, sparse in all layers; what was run for the last anchors is kept."""
 
-    select: how anchors do it, with ``select_keys``'s arguments.
-    """
-
-    def __init__(
-        self, answers: Answers, how: Selecting, select: Callable[..., Lists] = select_keys
-    ) -> None:
-        self._answers, self._how, self._select = answers, how, select
+    def __init__(self, answers: Answers, how: Selecting) -> None:
+        self._answers, self._how = answers, how
         self._inputs = list(answers.inputs)
         self._lists: dict[int, Lists] = {}  # of the anchors
         self._anchors: tuple[int, ...] = ()
@@ -250,8 +248,17 @@ class SparseAnswers:
         anchors = tuple(anchor for anchor in self._anchors if anchor != layer)
         return self._run(anchors, layer)[2]
 
+    def loss_where(self, select: Select) -> float:
+        """Return the loss under the anchors that are kept, where they select another way."""
+        return self._run(self._anchors, self._how.layers[0], select)[2]
+
+    @property
+    def depth(self) -> int:
+        """How many layers the model has."""
+        return len(self._answers.inputs)
+
     def _run(
-        self, anchors: tuple[int, ...], start: int
+        self, anchors: tuple[int, ...], start: int, select: Select = select_keys
     ) -> tuple[list[torch.Tensor], dict[int, Lists], float]:
         """Run the layers from ``start`` on: their inputs, the anchors' lists, the loss."""
         found, layers = self._answers, decoder_layers(self._answers.model)
@@ -261,7 +268,7 @@ class SparseAnswers:
             inputs.append(hidden)
             borrowed = self._borrowed(number, anchors, lists)
             attention = _RowsAttention(
-                found.rows, self._states[number], self._how, borrowed, self._select
+                found.rows, self._states[number], self._how, borrowed, select
             )
             others, named = found.calls[number]
             out = layers[number](hidden[None], *others, **named, kascade=attention)

@@ -13,7 +13,6 @@ from kascade_sglang.calibration.answers import (
     answers_of,
     check_answers,
 )
-from kascade_sglang.calibration.hf_model import decoder_layers
 from kascade_sglang.calibration.prompts import Prompt
 
 TRIED = 8
@@ -27,18 +26,15 @@ FEWEST = 3
 OnWork = Callable[[float], object]
 
 
-def choose(
+def run_densely(
     model: PreTrainedModel,
     prompts: Sequence[Prompt],
     how: Selecting,
-    anchors: int | tuple[int, ...] | None,
     on_work: OnWork = lambda work: None,
-    row_work: float = MOST_ROWS,
-) -> list[AnchorChoice]:
-    """Return anchors and their losses in nats, the mean over prompts, all layers first.
+) -> list[SparseAnswers]:
+    """Run prompts densely, and return them for trials of anchors.
 
-    anchors: how many are wanted, which, or None. on_work: called with shares of ``work_of``.
-    row_work: that of running a prompt's rows through one layer.
+    on_work: called with shares of ``work_of``.
     Raises CalibrationError for models whose layers cannot be run one by one.
     """
     sparse = []
@@ -47,12 +43,28 @@ def choose(
         if not sparse:
             check_answers(answers, how)
         sparse.append(SparseAnswers(answers, how))
-        on_work(len(prompt.ids) * len(answers.inputs))
+        on_work(len(prompt.ids) * sparse[0].depth)
+    return sparse
+
+
+def choose(
+    sparse: Sequence[SparseAnswers],
+    layers: tuple[int, ...],
+    anchors: int | tuple[int, ...] | None,
+    on_work: OnWork = lambda work: None,
+    row_work: float = MOST_ROWS,
+) -> list[AnchorChoice]:
+    """Return anchors and their losses in nats, the mean over prompts, all layers first.
+
+    layers: those with full attention. anchors: how many are wanted, which, or None.
+    on_work: called with shares of ``work_of``. row_work: that of running a prompt's rows through
+    one layer.
+    """
     if isinstance(anchors, tuple):
-        return [AnchorChoice(one, _loss(sparse, one)) for one in (how.layers, anchors)]
+        return [AnchorChoice(one, _loss(sparse, one)) for one in (layers, anchors)]
     fewest = FEWEST if anchors is None else min(FEWEST, anchors)
-    depth = len(decoder_layers(model))
-    return eliminate(sparse, how.layers, fewest, lambda layer: on_work(row_work * (depth - layer)))
+    depth = sparse[0].depth
+    return eliminate(sparse, layers, fewest, lambda layer: on_work(row_work * (depth - layer)))
 
 
 def work_of(lengths: Sequence[int], layers: Sequence[int], depth: int, row_work: float) -> float:
@@ -101,6 +113,13 @@ def eliminate(
         anchors = tuple(anchor for anchor in anchors if anchor != least)
         choices.append(AnchorChoice(anchors, without[least]))
     return choices
+
+
+def chosen(choices: Sequence[AnchorChoice], anchors: int | tuple[int, ...] | None) -> AnchorChoice:
+    """Return the choice that was asked for, of those of ``choose``."""
+    if anchors is None:
+        return fewest_good(choices)
+    return next(one for one in choices if anchors in (one.anchors, len(one.anchors)))
 
 
 def fewest_good(choices: Sequence[AnchorChoice]) -> AnchorChoice:

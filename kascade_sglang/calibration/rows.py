@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import embedding
 
-from kascade_kernels.budget import TILE, Budget, tile_of
+from kascade_kernels.budget import TILE, Budget, PoolRule, tile_of
 from kascade_kernels.reference import working_dtype
 from kascade_sglang.calibration.hf_attention import LayerCall
 from kascade_sglang.calibration.limited_attention import softmax
@@ -39,28 +39,40 @@ def select_keys(call: LayerCall, rows: torch.Tensor, budget: Budget, pooled: boo
     return best_keys(score_keys(call, rows, pooled), rows, budget)
 
 
-def best_keys(score: torch.Tensor, rows: torch.Tensor, budget: Budget) -> Lists:
-    """Return the keys with the greatest scores [R, H, L], as many as every row's budget takes."""
-    counts = torch.tensor([budget.selected(tile_of(int(row))) for row in rows], device=rows.device)
+def best_keys(
+    score: torch.Tensor, rows: torch.Tensor, budget: Budget, rule: PoolRule | None = None
+) -> Lists:
+    """Return the keys with the greatest scores [R, H, L], as many as every row's budget takes.
+
+    rule: where given, as many as are in a candidate pool that the budget selects from.
+    """
+    tiles = [tile_of(int(row)) for row in rows]
+    taken = [rule.pooled(tile, budget) if rule else budget.selected(tile) for tile in tiles]
+    counts = torch.tensor(taken, device=rows.device)
     return Lists(score.topk(int(counts.max())).indices, counts)
 
 
-def score_keys(call: LayerCall, rows: torch.Tensor, pooled: bool) -> torch.Tensor:
+def score_keys(
+    call: LayerCall, rows: torch.Tensor, pooled: bool, pool: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention of every row to every key, summed over a group: [R, H, L], -1 from its tile on.
 
-    Arguments as of ``select_keys``.
+    Arguments as of ``select_keys``. pool: bool [R, H, L], where given the keys before a row's tile
+    that it attends to; others have -1, too.
     """
     positions = torch.arange(len(call.k), device=rows.device)
-    starts = rows // TILE * TILE
-    hidden = _bias(positions <= rows[:, None], call.q)
+    own = positions >= (rows // TILE * TILE)[:, None]  # [R, L]
+    seen = positions <= rows[:, None]
     scores = []
     for head in range(call.k.shape[1]):
+        shown = seen if pool is None else seen & (own | pool[:, head])
         logits = _logits(call, call.k[None, :, head], head)  # [R, group, L]
-        scores.append(_softmax(call, logits.add_(hidden), head).sum(1))
+        scores.append(_softmax(call, logits.add_(_bias(shown, call.q)), head).sum(1))
     score = torch.stack(scores, dim=1)  # [R, H, L]
     if pooled:
         score = score.sum(1, keepdim=True).expand_as(score)
-    return score.masked_fill((positions >= starts[:, None])[:, None], -1.0)
+    outside = own[:, None] if pool is None else own[:, None] | ~pool
+    return score.masked_fill(outside, -1.0)
 
 
 def attend_rows(call: LayerCall, rows: torch.Tensor, lists: Lists | None) -> torch.Tensor:

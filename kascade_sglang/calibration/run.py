@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +18,7 @@ from kascade_kernels.budget import Budget, PoolRule
 from kascade_sglang.calibration import hf_model
 from kascade_sglang.calibration.anchors import AnchorChoice
 from kascade_sglang.calibration.answers import MOST_ROWS, Selecting, reply_rows
-from kascade_sglang.calibration.build import CRITERIA, build_plan, choices_by_mass
+from kascade_sglang.calibration.build import CRITERIA
 from kascade_sglang.calibration.checkpoint import Checkpoint
 from kascade_sglang.calibration.collect import (
     ATTENTION,
@@ -29,22 +29,20 @@ from kascade_sglang.calibration.collect import (
     sample_tiles,
     work_of,
 )
-from kascade_sglang.calibration.elimination import choose, fewest_good
+from kascade_sglang.calibration.elimination import choose, chosen, run_densely
 from kascade_sglang.calibration.elimination import work_of as work_of_choosing
 from kascade_sglang.calibration.estimate import describe, row_work, seconds_per_work
+from kascade_sglang.calibration.measured import Measured
+from kascade_sglang.calibration.pools import AUTO, PoolChoice, choose_makers, most_pooled
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.similarity import best_heads
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
-from kascade_sglang.plan.schema import HEAD_MODES, ModelShape, Plan, are_makers
+from kascade_sglang.plan.schema import HEAD_MODES, Plan, are_makers
 
 logger = logging.getLogger(__name__)
-
-
-ANCHORS = 8
-"""How many ``--criterion mass`` picks where nobody says."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ class CalibrationConfig:
     trust_remote_code: whether code that comes with the model may run.
     report: a page about the plan, .png, .svg or .html. tiles: query tiles of each prompt.
     criterion: what anchors are chosen by, one of CRITERIA.
-    makers: of the anchors given, those that leave a pool of ``pool_share`` of the keys for others.
+    makers: of the anchors given, those that leave a pool of ``pool_share`` of the keys for others;
+        AUTO takes the fewest that lose little (``pools.choose_makers``).
     """
 
     model: str
@@ -74,49 +73,13 @@ class CalibrationConfig:
     heads: str = "per_head"
     tiles: int = 64
     criterion: str = "kl"
-    makers: tuple[int, ...] = ()
+    makers: tuple[int, ...] | str = ()
     pool_share: float = 0.25
 
     @property
     def seed(self) -> int:
         """Of the prompts and tiles drawn."""
         return self.source.seed
-
-
-class Measured(NamedTuple):
-    """What any plan of one model can be built from.
-
-    model: the name to write. choices: by ``kl``, of ``elimination.choose``; empty otherwise.
-    """
-
-    stats: LayerStats
-    choices: list[AnchorChoice]
-    model: str
-    shape: ModelShape
-    budget: Budget
-    provenance: dict[str, Any]
-
-    def plan(
-        self,
-        anchors: int | tuple[int, ...] | None,
-        heads: str,
-        criterion: str = "kl",
-        makers: tuple[int, ...] = (),
-        pool_share: float = 0.25,
-    ) -> Plan:
-        """Build a plan; see ``CalibrationConfig``. By ``kl``, anchors are of ``choices``."""
-        if criterion == "mass":
-            count = min(ANCHORS, len(self.stats.layers)) if anchors is None else anchors
-            choice, *choices = choices_by_mass(self.stats, heads, count)
-        elif anchors is None:
-            choice, choices = fewest_good(self.choices), self.choices
-        else:
-            named = [one for one in self.choices if anchors in (one.anchors, len(one.anchors))]
-            choice, choices = named[0], self.choices
-        by = "the user" if isinstance(anchors, tuple) else criterion
-        said = {**self.provenance, "anchors_by": by, "criterion": criterion}
-        measured = (self.stats, choice, choices, self.model, self.shape, self.budget)
-        return build_plan(*measured, heads, said, makers, pool_share)
 
 
 def calibrate(config: CalibrationConfig) -> Plan:
@@ -127,7 +90,8 @@ def calibrate(config: CalibrationConfig) -> Plan:
     Raises CalibrationError, before the weights are loaded where that is possible.
     """
     measured, checkpoint = measure(config)
-    pools = (config.makers, config.pool_share)
+    makers = most_pooled(measured.pools).makers if config.makers == AUTO else config.makers
+    pools = (makers, config.pool_share)
     plan = measured.plan(config.anchors, config.heads, config.criterion, *pools)
     try:
         plan.save(config.out)
@@ -162,10 +126,10 @@ def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     model = hf_model.load_model(
         config.model, config.dtype, device, config.device_map, config.trust_remote_code
     )
-    stats, choices = _measure(model, found.prompts, budget, config, checkpoint)
+    chosen = _measure(model, found.prompts, budget, config, checkpoint)
     provenance = _provenance(config, found, model)
     name = hf_model.name_of(config.model)
-    return Measured(stats, choices, name, shape, budget, provenance), checkpoint
+    return Measured(*chosen, name, shape, budget, provenance), checkpoint
 
 
 def _check(config: CalibrationConfig) -> Budget:
@@ -218,8 +182,13 @@ def _check_anchors(anchors: int | tuple[int, ...], layers: list[int]) -> None:
 
 def _check_makers(config: CalibrationConfig) -> None:
     """Refuse makers that are no anchors, and shares that are none."""
+    if config.makers == AUTO and config.criterion != "kl":
+        raise CalibrationError(
+            f"--makers auto: expected --criterion kl, which says what answers lose, got "
+            f"{config.criterion}; name the makers, or drop --criterion"
+        )
     given, named = config.anchors, config.anchors if isinstance(config.anchors, tuple) else ()
-    if not are_makers(config.makers, named):
+    if config.makers != AUTO and not are_makers(config.makers, named):
         raise CalibrationError(
             "--makers: expected ascending layers of those that --anchors names, got "
             f"{','.join(map(str, config.makers))} with --anchors {given}"
@@ -279,7 +248,7 @@ def _measure(
     budget: Budget,
     config: CalibrationConfig,
     checkpoint: Checkpoint,
-) -> tuple[LayerStats, list[AnchorChoice]]:
+) -> tuple[LayerStats, list[AnchorChoice], list[PoolChoice]]:
     """Measure what the checkpoint lacks and, by ``kl``, choose anchors, under a progress bar."""
     layers, depth = full_layers(model, _longest(prompts)), len(hf_model.decoder_layers(model))
     lengths = [len(prompt.ids) for prompt in prompts]
@@ -308,7 +277,7 @@ def _measure(
                     checkpoint.store(number, stats)
                     measured[number] = stats
             found = average(layers, [stats for stats in measured if stats is not None])
-            return found, _choose(model, prompts, found, budget, config, bar.update, by_row)
+            return found, *_choose(model, prompts, found, budget, config, bar.update, by_row)
         except torch.OutOfMemoryError as error:
             raise CalibrationError(
                 f"{model.device}: out of memory on a prompt of up to {_longest(prompts)} "
@@ -334,13 +303,18 @@ def _choose(
     config: CalibrationConfig,
     on_work: Callable[[float], object],
     by_row: float,
-) -> list[AnchorChoice]:
-    """Return anchors and what the model loses by them; none where mass chooses."""
+) -> tuple[list[AnchorChoice], list[PoolChoice]]:
+    """Return anchors and makers, and what the model loses by them; none where mass chooses."""
     if config.criterion == "mass":
-        return []
+        return [], []
     maps = torch.from_numpy(best_heads(stats.similarity))
     how = Selecting(stats.layers, maps, budget, config.heads == "pooled")
-    return choose(model, prompts, how, config.anchors, on_work, by_row)
+    sparse = run_densely(model, prompts, how, on_work)
+    choices = choose(sparse, how.layers, config.anchors, on_work, by_row)
+    if config.makers != AUTO:
+        return choices, []
+    anchors, rule = chosen(choices, config.anchors).anchors, PoolRule(config.pool_share)
+    return choices, choose_makers(sparse, how, anchors, rule)
 
 
 def _settings(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from kascade_kernels.budget import TILE, Budget
 from kascade_sglang.calibration.answers import Selecting
 from kascade_sglang.calibration.collect import MASS_RATIOS, collect, sample_tiles
-from kascade_sglang.calibration.elimination import choose
+from kascade_sglang.calibration.elimination import choose, run_densely
 from kascade_sglang.calibration.hf_model import shape_of, windowed_layers
 from kascade_sglang.calibration.limited_attention import (
     Limits,
@@ -130,7 +130,8 @@ def test_a_model_spread_by_accelerate(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
     maps = torch.from_numpy(best_heads(one.similarity))
     how = Selecting((0, 1, 2, 3), maps, BUDGET)
-    chosen = [choose(model.eval(), [Prompt(prompt)], how, None) for model in (whole, spread)]
+    dense = [run_densely(model.eval(), [Prompt(prompt)], how) for model in (whole, spread)]
+    chosen = [choose(sparse, how.layers, None) for sparse in dense]
     assert chosen[0] == chosen[1]
 
 

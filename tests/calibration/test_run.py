@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save
 from transformers import LlamaForCausalLM
 
 from kascade_kernels.budget import Budget
+from kascade_sglang.calibration import pools
 from kascade_sglang.calibration.anchors import AnchorChoice
 from kascade_sglang.calibration.answers import Selecting
 from kascade_sglang.calibration.build import choices_by_mass
 from kascade_sglang.calibration.collect import collect
-from kascade_sglang.calibration.elimination import choose, fewest_good
+from kascade_sglang.calibration.elimination import choose, fewest_good, run_densely
 from kascade_sglang.calibration.hf_attention import kascade_generate
 from kascade_sglang.calibration.hf_model import load_model
 from kascade_sglang.calibration.prompts import Prompt
@@ -76,7 +77,8 @@ def test_end_to_end(
     else:
         how = Selecting((0, 1, 2, 3), torch.from_numpy(best_heads(stats.similarity)), budget)
         how = how._replace(pooled=heads == "pooled")
-        choices = choose(llama, [Prompt(ids) for ids in read], how, 2)
+        sparse = run_densely(llama, [Prompt(ids) for ids in read], how)
+        choices = choose(sparse, how.layers, 2)
         choice = choices[-1]
         assert [len(one.anchors) for one in choices] == [4, 3, 2]
     assert plan.anchors == choice.anchors and len(plan.anchors) == 2
@@ -337,9 +339,24 @@ def test_makers_are_named(model_folder: Path, prompts: Path, tmp_path: Path) -> 
     assert sorted(plan.similarity) == [2, 3]
 
 
+def test_makers_are_chosen(
+    model_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is too much to lose, all anchors but the first score the first one's pool."""
+    out = tmp_path / "plan.json"
+    monkeypatch.setattr(pools, "TOLERATED", 1e9)
+    chosen = ("--anchors", "0,1,3", "--makers", "auto", "--tiles", "2")
+    assert calibrate(model_folder, prompts, out, *chosen) == 0
+    plan = load_plan(out)
+    assert (plan.makers, plan.pool_share, plan.maker_of) == ((0,), 0.25, {1: 0, 3: 0})
+    tried = plan.provenance["pools"]
+    assert [len(one["makers"]) for one in tried][::2] == [0, 1] and len(tried) == 3
+
+
 @pytest.mark.parametrize(
     ("chosen", "sentence"),
     [
+        (("--makers", "auto", "--criterion", "mass"), "--makers auto: expected --criterion kl"),
         (("--anchors", "0,2", "--makers", "1"), "of those that --anchors names, got 1 with"),
         (("--makers", "1"), "of those that --anchors names, got 1 with --anchors 2"),
         (("--pool-share", "1.5"), "--pool-share: pool_share: expected a number between 0 and 1"),

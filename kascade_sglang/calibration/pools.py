@@ -1,0 +1,121 @@
+"""Which anchors do with a candidate pool: those whose answers do not miss the other keys."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from kascade_kernels.budget import Budget, PoolRule
+from kascade_sglang.calibration.answers import Selecting, SparseAnswers
+from kascade_sglang.calibration.hf_attention import LayerCall
+from kascade_sglang.calibration.rows import Lists, best_keys, score_keys
+
+AUTO = "auto"
+"""``--makers`` that are to be chosen."""
+TOLERATED = 1.1
+"""Loss of pooled anchors over that of the same anchors where all score every key."""
+
+
+class PoolChoice(NamedTuple):
+    """Makers, and the loss of answers in nats where the anchors after them score their pools."""
+
+    makers: tuple[int, ...]
+    objective: float
+
+
+class Pools:
+    """Selection of anchors for one run through the layers; takes ``select_keys``'s arguments.
+
+    makers: anchors that leave a pool of ``rule``'s size, which the anchors after them score.
+    """
+
+    def __init__(self, how: Selecting, makers: tuple[int, ...], rule: PoolRule) -> None:
+        self._how, self._makers, self._rule = how, makers, rule
+        self._made: tuple[int, torch.Tensor] | None = None
+
+    def __call__(self, call: LayerCall, rows: torch.Tensor, budget: Budget, pooled: bool) -> Lists:
+        """Select from all keys, or from the last maker's pool."""
+        making = call.layer in self._makers
+        pool = None if making or self._made is None else self._lent(*self._made, call.layer)
+        score = score_keys(call, rows, pooled, pool)
+        if making:
+            self._made = call.layer, _inside(score, best_keys(score, rows, budget, self._rule))
+        return best_keys(score, rows, budget)
+
+    def _lent(self, maker: int, pool: torch.Tensor, layer: int) -> torch.Tensor:
+        """A maker's pool [R, H, L] as the heads of a layer see it."""
+        layers = self._how.layers
+        heads = self._how.head_maps[layers.index(maker), layers.index(layer)]
+        return pool[:, heads.to(pool.device)]
+
+
+def _inside(score: torch.Tensor, lists: Lists) -> torch.Tensor:
+    """Whether keys are on lists: bool, of the scores' shape [R, H, L]."""
+    taken = torch.arange(lists.keys.shape[2], device=score.device) < lists.counts[:, None]
+    inside = torch.zeros_like(score, dtype=torch.bool)
+    return inside.scatter_(2, lists.keys, taken[:, None].expand_as(lists.keys))
+
+
+def makers_of(anchors: Sequence[int], pooled: set[int]) -> tuple[int, ...]:
+    """Return the makers of a plan whose pooled anchors these are: all others, from the first that
+    is followed by one."""
+    if not pooled:
+        return ()
+    first = anchors[anchors.index(min(pooled)) - 1]
+    return tuple(one for one in anchors if one not in pooled and one >= first)
+
+
+def loss_of(
+    prompts: Sequence[SparseAnswers],
+    how: Selecting,
+    anchors: tuple[int, ...],
+    makers: tuple[int, ...],
+    rule: PoolRule,
+) -> float:
+    """Return the loss under these anchors and makers, the mean over prompts."""
+    total = 0.0
+    for prompt in prompts:
+        with prompt.loaded():
+            prompt.keep(anchors)
+            total += prompt.loss_where(Pools(how, makers, rule))
+    return total / len(prompts)
+
+
+def choose_makers(
+    prompts: Sequence[SparseAnswers],
+    how: Selecting,
+    anchors: tuple[int, ...],
+    rule: PoolRule,
+    on_trial: Callable[[], object] = lambda: None,
+) -> list[PoolChoice]:
+    """Pool one anchor after another, each time the one that is missed least, while little is lost.
+
+    on_trial: called after every trial.
+    Returns a choice for every number of pooled anchors, none first; the last loses too much where
+    not all but the first anchor are pooled. Among equals the lower layer is pooled first.
+    """
+    pooled: set[int] = set()
+    choices = [PoolChoice((), loss_of(prompts, how, anchors, (), rule))]
+    while len(pooled) < len(anchors) - 1:
+        found = []
+        for anchor in anchors[1:]:
+            if anchor not in pooled:
+                makers = makers_of(anchors, pooled | {anchor})
+                found.append((loss_of(prompts, how, anchors, makers, rule), anchor, makers))
+                on_trial()
+        least, anchor, makers = min(found)
+        pooled.add(anchor)
+        choices.append(PoolChoice(makers, least))
+        if not is_good(choices[-1], choices):
+            break
+    return choices
+
+
+def is_good(choice: PoolChoice, choices: Sequence[PoolChoice]) -> bool:
+    """Whether a choice loses little more than where every anchor scores all keys."""
+    return choice.objective <= TOLERATED * choices[0].objective
+
+
+def most_pooled(choices: Sequence[PoolChoice]) -> PoolChoice:
+    """Return the choice with most pooled anchors of those that lose little."""
+    return [one for one in choices if is_good(one, choices)][-1]
