@@ -83,13 +83,18 @@ class Model:
         found += ["--context-length", str(self.context), "--mem-fraction-static", "0.85"]
         found += ["--max-total-tokens", str(IN_FLIGHT * self.context), "--cuda-graph-max-bs", "8"]
         found += ["--log-level", "warning"]
-        if config == "dense":
+        if is_dense(config, flags):
             chosen = ["--attention-backend", self.dense_backend] if self.dense_backend else []
-            return found + chosen
+            return found + chosen + flags
         if self.dense_backend:
             found += ["--kascade-dense-backend", self.dense_backend]
         found += ["--attention-backend", "kascade", "--kascade-plan", str(self.plan)]
         return found + flags
+
+
+def is_dense(config: str, flags: list[str]) -> bool:
+    """Whether a configuration serves with a backend of SGLang's, ``dense`` or a named one."""
+    return config == "dense" or "--attention-backend" in flags
 
 
 def split(words: str) -> tuple[dict[str, str], list[str]]:
@@ -212,7 +217,8 @@ def rows_of(
         if not common or (row["length"] and int(row["length"]) not in ttft):
             continue
         pair = ([side[key][index].score for index in common] for side in (ours, dense))
-        sparse = "" if config == "dense" else model.plan_name(split(words)[1])
+        flags = split(words)[1]
+        sparse = "" if is_dense(config, flags) else model.plan_name(flags)
         yield {
             "model": model.name,
             "config": config,
@@ -230,7 +236,7 @@ def rows_of(
 def phases(config: str, words: str) -> str:
     """Which phases of a configuration are sparse."""
     flags = split(words)[1]
-    if config == "dense":
+    if is_dense(config, flags):
         return "none"
     return flags[flags.index("--kascade-phases") + 1] if "--kascade-phases" in flags else "both"
 

@@ -119,7 +119,7 @@ TABLE: dict[str, list[tuple[Where, Launch]]] = {
     ],
     "decode_lists": [(DEFAULT, Launch(4))],
     "decode_scores": [(DEFAULT, Launch(1, 6))],
-    "decode_scores.8bit": [(DEFAULT, Launch(1, 6))],
+    "decode_scores.8bit": [(DEFAULT, Launch(2, 6))],
     "decode_scores.attend": [(DEFAULT, Launch(2, 5))],
     "pool_scores": [(DEFAULT, Launch(4, programs=2048))],
     "decode_attention": [(DEFAULT, Launch(4, 4))],

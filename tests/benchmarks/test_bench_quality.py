@@ -43,6 +43,7 @@ def test_configurations_serve_what_they_say(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="got 'quest'"):
         split("quest --kascade-phases decode")
     assert phases("dense", "") == "none" and phases("default", "") == "both"
+    assert phases("fp8", "--attention-backend fa3 --kv-cache-dtype fp8_e4m3") == "none"
     assert phases("decode", CONFIGS["decode"]) == "decode"
 
 
