@@ -12,7 +12,12 @@ import torch
 
 from kascade_kernels.arena import Arena, Empty
 from kascade_sglang.servers.process import Server
-from tests.support.interpreter import add_bfloat16, leave_out_nan, leave_out_programs
+from tests.support.interpreter import (
+    add_bfloat16,
+    leave_out_nan,
+    leave_out_programs,
+    patch_once,
+)
 from tests.support.servers import Servers, wanted_by
 from tests.support.shapes import INTERPRETED
 
@@ -75,6 +80,7 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         add_bfloat16(monkeypatch)
         leave_out_nan(monkeypatch)
+        patch_once(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

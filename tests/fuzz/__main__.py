@@ -16,7 +16,12 @@ from kascade_sglang.provenance import provenance
 from tests.fuzz.decode import decode
 from tests.fuzz.prefill import prefill
 from tests.fuzz.steps import schedules, ties
-from tests.support.interpreter import add_bfloat16, leave_out_nan, leave_out_programs
+from tests.support.interpreter import (
+    add_bfloat16,
+    leave_out_nan,
+    leave_out_programs,
+    patch_once,
+)
 from tests.support.shapes import DEVICE, INTERPRETED
 
 KINDS: dict[str, Callable[[random.Random], int]] = {
@@ -90,6 +95,7 @@ def main() -> int:
             add_bfloat16(patch)
             leave_out_nan(patch)
             leave_out_programs(patch)
+            patch_once(patch)
         rows = fuzz(options.kinds, options.seed, options.cases, options.seconds)
     for row in rows:
         print("{kind}: {cases} cases, {wrong} wrong, {seconds} s".format(**row))
