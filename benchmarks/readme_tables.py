@@ -331,11 +331,12 @@ def anchors_table() -> str:
 def pools_table() -> str:
     """``bench_pools.py``: what answers lose by pools, one row a set of makers and ranking."""
     rows = read(RESULTS / "candidate_pools.csv").drop_duplicates(
-        ["anchors", "makers", "ranked_by", "share"], keep="last"
+        ["model", "anchors", "makers", "ranked_by", "share", "tokens"], keep="last"
     )
-    columns = {"index": ["anchors", "makers", "ranked_by"], "columns": "share"}
+    columns = {"index": ["model", "anchors", "makers", "ranked_by", "tokens"], "columns": "share"}
     table = rows.pivot_table(values="decode_kl", sort=False, **columns)
-    return laid_out(["anchors", "that score all keys", "ranked by"], table, "{:.4f}")
+    header = ["model", "anchors", "that score all keys", "ranked by", "tokens, at most"]
+    return laid_out(header, table, "{:.4f}")
 
 
 LEAST_SHARE = 0.01

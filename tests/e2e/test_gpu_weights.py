@@ -194,7 +194,8 @@ def test_decoding_differs_as_two_dense_backends_do(served: Served) -> None:
     dense = replies(servers["fa3"], **body)
     agreed, noise = apart(replies(servers["triton"], **body), dense)
     ours, difference = apart(replies(servers["whole"], **body), dense)
-    assert agreed > 24 and ours >= 0.7 * agreed, (agreed, ours)
+    # More than a token a reply: with random weights in fp8, even dense backends soon part.
+    assert agreed > 12 and ours >= 0.7 * agreed, (agreed, ours)
     assert difference <= 2 * noise
 
 
