@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks import roofline
+from benchmarks.anchor_tables import anchors_table, pools_table
 from benchmarks.plot_quality import summary
 from benchmarks.serving_profile import STEPS
 from benchmarks.serving_workloads import WORKLOADS, compare, medians
@@ -315,30 +317,6 @@ def ablations_table() -> str:
     return markdown(header, lines)
 
 
-def anchors_table() -> str:
-    """``bench_anchors.py``: what a real model's answers lose, by how anchors were chosen."""
-    rows = newest(RESULTS / "anchors.csv", ("model", "chosen_by", "anchors", "tokens"))
-    lines = []
-    for row in rows.to_dict("records"):
-        losses = [f"{row[name]:.4f}" for name in ("decode_kl", "whole_kl")]
-        tried = f"{row['prompts']} of {row['tokens']}"
-        chosen = (row["model"], row["chosen_by"], str(row["count"]), row["anchors"])
-        lines.append([*chosen, *losses, tried])
-    header = ["model", "anchors chosen by", "count", "layers", "decode", "whole", "chats, tokens"]
-    return markdown(header, lines)
-
-
-def pools_table() -> str:
-    """``bench_pools.py``: what answers lose by pools, one row a set of makers and ranking."""
-    rows = read(RESULTS / "candidate_pools.csv").drop_duplicates(
-        ["model", "anchors", "makers", "ranked_by", "share", "tokens"], keep="last"
-    )
-    columns = {"index": ["model", "anchors", "makers", "ranked_by", "tokens"], "columns": "share"}
-    table = rows.pivot_table(values="decode_kl", sort=False, **columns)
-    header = ["model", "anchors", "that score all keys", "ranked by", "tokens, at most"]
-    return laid_out(header, table, "{:.4f}")
-
-
 LEAST_SHARE = 0.01
 """Of a profile: kernels below it in every column are only in the sum."""
 LAYERS = {"layer0": "layer 0 / FA3", "anchor": "anchor / FA3", "reuse": "reuse / FA3"}
@@ -369,6 +347,12 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "pools": pools_table,
         "ablations": ablations_table,
         "rules": rules_table,
+    },
+    "benchmarks/ROOFLINE.md": {
+        "ceilings": roofline.ceilings_table,
+        "decode-kernels": roofline.decode_kernels_table,
+        "decode-layers": roofline.decode_layers_table,
+        "prefill-layers": roofline.prefill_layers_table,
     },
     "benchmarks/results/faster_selection.md": {"mass": mass_table, "pieces": pieces_table},
 }
