@@ -16,7 +16,6 @@ A run that was cut off goes on where it ended, given the same ``--work`` folder.
 """
 
 import argparse
-import contextlib
 import hashlib
 import math
 import shlex
@@ -40,7 +39,7 @@ from kascade_sglang.calibration.hf_model import load_tokenizer
 from kascade_sglang.evaluation.results import Results, SavedReply
 from kascade_sglang.files import append_csv
 from kascade_sglang.provenance import gpu_provenance
-from kascade_sglang.servers.process import Server, run_command
+from kascade_sglang.servers.process import Server, run_command, started
 
 RESULTS = Path(__file__).parent / "results/quality_models.csv"
 MODELS = ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct")
@@ -243,16 +242,13 @@ def phases(config: str, words: str) -> str:
 
 def measure(model: Model, configs: dict[str, str], options: argparse.Namespace) -> None:
     """Serve, ask and write the rows of one model."""
-    with contextlib.ExitStack() as stack:
-        # Servers take a minute to load each, and load together.
+    gpus = max(1, torch.cuda.device_count())
+    servers = {
+        name: server_of(model, name, words, number % gpus, options.work)
+        for number, (name, words) in enumerate(configs.items())
+    }
+    with started(servers.values()):
         with ThreadPoolExecutor(len(configs)) as pool:
-            gpus = max(1, torch.cuda.device_count())
-            servers = {
-                name: server_of(model, name, words, number % gpus, options.work)
-                for number, (name, words) in enumerate(configs.items())
-            }
-            # Where one does not start, the stack still ends those that have.
-            list(pool.map(stack.enter_context, servers.values()))
             list(pool.map(lambda name: evaluate(servers[name], model, name, options), configs))
         stamp, vocabulary = gpu_provenance(options.commit), vocabulary_size(model.path)
         dense = by_prompt(Results(replies_of(model, "dense", options.work)).saved())

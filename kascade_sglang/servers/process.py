@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -222,3 +222,12 @@ class Server:
         # Never a wait: a signal's handler may be here while what it interrupted waits, too.
         self._process.poll()
         _running.discard(self)
+
+
+@contextlib.contextmanager
+def started(servers: Collection[Server]) -> Iterator[None]:
+    """Start servers side by side: each takes a minute. All end, also where one does not start."""
+    with contextlib.ExitStack() as stack:
+        with ThreadPoolExecutor(len(servers)) as pool:
+            list(pool.map(stack.enter_context, servers))
+        yield

@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from importlib.metadata import version
 
 import httpx
@@ -16,7 +14,7 @@ from kascade_sglang.calibration.hf_model import shape_of
 from kascade_sglang.host.release import VERIFIED_WITH_SINKS
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.schema import Plan
-from kascade_sglang.servers.process import Server
+from kascade_sglang.servers.process import Server, started
 from tests.support.requests import generate, prompt_ids, tokenizer, tokens_and_logprobs
 
 pytestmark = [
@@ -61,13 +59,11 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
     common = ["--model-path", str(folder), "--page-size", "32", "--max-total-tokens", "32768"]
     common += ["--mem-fraction-static", "0.5", "--cuda-graph-max-bs", "4", "--dtype", "bfloat16"]
     common += ["--moe-runner-backend", "triton", "--chunked-prefill-size", "1024"]
-    with ExitStack() as stack:
-        found = {
-            name: Server([*common, *flags], folder / f"{name}.log")
-            for name, flags in {**DENSE, **SPARSE}.items()
-        }
-        with ThreadPoolExecutor(len(found)) as pool:  # they take a minute each
-            list(pool.map(stack.enter_context, found.values()))
+    found = {
+        name: Server([*common, *flags], folder / f"{name}.log")
+        for name, flags in {**DENSE, **SPARSE}.items()
+    }
+    with started(found.values()):
         yield found
 
 

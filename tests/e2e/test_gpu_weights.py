@@ -6,8 +6,6 @@ everything it may differ from a dense backend as two dense backends differ from 
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kascade_sglang.calibration.hf_model import shape_of
 from kascade_sglang.plan.library import PLAN_NAME
 from kascade_sglang.plan.presets import identity_plan
-from kascade_sglang.servers.process import Server
+from kascade_sglang.servers.process import Server, started
 from tests.support.requests import post, prompt_ids, sampling, tokenizer
 
 pytestmark = [
@@ -139,13 +137,11 @@ def served(
     flags = [*kind.make(folder), *kind.flags, "--model-path", str(folder), "--page-size", "32"]
     flags += ["--max-total-tokens", "32768", "--mem-fraction-static", "0.5"]
     flags += ["--cuda-graph-max-bs", "4", "--chunked-prefill-size", "1024"]
-    with ExitStack() as stack:
-        servers = {
-            name: Server([*flags, *own], folder.parent / f"{name}.log")
-            for name, own in BACKENDS.items()
-        }
-        with ThreadPoolExecutor(len(servers)) as pool:  # they take a minute each
-            list(pool.map(stack.enter_context, servers.values()))
+    servers = {
+        name: Server([*flags, *own], folder.parent / f"{name}.log")
+        for name, own in BACKENDS.items()
+    }
+    with started(servers.values()):
         yield Served(kind, servers)
 
 

@@ -17,7 +17,13 @@ import pytest
 
 from kascade_sglang.servers.client import client_of
 from kascade_sglang.servers.loopback import uses_proxies, without_proxy
-from kascade_sglang.servers.process import Server, ServerError, free_port, run_command
+from kascade_sglang.servers.process import (
+    Server,
+    ServerError,
+    free_port,
+    run_command,
+    started,
+)
 
 SCRIPT = """
 import sys
@@ -39,7 +45,7 @@ sys.exit(run_command(main))
 """
 
 
-ANSWERING = """
+FAKE = """
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -48,12 +54,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 
+print("this is the log's end", flush=True)
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
+"""A server that is healthy, and nothing else."""
 
 
 def test_a_server_outlives_the_thread_that_asked_for_it(tmp_path: Path) -> None:
-    server = Server([], tmp_path / "log", command=(sys.executable, "-c", ANSWERING))
+    server = Server([], tmp_path / "log", command=(sys.executable, "-c", FAKE))
     asked = threading.Thread(target=server.__enter__)
     asked.start()
     asked.join()
@@ -83,21 +91,6 @@ def test_what_ends_the_command_ends_the_server_too(
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
-FAKE = """
-import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-
-print("this is the log's end", flush=True)
-HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
-"""
-"""A server that is healthy, and nothing else."""
-
-
 def fake(log: Path, script: str = FAKE) -> Server:
     return Server([], log, command=(sys.executable, "-c", script))
 
@@ -105,6 +98,19 @@ def fake(log: Path, script: str = FAKE) -> Server:
 def kill(server: Server) -> None:
     """End the server as the system does where memory is short."""
     os.kill(server._process.pid, signal.SIGKILL)
+
+
+def test_servers_start_side_by_side_and_end_together(tmp_path: Path) -> None:
+    servers = [fake(tmp_path / name) for name in "ab"]
+    with started(servers):
+        assert all(server.is_healthy() for server in servers)
+        processes = [psutil.Process(server._process.pid) for server in servers]
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+    ended = fake(tmp_path / "c", "print('RuntimeError: no'); raise SystemExit(3)")
+    other = fake(tmp_path / "d")
+    with pytest.raises(ServerError, match="status 3"), started([other, ended]):
+        raise AssertionError("one did not start")
+    assert not psutil.pid_exists(other._process.pid) or other._process.poll() is not None
 
 
 def test_a_server_that_ends_ends_the_block_with_its_log(tmp_path: Path) -> None:
