@@ -8,6 +8,7 @@ import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.linear import QKVParallelLinear
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
@@ -29,6 +30,7 @@ __all__ = [
     "build_dense_backend",
     "key_value_caches",
     "key_value_scales",
+    "largest_key_bias",
     "local_kv_heads",
     "local_layers",
     "model_dtype",
@@ -170,6 +172,20 @@ def require_scales(model: torch.nn.Module, dense_backend: str | None) -> None:
                 f"dense backend {name} does not apply, got {key_value_scales(layer)}; add "
                 "--kascade-dense-backend triton, or set --kv-cache-dtype to the model's type"
             )
+
+
+def largest_key_bias(runner: "ModelRunner") -> float:
+    """Largest bias that a layer of the loaded model adds to its keys, before rotation; 0 without.
+
+    As Qwen 2 has them. Layers that make queries, keys and values in several products are not known.
+    """
+    largest = 0.0
+    for module in runner.model.modules():
+        if isinstance(module, QKVParallelLinear) and module.bias is not None:
+            queries, keys = module.num_heads * module.head_size, module.num_kv_heads
+            bias = module.bias[queries : queries + keys * module.head_size]
+            largest = max(largest, float(bias.abs().max()))
+    return largest
 
 
 def require_runner(

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.linear import QKVParallelLinear
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 import kascade_patches
 from kascade_sglang import plugin
 from kascade_sglang.backend import paths
+from kascade_sglang.checks import warn_of_key_bias
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host import server
+from kascade_sglang.host.runtime import largest_key_bias
 from kascade_sglang.host.steps import Rank
 from tests.support.harness import FakePool
 from tests.support.models import SHAPE, make_plan, overwrite, parse
@@ -95,3 +98,22 @@ def test_what_lives_with_the_pool_is_released_with_it(monkeypatch: pytest.Monkey
     assert paths.build_paths(rank, pool, in_fp8).kv._copies == {}
     assert made == {"KeyValues": ["kv_cache"] * 2, "Arena": ["kv_cache"] * 2}
     assert regions == []
+
+
+def linear(bias: bool) -> torch.nn.Module:
+    """SGLang's layer that makes queries, keys and values, of 4 and 2 heads of 16."""
+    made = QKVParallelLinear(64, 16, 4, 2, bias=bias, tp_rank=0, tp_size=1)
+    if bias:
+        made.bias.data[:] = torch.arange(128.0)
+    return made
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_keys_that_fp8_does_not_bear(large: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a layer's bias the part of keys alone counts, which lies behind that of queries."""
+    model = torch.nn.ModuleList([linear(bias=False), linear(bias=True), torch.nn.Linear(2, 2)])
+    assert largest_key_bias(SimpleNamespace(model=model[:1])) == 0.0
+    assert (largest := largest_key_bias(SimpleNamespace(model=model))) == 95.0
+    warn_of_key_bias(largest if large else 31.0, "fp8_e4m3")
+    said = "--kv-cache-dtype fp8_e4m3: this model adds up to 95 to its keys"
+    assert [said in message for message in caplog.messages] == [True] * large
