@@ -7,7 +7,7 @@ VENV := .venv$(if $(filter-out 0.5.17,$(SGLANG)),-$(SGLANG))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest -q
-# Two processes, each using about one core; tests of one file, which share a server, stay together.
+# Two processes, each using about one core; tests that share a server stay together.
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py

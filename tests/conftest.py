@@ -18,7 +18,7 @@ from tests.support.interpreter import (
     leave_out_programs,
     patch_once,
 )
-from tests.support.servers import Servers, wanted_by
+from tests.support.servers import Servers, scope_of, wanted_by
 from tests.support.shapes import INTERPRETED
 
 # Log handlers that libraries made in one test hold its closed stderr in the next.
@@ -35,7 +35,19 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 @pytest.fixture
 def server(request: pytest.FixtureRequest, servers: Servers) -> Server:
     """The running server that the test's mark ``served`` asks for."""
-    return servers.get(wanted_by(request.node))
+    return servers.get(wanted_by(request.node), request.node.path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Let ``--dist loadfile`` keep together what ``scope_of`` says."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.getvalue("dist") != "loadfile":
+        return None
+    scheduling = LoadFileScheduling(config, log)
+    scheduling._split_scope = lambda nodeid: scope_of(nodeid.partition("::")[0])
+    return scheduling
 
 
 @pytest.fixture(autouse=True)

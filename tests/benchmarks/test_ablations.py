@@ -27,7 +27,7 @@ def measured() -> Measured:
     )
     choices = [AnchorChoice((0, *range(LAYERS - left, LAYERS)), 0.1) for left in range(LAYERS)]
     shape = ModelShape(LAYERS, 8, HEADS, 64, 256)
-    return Measured(stats, choices, "test", shape, Budget(), {})
+    return Measured(stats, choices, [], "test", shape, Budget(), {})
 
 
 def test_every_choice_is_made_at_every_count() -> None:

@@ -20,7 +20,7 @@ def test_a_pool_of_all_keys_is_none_and_a_small_one_is_not(
     options += ["--prompts", "1", "--tokens", "512", "--device", "cpu", "--out", str(out)]
     assert bench.main(["--model-path", str(MODEL), *options]) == 0
     rows = list(csv.DictReader(out.open()))
-    assert list(rows[0]) == bench.COLUMNS and len(rows) == 2 + 2 * 2 * 2
+    assert list(rows[0]) == bench.COLUMNS and len(rows) == 2 + 2 * 2
     losses = [float(row["decode_kl"]) for row in rows]
     for row, loss in zip(rows[2:], losses[2:], strict=True):
         assert (loss == losses[0]) == (row["share"] == "0.999")

@@ -25,12 +25,9 @@ from tests.support.requests import (
     shipped_plan,
     tokens_and_logprobs,
 )
-from tests.support.servers import served
+from tests.support.servers import everyday
 
-pytestmark = [
-    pytest.mark.e2e,
-    served("--chunked-prefill-size", "512", "--kascade-max-topk-ratio", "0.5"),
-]
+pytestmark = [pytest.mark.e2e, everyday]
 
 DENSE = {"phases": "none"}
 MORE = {"topk_ratio": 0.4, "min_k": 256, "prefill_min_k": 256}

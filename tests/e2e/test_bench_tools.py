@@ -9,10 +9,11 @@ import pytest
 
 from benchmarks.bench_serving import measure
 from benchmarks.serving_workloads import Workload
-from kascade_sglang.servers.demo_model import MODEL, demo_arguments
+from kascade_sglang.servers.demo_model import MODEL
 from kascade_sglang.servers.process import Server
 from tests.e2e.test_commands import KASCADE, run
 from tests.support.models import LLAMA, make_plan
+from tests.support.servers import everyday
 
 pytestmark = pytest.mark.e2e
 
@@ -63,10 +64,10 @@ def test_bench_offline_throughput(tmp_path: Path) -> None:
     assert json.loads(out.read_text().splitlines()[-1])["successful_requests"] == 4
 
 
-def test_conversations_are_sent_turn_by_turn(tmp_path: Path) -> None:
+@everyday
+def test_conversations_are_sent_turn_by_turn(server: Server, tmp_path: Path) -> None:
     workload = Workload(2, 400, 8, "output_tokens_per_s", 0, prefix=320, groups=2, turns=3)
-    with Server([*demo_arguments("kascade"), "--enable-metrics"], tmp_path / "log") as server:
-        figures = measure(server, MODEL, workload, float("inf"), tmp_path)
+    figures = measure(server, MODEL, workload, float("inf"), tmp_path)
     assert figures["requests"] == 6 and figures["output_tokens"] == 6 * 8
     # Of six prompts the first of each conversation is new, and each turn sends those before it.
     assert figures["prompt_tokens_served"] > 4 * 400 and figures["cache_hit_rate"] > 0.5

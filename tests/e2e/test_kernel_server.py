@@ -24,10 +24,10 @@ FLAGS = ["--kascade-exact", "--chunked-prefill-size", "128", "--skip-server-warm
 @served(*FLAGS, "--log-level", "info", TRITON_INTERPRET="1")
 def test_kernels_serve_what_the_reference_says(server: Server) -> None:
     """Prefill of two chunks, decoding, and both again after a prefix hit; some rows are sparse."""
-    ids = prompt_ids(4, 200)
-    cold, warm = (generate(server, ids, 3) for _ in range(2))
+    ids = prompt_ids(4, 170)
+    cold, warm = (generate(server, ids, 2) for _ in range(2))
     assert "kascade: attention runs through Triton kernels" in server.log.read_text()
     assert warm["meta_info"]["cached_tokens"] >= len(ids) // 32 * 32 - 32
-    expected = reference(shipped_plan(), ids, 3)
+    expected = reference(shipped_plan(), ids, 2)
     for reply in (cold, warm):
         assert_equals(tokens_and_logprobs(reply), expected)

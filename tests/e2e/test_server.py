@@ -28,9 +28,9 @@ from tests.support.requests import (
     shipped_plan,
     tokens_and_logprobs,
 )
-from tests.support.servers import served
+from tests.support.servers import everyday
 
-pytestmark = [pytest.mark.e2e, served("--chunked-prefill-size", "512")]
+pytestmark = [pytest.mark.e2e, everyday]
 
 
 @pytest.fixture

@@ -2,16 +2,16 @@
 
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from openai import BadRequestError, OpenAI
 
-from kascade_sglang.servers.demo_model import MODEL_NAME, demo_arguments
+from kascade_sglang.servers.demo_model import MODEL_NAME
 from kascade_sglang.servers.process import Server
+from tests.support.servers import everyday
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, everyday]
 
 SCHEMA = {
     "type": "object",
@@ -45,11 +45,9 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    with Server([*demo_arguments("kascade"), "--tool-call-parser", "pythonic"], log) as server:
-        yield OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
+@pytest.fixture
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
 
 
 def ask(client: OpenAI, way: str) -> str:

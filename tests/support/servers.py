@@ -1,7 +1,9 @@
 """Real servers, each started once for all tests that want one like it.
 
 A test says so by a mark, ``@served("--page-size", "1")``, and takes the fixture ``server``. Tests
-of one server belong into one file: a file's tests run one after the other, in one process.
+of one server belong into one file: a file's tests run one after the other, in one process. Files
+that want the ``everyday`` server run in one process, too; its prefix cache is empty when a file
+begins.
 """
 
 import sys
@@ -9,10 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from kascade_sglang.servers.demo_model import demo_arguments
 from kascade_sglang.servers.process import Server
+
+TESTS = Path(__file__).parents[1]
 
 
 def demo(folder: Path) -> list[str]:
@@ -45,10 +50,22 @@ def served(
     return pytest.mark.served(wanted)
 
 
+everyday = served(
+    *("--chunked-prefill-size", "512", "--kascade-max-topk-ratio", "0.5"),
+    *("--tool-call-parser", "pythonic"),
+)
+"""The demo model in chunks, for whoever asks for nothing else."""
+
+
 def wanted_by(item: pytest.Item) -> Wanted | None:
     """The server that a test is marked with."""
     mark = item.get_closest_marker("served")
     return mark.args[0] if mark else None
+
+
+def scope_of(file: str) -> str:
+    """What pytest-xdist keeps in one process: a file, or all that want the everyday server."""
+    return "everyday" if "import everyday" in (TESTS.parent / file).read_text() else file
 
 
 class Servers:
@@ -58,9 +75,15 @@ class Servers:
         self._folder = folder
         self._wanted: Wanted | None = None
         self._server: Server | None = None
+        self._asked_by: Path | None = None
 
-    def get(self, wanted: Wanted) -> Server:
-        """Return the running server, or start it; its log's folder is its own."""
+    def get(self, wanted: Wanted, file: Path) -> Server:
+        """Return the running server, or start it, for a test of a file; its log's folder is its
+        own."""
+        if wanted == self._wanted and file != self._asked_by:
+            url = f"{self._server.url}/flush_cache"
+            httpx.post(url, params={"timeout": 30}, timeout=60, trust_env=False).raise_for_status()
+        self._asked_by = file
         if wanted != self._wanted:
             self.stop()
             folder = self._folder("server")
