@@ -1,12 +1,13 @@
 """Which anchors do with a candidate pool: those whose answers do not miss the other keys."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from kascade_kernels.budget import Budget, PoolRule
-from kascade_sglang.calibration.answers import Selecting, SparseAnswers
+from kascade_sglang.calibration.answers import MOST_ROWS, Selecting, SparseAnswers
+from kascade_sglang.calibration.elimination import OnWork
 from kascade_sglang.calibration.hf_attention import LayerCall
 from kascade_sglang.calibration.rows import Lists, best_keys, score_keys
 
@@ -14,6 +15,8 @@ AUTO = "auto"
 """``--makers`` that are to be chosen."""
 TOLERATED = 1.1
 """Loss of pooled anchors over that of the same anchors where all score every key."""
+USUAL = 10
+"""Anchors that a plan has, where nobody knows yet how many."""
 
 
 class PoolChoice(NamedTuple):
@@ -86,11 +89,13 @@ def choose_makers(
     how: Selecting,
     anchors: tuple[int, ...],
     rule: PoolRule,
-    on_trial: Callable[[], object] = lambda: None,
+    on_work: OnWork = lambda work: None,
+    row_work: float = MOST_ROWS,
 ) -> list[PoolChoice]:
     """Pool one anchor after another, each time the one that is missed least, while little is lost.
 
-    on_trial: called after every trial.
+    on_work: called with shares of ``work_of``. row_work: that of running a prompt's rows through
+    one layer.
     Returns a choice for every number of pooled anchors, none first; the last loses too much where
     not all but the first anchor are pooled. Among equals the lower layer is pooled first.
     """
@@ -102,13 +107,21 @@ def choose_makers(
             if anchor not in pooled:
                 makers = makers_of(anchors, pooled | {anchor})
                 found.append((loss_of(prompts, how, anchors, makers, rule), anchor, makers))
-                on_trial()
+                on_work(sum(row_work * prompt.depth for prompt in prompts))
         least, anchor, makers = min(found)
         pooled.add(anchor)
         choices.append(PoolChoice(makers, least))
         if not is_good(choices[-1], choices):
             break
     return choices
+
+
+def work_of(
+    prompts: int, anchors: int | tuple[int, ...] | None, depth: int, row_work: float
+) -> float:
+    """Most work of ``choose_makers``, in layers times tokens of a dense pass."""
+    count = len(anchors) if isinstance(anchors, tuple) else anchors or USUAL
+    return prompts * depth * row_work * count * (count - 1) / 2
 
 
 def is_good(choice: PoolChoice, choices: Sequence[PoolChoice]) -> bool:

@@ -34,6 +34,7 @@ from kascade_sglang.calibration.elimination import work_of as work_of_choosing
 from kascade_sglang.calibration.estimate import describe, row_work, seconds_per_work
 from kascade_sglang.calibration.measured import Measured
 from kascade_sglang.calibration.pools import AUTO, PoolChoice, choose_makers, most_pooled
+from kascade_sglang.calibration.pools import work_of as work_of_makers
 from kascade_sglang.calibration.prompts import Prompt
 from kascade_sglang.calibration.similarity import best_heads
 from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_of
@@ -264,6 +265,8 @@ def _measure(
     if config.criterion == "kl":
         by_row = row_work(model, longest, per_work)
         work += work_of_choosing(lengths, layers, depth, by_row)
+        if config.makers == AUTO:
+            work += work_of_makers(len(lengths), config.anchors, depth, by_row)
     print(f"calibrating {describe(per_work * work, lengths)}", file=sys.stderr)
     shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     # smoothing=0: the time left counts the pauses of the forward passes between prompts' tiles.
@@ -277,7 +280,9 @@ def _measure(
                     checkpoint.store(number, stats)
                     measured[number] = stats
             found = average(layers, [stats for stats in measured if stats is not None])
-            return found, *_choose(model, prompts, found, budget, config, bar.update, by_row)
+            choices = _choose(model, prompts, found, budget, config, bar.update, by_row)
+            bar.update(work - bar.n)  # Fewer trials than there might have been.
+            return found, *choices
         except torch.OutOfMemoryError as error:
             raise CalibrationError(
                 f"{model.device}: out of memory on a prompt of up to {_longest(prompts)} "
@@ -314,7 +319,7 @@ def _choose(
     if config.makers != AUTO:
         return choices, []
     anchors, rule = chosen(choices, config.anchors).anchors, PoolRule(config.pool_share)
-    return choices, choose_makers(sparse, how, anchors, rule)
+    return choices, choose_makers(sparse, how, anchors, rule, on_work, by_row)
 
 
 def _settings(

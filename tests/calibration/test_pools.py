@@ -1,5 +1,7 @@
 """Makers and candidate pools in calibration, against pools made by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -70,11 +72,13 @@ def test_the_anchor_that_is_missed_least_is_pooled_first(monkeypatch: pytest.Mon
         return 1.0 + sum(costs[one] for one in pooled)
 
     monkeypatch.setattr(pools, "loss_of", loss_of)
-    trials: list[None] = []
-    found = choose_makers([], None, (0, 1, 2, 4, 7), RULE, lambda: trials.append(None))
+    trials: list[float] = []
+    prompts = [SimpleNamespace(depth=8), SimpleNamespace(depth=8)]
+    found = choose_makers(prompts, None, (0, 1, 2, 4, 7), RULE, trials.append, row_work=3)
     assert [one.makers for one in found] == [(), (1, 4, 7), (1, 7), (0, 7), (0,)]
     assert most_pooled(found).makers == (0, 7)
     assert len(trials) == 4 + 3 + 2 + 1
+    assert sum(trials) == pools.work_of(2, 5, 8, 3) == pools.work_of(2, (0, 1, 2, 4, 7), 8, 3)
 
 
 def test_losses_are_those_of_the_pools() -> None:
