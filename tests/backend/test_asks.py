@@ -13,7 +13,7 @@ from tests.support.shapes import INTERPRETED
 
 KERNELS = DEVICE == "cuda" or INTERPRETED
 TOLERANCE = 1e-5 if DTYPE is torch.float32 else 2e-3
-LENGTHS = [237, 200, 237, 170]
+LENGTHS = [205, 180, 205, 150]
 DENSE = Ask(EVERYTHING, EVERYTHING)
 ASKS = {
     1: Ask(Budget(0.3, 96), Budget(0.25, 128)),

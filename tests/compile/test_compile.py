@@ -110,11 +110,13 @@ def launch_as_on(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "capability_of", lambda device: capability // 10)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+ON_GPUS = [(90, *shape) for shape in SHAPES] + [(80, *SHAPES[0]), (80, *SHAPES[2])]
+ON_GPUS += [(100, *SHAPES[0])]
+"""Every shape where most is served; on Ampere also the one that needs most shared memory."""
+
+
 @pytest.mark.parametrize("launch", [launch_decode, launch_prefill], ids=["decode", "prefill"])
-@pytest.mark.parametrize(
-    ("dtype", "dim", "group"), SHAPES, ids=["bf16-128-4", "fp16-64-7", "bf16-256-2"]
-)
+@pytest.mark.parametrize(("capability", "dtype", "dim", "group"), ON_GPUS, ids=str)
 def test_compiles(
     capability: int,
     launch: Callable[..., None],
@@ -145,7 +147,8 @@ def test_compiles_with_keys_in_fp8(
 ) -> None:
     launch_as_on(capability, monkeypatch)
     with compiled_launches(capability) as compiled:
-        for dtype, dim, group in SHAPES:
+        # Of two types that differ in how they are converted, one is enough for odd shapes.
+        for dtype, dim, group in SHAPES if stored == torch.float8_e4m3fn else SHAPES[:1]:
             launch(dtype, dim, group, stored)
     for kernel in compiled:
         assert kernel.metadata.shared <= SHARED_MEMORY[capability], kernel.metadata.name
