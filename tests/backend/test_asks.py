@@ -13,7 +13,8 @@ from tests.support.shapes import INTERPRETED
 
 KERNELS = DEVICE == "cuda" or INTERPRETED
 TOLERANCE = 1e-5 if DTYPE is torch.float32 else 2e-3
-LENGTHS = [205, 180, 205, 150]
+LENGTHS = [237, 200, 237, 170]
+"""The longest must leave room on lists for what is asked: nobody refuses it here."""
 DENSE = Ask(EVERYTHING, EVERYTHING)
 ASKS = {
     1: Ask(Budget(0.3, 96), Budget(0.25, 128)),
