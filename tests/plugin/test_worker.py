@@ -1,5 +1,6 @@
 """What a worker refuses when its arguments were made before the plugin was loaded."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -101,10 +102,17 @@ def test_what_lives_with_the_pool_is_released_with_it(monkeypatch: pytest.Monkey
 
 
 def linear(bias: bool) -> torch.nn.Module:
-    """SGLang's layer that makes queries, keys and values, of 4 and 2 heads of 16."""
-    made = QKVParallelLinear(64, 16, 4, 2, bias=bias, tp_rank=0, tp_size=1)
-    if bias:
-        made.bias.data[:] = torch.arange(128.0)
+    """SGLang's layer that makes queries, keys and values, of 4 and 2 heads of 16.
+
+    Releases make it from other arguments; what is read of it they have alike.
+    """
+    made = QKVParallelLinear.__new__(QKVParallelLinear)
+    torch.nn.Module.__init__(made)
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_size": 16}
+    code = inspect.getsource(QKVParallelLinear.__init__)
+    assert all(f"self.{name} = " in code for name in sizes)
+    vars(made).update(sizes)
+    made.bias = torch.nn.Parameter(torch.arange(128.0)) if bias else None
     return made
 
 
