@@ -12,7 +12,8 @@ JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 INTERPRETED := tests/kernels tests/backend tests/benchmarks/test_bench_kernels.py
 UNIT_TESTS := tests/project tests/plan tests/plugin tests/kernels tests/backend tests/calibration/test_anchors.py \
-	tests/calibration/test_similarity.py tests/calibration/test_spans.py tests/evaluation/test_scorers.py \
+	tests/calibration/test_similarity.py tests/calibration/test_elimination.py tests/calibration/test_pools.py \
+	tests/evaluation/test_scorers.py \
 	tests/evaluation/test_fitting.py tests/evaluation/test_methods.py --deselect tests/plugin/test_demo_server.py \
 	--ignore=tests/project/test_wheel.py --deselect tests/project/test_examples.py::test_python_examples_run
 # Importing SGLang takes 8 s, and 20 s where no bytecode is kept: many containers forbid it.

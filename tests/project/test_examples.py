@@ -83,6 +83,12 @@ def test_variables_exist(path: Path) -> None:
     assert set(re.findall(r"\bKASCADE_[A-Z_]*[A-Z]", text)) <= variables
 
 
+def test_what_make_names_of_the_tests_is_there() -> None:
+    named = set(re.findall(r"\btests/[\w./]+(?![\w./*])", (ROOT / "Makefile").read_text()))
+    assert len(named) > 10
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
 def test_every_make_target_named_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for path in documents():
