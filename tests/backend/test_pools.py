@@ -108,7 +108,7 @@ def test_pools_depend_on_the_row_alone(exact: bool) -> None:
     options = {"batch_invariant": True, "exact": exact}
     alone = decoded([LONG], **options)
     assert same(alone, decoded([LONG, 70], page_size=32, slot_seed=3, **options))
-    assert same(alone, decoded([LONG, 190], score_memory=2**14, **options))
+    assert same(alone, decoded([LONG, 190], score_memory=2**13, **options))
 
 
 @pytest.mark.skipif(not KERNELS, reason="chains are decoded by kernels alone")
