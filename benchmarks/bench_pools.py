@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.bench_anchors import add_common, layers_of, measure, stamp_of
 from kascade_kernels.budget import PoolRule
 from kascade_sglang.calibration.answers import SparseAnswers
-from kascade_sglang.calibration.pools import loss_of
+from kascade_sglang.calibration.pools import losses_of
 from kascade_sglang.files import append_csv
 from kascade_sglang.servers.process import run_command
 
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = [(anchors, (), 1.0) for anchors in options.anchors]
     pools = itertools.product(options.anchors[:1], options.makers, options.shares)
     for anchors, makers, share in [*whole, *pools]:
-        loss = loss_of(sparse, how, anchors, makers, PoolRule(share if makers else 0.5))
+        rule = PoolRule(share if makers else 0.5)
+        [loss] = losses_of(sparse, how, anchors, [makers], rule)
         row = {
             "anchors": " ".join(map(str, anchors)),
             "makers": " ".join(map(str, makers or anchors)),

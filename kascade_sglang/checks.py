@@ -1,6 +1,5 @@
 """Everything Kascade refuses: one sentence each, all of them at once, before requests come."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -9,14 +8,10 @@ from kascade_sglang.errors import KascadeError, noted
 from kascade_sglang.host.dense import WITH_SINKS, default_dense_backend, require_dense_backend
 from kascade_sglang.host.facts import RefusedFlag, ServerFacts
 
-logger = logging.getLogger(__name__)
-
 HEAD_DIMS = (64, 128, 256)
 """Head dimensions that the kernels are tested with."""
 E4M3_CAPABILITY = (8, 9)
 """From where on Triton converts fp8_e4m3."""
-LARGE_KEY_BIAS = 32.0
-"""Of which fp8 keeps 3 bits, or 2: keys are then known to the nearest 2, or 4."""
 
 
 def check(facts: ServerFacts) -> KascadeConfig:
@@ -51,18 +46,6 @@ def reasons(facts: ServerFacts, config: KascadeConfig) -> list[str]:
     found += [*_refused_sinks(facts, config), *_refused_speculation(facts, config)]
     found += _refused_hicache(facts, config)
     return [*found, *_refused_on_gpu(facts, config)] if kernels else found
-
-
-def warn_of_key_bias(largest: float, kv_cache_dtype: str) -> None:
-    """Say that a model's keys do not bear fp8; largest: the largest bias that it adds to them."""
-    if largest >= LARGE_KEY_BIAS:
-        logger.warning(
-            "kascade: --kv-cache-dtype %s: this model adds up to %.0f to its keys, of which fp8 "
-            "keeps the leading bits alone; answers can be lost, with any backend: compare with "
-            "kascade eval, or drop the flag",
-            kv_cache_dtype,
-            largest,
-        )
 
 
 def flag_reasons(flags: Iterable[RefusedFlag]) -> Iterator[str]:

@@ -27,10 +27,10 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
     import kascade_patches
     from kascade_sglang.asks import accept
     from kascade_sglang.backend.backend import KascadeAttnBackend
-    from kascade_sglang.checks import check, warn_of_key_bias
+    from kascade_sglang.checks import check
     from kascade_sglang.errors import KascadeError
     from kascade_sglang.host.release import require_supported_host
-    from kascade_sglang.host.runtime import largest_key_bias, require_runner
+    from kascade_sglang.host.runtime import require_runner
     from kascade_sglang.host.server import require_hooks, worker_facts
     from kascade_sglang.host.speculation import NGRAM
 
@@ -49,8 +49,6 @@ def create_backend(runner: "ModelRunner") -> "KascadeAttnBackend":
             "sglang.srt.plugins.load_plugins() before ServerArgs(...), or pass "
             "disable_cuda_graph=True"
         )
-    if config.fp8:
-        warn_of_key_bias(largest_key_bias(runner), config.kv_cache_dtype)
     require_runner(runner, config.window_of, config.kv_cache_dtype, config.dense_backend)
     accept(config, facts.phases, facts.model.context)
     kascade_patches.hook_informing()

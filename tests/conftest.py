@@ -12,12 +12,7 @@ import torch
 
 from kascade_kernels.arena import Arena, Empty
 from kascade_sglang.servers.process import Server
-from tests.support.interpreter import (
-    add_bfloat16,
-    leave_out_nan,
-    leave_out_programs,
-    patch_once,
-)
+from tests.support.interpreter import compute_as_on_gpus, leave_out_programs
 from tests.support.servers import Servers, scope_of, wanted_by
 from tests.support.shapes import INTERPRETED
 
@@ -90,9 +85,7 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        add_bfloat16(monkeypatch)
-        leave_out_nan(monkeypatch)
-        patch_once(monkeypatch)
+        compute_as_on_gpus(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -68,20 +68,24 @@ def makers_of(anchors: Sequence[int], pooled: set[int]) -> tuple[int, ...]:
     return tuple(one for one in anchors if one not in pooled and one >= first)
 
 
-def loss_of(
+def losses_of(
     prompts: Sequence[SparseAnswers],
     how: Selecting,
     anchors: tuple[int, ...],
-    makers: tuple[int, ...],
+    tried: Sequence[tuple[int, ...]],
     rule: PoolRule,
-) -> float:
-    """Return the loss under these anchors and makers, the mean over prompts."""
-    total = 0.0
+    on_work: OnWork = lambda work: None,
+    row_work: float = MOST_ROWS,
+) -> list[float]:
+    """Return the loss under these anchors for each of the makers tried, the mean over prompts."""
+    losses = [0.0] * len(tried)
     for prompt in prompts:
         with prompt.loaded():
             prompt.keep(anchors)
-            total += prompt.loss_where(Pools(how, makers, rule))
-    return total / len(prompts)
+            for place, makers in enumerate(tried):
+                losses[place] += prompt.loss_where(Pools(how, makers, rule)) / len(prompts)
+                on_work(row_work * prompt.depth)
+    return losses
 
 
 def choose_makers(
@@ -100,15 +104,12 @@ def choose_makers(
     not all but the first anchor are pooled. Among equals the lower layer is pooled first.
     """
     pooled: set[int] = set()
-    choices = [PoolChoice((), loss_of(prompts, how, anchors, (), rule))]
+    choices = [PoolChoice((), *losses_of(prompts, how, anchors, [()], rule))]
     while len(pooled) < len(anchors) - 1:
-        found = []
-        for anchor in anchors[1:]:
-            if anchor not in pooled:
-                makers = makers_of(anchors, pooled | {anchor})
-                found.append((loss_of(prompts, how, anchors, makers, rule), anchor, makers))
-                on_work(sum(row_work * prompt.depth for prompt in prompts))
-        least, anchor, makers = min(found)
+        left = [anchor for anchor in anchors[1:] if anchor not in pooled]
+        tried = [makers_of(anchors, pooled | {anchor}) for anchor in left]
+        losses = losses_of(prompts, how, anchors, tried, rule, on_work, row_work)
+        least, anchor, makers = min(zip(losses, left, tried, strict=True))
         pooled.add(anchor)
         choices.append(PoolChoice(makers, least))
         if not is_good(choices[-1], choices):

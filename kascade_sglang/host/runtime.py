@@ -1,5 +1,6 @@
 """SGLang's internals that a worker touches: model runner, KV pool, layers, dense backends."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+logger = logging.getLogger(__name__)
+
+LARGE_KEY_BIAS = 32.0
+"""Of which fp8 keeps 3 bits, or 2: keys are then known to the nearest 2, or 4."""
+
 __all__ = [
     "AttentionBackend",
     "Backend",
@@ -30,7 +36,6 @@ __all__ = [
     "build_dense_backend",
     "key_value_caches",
     "key_value_scales",
-    "largest_key_bias",
     "local_kv_heads",
     "local_layers",
     "model_dtype",
@@ -174,18 +179,30 @@ def require_scales(model: torch.nn.Module, dense_backend: str | None) -> None:
             )
 
 
-def largest_key_bias(runner: "ModelRunner") -> float:
+def largest_key_bias(model: torch.nn.Module) -> float:
     """Largest bias that a layer of the loaded model adds to its keys, before rotation; 0 without.
 
     As Qwen 2 has them. Layers that make queries, keys and values in several products are not known.
     """
     largest = 0.0
-    for module in runner.model.modules():
+    for module in model.modules():
         if isinstance(module, QKVParallelLinear) and module.bias is not None:
             queries, keys = module.num_heads * module.head_size, module.num_kv_heads
             bias = module.bias[queries : queries + keys * module.head_size]
             largest = max(largest, float(bias.abs().max()))
     return largest
+
+
+def warn_of_key_bias(largest: float, kv_cache_dtype: str) -> None:
+    """Say that a model's keys do not bear fp8; largest: the largest bias that it adds to them."""
+    if largest >= LARGE_KEY_BIAS:
+        logger.warning(
+            "kascade: --kv-cache-dtype %s: this model adds up to %.0f to its keys, of which fp8 "
+            "keeps the leading bits alone; answers can be lost, with any backend: compare with "
+            "kascade eval, or drop the flag",
+            kv_cache_dtype,
+            largest,
+        )
 
 
 def require_runner(
@@ -203,6 +220,7 @@ def require_runner(
     require_plain_pool(runner.token_to_kv_pool, stored)
     if kv_cache_dtype in FP8_TYPES:
         require_scales(runner.model, dense_backend)
+        warn_of_key_bias(largest_key_bias(runner.model), kv_cache_dtype)
 
 
 def releasable(pool: Any) -> AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """Makers and candidate pools in calibration, against pools made by hand."""
 
-from types import SimpleNamespace
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -64,21 +64,34 @@ def test_makers_are_all_that_score_every_key_after_the_first() -> None:
     assert makers_of(anchors, {9, 13}) == (3, 16)
 
 
-def test_the_anchor_that_is_missed_least_is_pooled_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = {1: 0.05, 2: 0.01, 4: 0.03, 7: 0.5}
+class Priced:
+    """A prompt whose loss is the sum of what its pooled anchors cost."""
 
-    def loss_of(prompts, how, anchors, makers, rule) -> float:
-        pooled = [one for one in anchors if makers and one > makers[0] and one not in makers]
-        return 1.0 + sum(costs[one] for one in pooled)
+    depth, costs = 8, {1: 0.05, 2: 0.01, 4: 0.03, 7: 0.5}
+    loads = 0
 
-    monkeypatch.setattr(pools, "loss_of", loss_of)
+    def loaded(self) -> AbstractContextManager[None]:
+        self.loads += 1
+        return nullcontext()
+
+    def keep(self, anchors: tuple[int, ...]) -> None:
+        self.anchors = anchors
+
+    def loss_where(self, select: Pools) -> float:
+        makers = select._makers
+        pooled = [one for one in self.anchors if makers and one > makers[0] and one not in makers]
+        return 1.0 + sum(self.costs[one] for one in pooled)
+
+
+def test_the_anchor_that_is_missed_least_is_pooled_first() -> None:
     trials: list[float] = []
-    prompts = [SimpleNamespace(depth=8), SimpleNamespace(depth=8)]
+    prompts = [Priced(), Priced()]
     found = choose_makers(prompts, None, (0, 1, 2, 4, 7), RULE, trials.append, row_work=3)
     assert [one.makers for one in found] == [(), (1, 4, 7), (1, 7), (0, 7), (0,)]
     assert most_pooled(found).makers == (0, 7)
-    assert len(trials) == 4 + 3 + 2 + 1
+    assert len(trials) == len(prompts) * (4 + 3 + 2 + 1)
     assert sum(trials) == pools.work_of(2, 5, 8, 3) == pools.work_of(2, (0, 1, 2, 4, 7), 8, 3)
+    assert [prompt.loads for prompt in prompts] == [5, 5], "once a round"
 
 
 def test_losses_are_those_of_the_pools() -> None:
@@ -92,7 +105,7 @@ def test_losses_are_those_of_the_pools() -> None:
     with sparse.loaded():
         whole = sparse.keep(anchors)
     losses = [
-        pools.loss_of([sparse], how, anchors, makers, PoolRule(share))
+        pools.losses_of([sparse], how, anchors, [makers], PoolRule(share))[0]
         for makers, share in (((), 0.5), ((1,), 0.98), ((1,), 0.3))
     ]
     assert losses[:2] == pytest.approx([whole, whole]) and losses[2] != pytest.approx(whole)

@@ -1,7 +1,6 @@
 """A real server with the shipped model and plan, as a user meets it."""
 
 import csv
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from tests.support.requests import (
     shipped_plan,
     tokens_and_logprobs,
 )
-from tests.support.servers import everyday
+from tests.support.servers import everyday, flush
 
 pytestmark = [pytest.mark.e2e, everyday]
 
@@ -36,17 +35,6 @@ pytestmark = [pytest.mark.e2e, everyday]
 @pytest.fixture
 def client(server: Server) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key="none")
-
-
-def flush(server: Server) -> None:
-    """Empty the prefix cache; refused while a request is in flight."""
-    for _ in range(50):
-        try:
-            post(server, "/flush_cache", {})
-            return
-        except httpx.HTTPStatusError:
-            time.sleep(0.2)
-    raise AssertionError("the cache could not be flushed")
 
 
 @pytest.mark.parametrize("tokens", [300, 1100, 2300])

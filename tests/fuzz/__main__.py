@@ -16,12 +16,7 @@ from kascade_sglang.provenance import provenance
 from tests.fuzz.decode import decode
 from tests.fuzz.prefill import prefill
 from tests.fuzz.steps import schedules, ties
-from tests.support.interpreter import (
-    add_bfloat16,
-    leave_out_nan,
-    leave_out_programs,
-    patch_once,
-)
+from tests.support.interpreter import compute_as_on_gpus, leave_out_programs
 from tests.support.shapes import DEVICE, INTERPRETED
 
 KINDS: dict[str, Callable[[random.Random], int]] = {
@@ -92,10 +87,8 @@ def main() -> int:
         parser.error("expected a GPU, or TRITON_INTERPRET=1 in the environment, got neither")
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
-            add_bfloat16(patch)
-            leave_out_nan(patch)
+            compute_as_on_gpus(patch)
             leave_out_programs(patch)
-            patch_once(patch)
         rows = fuzz(options.kinds, options.seed, options.cases, options.seconds)
     for row in rows:
         print("{kind}: {cases} cases, {wrong} wrong, {seconds} s".format(**row))

@@ -15,11 +15,10 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 import kascade_patches
 from kascade_sglang import plugin
 from kascade_sglang.backend import paths
-from kascade_sglang.checks import warn_of_key_bias
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError
 from kascade_sglang.host import server
-from kascade_sglang.host.runtime import largest_key_bias
+from kascade_sglang.host.runtime import largest_key_bias, warn_of_key_bias
 from kascade_sglang.host.steps import Rank
 from tests.support.harness import FakePool
 from tests.support.models import SHAPE, make_plan, overwrite, parse
@@ -120,8 +119,8 @@ def linear(bias: bool) -> torch.nn.Module:
 def test_keys_that_fp8_does_not_bear(large: bool, caplog: pytest.LogCaptureFixture) -> None:
     """Of a layer's bias the part of keys alone counts, which lies behind that of queries."""
     model = torch.nn.ModuleList([linear(bias=False), linear(bias=True), torch.nn.Linear(2, 2)])
-    assert largest_key_bias(SimpleNamespace(model=model[:1])) == 0.0
-    assert (largest := largest_key_bias(SimpleNamespace(model=model))) == 95.0
+    assert largest_key_bias(model[:1]) == 0.0
+    assert (largest := largest_key_bias(model)) == 95.0
     warn_of_key_bias(largest if large else 31.0, "fp8_e4m3")
     said = "--kv-cache-dtype fp8_e4m3: this model adds up to 95 to its keys"
     assert [said in message for message in caplog.messages] == [True] * large

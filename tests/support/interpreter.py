@@ -14,6 +14,13 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from kascade_kernels import tuning
 
 
+def compute_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mend bfloat16 and NaN, and what takes the interpreter's time."""
+    add_bfloat16(monkeypatch)
+    leave_out_nan(monkeypatch)
+    patch_once(monkeypatch)
+
+
 def add_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter multiply bfloat16, and round to it."""
     monkeypatch.setattr(InterpreterBuilder, "create_dot", _create_dot)

@@ -9,6 +9,7 @@ begins.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -63,9 +64,16 @@ def wanted_by(item: pytest.Item) -> Wanted | None:
     return mark.args[0] if mark else None
 
 
+@cache
 def scope_of(file: str) -> str:
     """What pytest-xdist keeps in one process: a file, or all that want the everyday server."""
     return "everyday" if "import everyday" in (TESTS.parent / file).read_text() else file
+
+
+def flush(server: Server) -> None:
+    """Empty the prefix cache, once no request is in flight."""
+    url = f"{server.url}/flush_cache"
+    httpx.post(url, params={"timeout": 30}, timeout=60, trust_env=False).raise_for_status()
 
 
 class Servers:
@@ -80,10 +88,6 @@ class Servers:
     def get(self, wanted: Wanted, file: Path) -> Server:
         """Return the running server, or start it, for a test of a file; its log's folder is its
         own."""
-        if wanted == self._wanted and file != self._asked_by:
-            url = f"{self._server.url}/flush_cache"
-            httpx.post(url, params={"timeout": 30}, timeout=60, trust_env=False).raise_for_status()
-        self._asked_by = file
         if wanted != self._wanted:
             self.stop()
             folder = self._folder("server")
@@ -95,6 +99,9 @@ class Servers:
                 command=wanted.command,
             )
             self._server, self._wanted = server.__enter__(), wanted
+        elif file != self._asked_by:
+            flush(self._server)
+        self._asked_by = file
         return self._server
 
     def stop(self) -> None:
