@@ -21,6 +21,7 @@ ANCHORS = {
     "llama-3.1-8b": preset("Llama-3.1-8B-Instruct").anchors,
     "qwen3-8b": preset("Qwen3-8B").anchors,
     "llama-3.1-70b": (0, *range(4, 80, 8)),
+    "qwen3-32b": (0, *range(4, 64, 8)),
     "qwen3-30b-a3b": (0, 4, 12, 20, 28, 36, 44),
     "four-layers": (0, 2),
 }

@@ -1,7 +1,9 @@
 """Where a step's time goes on the GPU, from the traces that SGLang's profiler writes.
 
 ``bench_serving --profile`` takes one of prefill and one of decoding for every run, of up to a few
-steps each. A row is a kind of kernel in one of them; ``idle`` is what no kernel covers.
+steps each. A row is a kind of kernel in one of them; ``idle`` is what no kernel covers. Where a
+model lies on several GPUs every rank has its own; its all-reduces take as long as it waits for the
+others, too.
 """
 
 import gzip
@@ -20,6 +22,7 @@ KINDS = {
     "matrix products": r"gemm|nvjet|xmma|cutlass::Kernel|cublas|splitK",
     "FlashAttention-3": r"flash::|FlashAttn|prepare_varlen",
     "FlashInfer attention": r"BatchDecode|BatchPrefill|flashinfer.*ttention|MergeState",
+    "all-reduce": r"all_?reduce|AllReduce|cross_device_reduce|nccl",
 }
 OURS = re.compile(
     r"^(copy_keys|decode_\w+|pool_scores|merge_\w+|count_\w+|find_\w+|emit_slots|tile_\w+)_kernel"
@@ -52,12 +55,17 @@ def summarise(trace: dict[str, Any]) -> dict[str, float]:
 
 
 def read_traces(folder: Path) -> dict[str, dict[str, float]]:
-    """Summaries of a folder's traces: {stage: {kind: ms}}; the stage is in the file's name."""
-    found = {}
-    for path in sorted(folder.rglob("*.trace.json.gz")):
-        stage = next((s for s in ("EXTEND", "DECODE") if s in path.name.upper()), "all")
+    """Summaries of a folder's traces: {stage: {kind: ms}}.
+
+    Stage and rank are in the file's name; a stage of several ranks is named after both.
+    """
+    paths, found = sorted(folder.rglob("*.trace.json.gz")), {}
+    ranks = {path: re.search(r"TP-(\d+)", path.name) for path in paths}
+    several = len({rank[1] for rank in ranks.values() if rank}) > 1
+    for path, rank in ranks.items():
+        stage = next((s for s in ("EXTEND", "DECODE") if s in path.name.upper()), "all").lower()
         with gzip.open(path, "rt") as file:
-            found[stage.lower()] = summarise(json.load(file))
+            found[f"{stage}, rank {rank[1]}" if several else stage] = summarise(json.load(file))
     return found
 
 

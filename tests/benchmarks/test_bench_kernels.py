@@ -45,7 +45,7 @@ def test_decode_measures_every_kind_of_layer(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "CONTEXT", 1024)
-    rows = list(bench.measure_case("tiny", [300, 40], "heavy_tailed", rivals=True))
+    rows = list(bench.measure_case("tiny", [150, 40], "heavy_tailed", rivals=True))
     found = {(row.kind, row.plan, row.mode, row.method) for row in rows}
     for mode in kernel_common.MODES:
         assert {("layer0", "", mode, "kascade"), ("anchor", "", mode, "kascade")} <= found
@@ -66,7 +66,7 @@ def test_fp8_is_measured_beside_dense_fp8(
     decoding = bench.__name__.endswith("decode")
     if decoding:
         monkeypatch.setattr(bench, "CONTEXT", 512)
-        rows = bench.measure_case("tiny", [300], "random", False, "fp8_e4m3")
+        rows = bench.measure_case("tiny", [150], "random", False, "fp8_e4m3")
     else:
         monkeypatch.setattr(bench, "CASES", {"tiny": bench.Case([[(96, 160)]])})
         monkeypatch.setattr(bench, "PIECES", ("tiny",))

@@ -129,3 +129,14 @@ def test_a_profile_says_what_ran_and_what_did_not(tmp_path: Path) -> None:
     expected = {"matrix products": 4, "kascade decode_scores": 1, "FlashAttention-3": 0.5}
     expected |= {"other": 1, "idle": 1}
     assert rows == expected
+
+
+def test_every_rank_has_a_profile_of_its_own(tmp_path: Path) -> None:
+    for rank, waited in enumerate((1000, 3000)):
+        event = {"cat": "kernel", "name": "cross_device_reduce_1stage", "ts": 0, "dur": waited}
+        with gzip.open(tmp_path / f"1-TP-{rank}-DECODE.trace.json.gz", "wt") as file:
+            json.dump({"traceEvents": [event]}, file)
+    assert serving_profile.read_traces(tmp_path) == {
+        "decode, rank 0": {"all-reduce": 1, "idle": 0},
+        "decode, rank 1": {"all-reduce": 3, "idle": 0},
+    }

@@ -58,6 +58,7 @@ def test_a_soak_of_a_real_model(server: Server, monkeypatch: pytest.MonkeyPatch)
     options = Namespace(seconds=45, clients=3, deterministic=False, weights=str(MODEL))
     row = asyncio.run(soak.soak(server, prompts, options))
     assert server.is_healthy()
+    assert set(soak.COLUMNS) >= set(row)
     counted = ("conversations", "structured", "aborted", "flushed", "updated", "released")
     assert min(row[name] for name in (*counted, "retracted")) > 0
     assert row["wrong_length"] == row["failed"] == row["different"] == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_serving import measure
+from benchmarks.bench_serving import COLUMNS, measure
 from benchmarks.serving_workloads import Workload
 from kascade_sglang.servers.demo_model import MODEL
 from kascade_sglang.servers.process import Server
@@ -71,3 +71,15 @@ def test_conversations_are_sent_turn_by_turn(server: Server, tmp_path: Path) -> 
     assert figures["requests"] == 6 and figures["output_tokens"] == 6 * 8
     # Of six prompts the first of each conversation is new, and each turn sends those before it.
     assert figures["prompt_tokens_served"] > 4 * 400 and figures["cache_hit_rate"] > 0.5
+
+
+@everyday
+def test_every_request_gets_what_it_asks_for(server: Server, tmp_path: Path) -> None:
+    plain = Workload(2, 300, 4, "itl_p50_ms", 2.0)
+    rag = Workload(4, 320, 4, "ttft_p99_ms", 1.2, prefix=256, groups=2, arrivals=0.8)
+    plain_row = measure(server, MODEL, plain, float("inf"), tmp_path)
+    rag_row = measure(server, MODEL, rag, 1.0, tmp_path)
+    assert (plain_row["input_tokens"], plain_row["output_tokens"]) == (600, 8)
+    assert rag_row["input_tokens"] >= 4 * 320
+    assert rag_row["cache_hit_rate"] > 0.05
+    assert set(COLUMNS) >= set(rag_row)

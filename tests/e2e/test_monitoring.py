@@ -3,16 +3,16 @@
 import json
 import re
 import time
-from pathlib import Path
 
 import httpx
 import pytest
 
 from kascade_sglang.servers.counters import read_samples
-from kascade_sglang.servers.demo_model import MODEL_NAME, demo_arguments
+from kascade_sglang.servers.demo_model import MODEL_NAME
 from kascade_sglang.servers.process import Server
 from tests.support.documents import ROOT
 from tests.support.requests import shipped_plan
+from tests.support.servers import everyday
 
 pytestmark = pytest.mark.e2e
 
@@ -28,7 +28,7 @@ def metrics_named() -> set[str]:
 
 ASKED = (
     *({"phases": "none"}, {"topk_ratio": 1.0}),
-    *({"topk_ratio": 0.1}, {"phases": "decode"}, None),
+    *({"topk_ratio": 0.2}, {"phases": "decode"}, {"phases": "both"}, None),
 )
 
 
@@ -46,35 +46,34 @@ def requests_by_kind(server: Server) -> dict[str, float]:
     return {s.labels["asked"]: s.value for s in samples if s.name == "kascade_requests_total"}
 
 
-def test_a_server_tells_what_it_serves_with(tmp_path: Path) -> None:
-    flags = ["--kascade-topk-ratio", "0.2", "--kascade-phases", "decode"]
-    with Server([*demo_arguments("kascade"), *flags], tmp_path / "log") as server:
-        chat = {"messages": [{"role": "user", "content": "Hello there. " * 40}], "max_tokens": 8}
-        body = {"model": MODEL_NAME, "stream": True, "ignore_eos": True, **chat}
-        reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
-        assert reply.status_code == 200 and "[DONE]" in reply.text
-        before = requests_by_kind(server)
-        for asked in ASKED:
-            again = httpx.post(f"{server.url}/generate", json=body_of(asked), timeout=120)
-            assert again.status_code == 200
-        counted = requests_by_kind(server)
-        info = httpx.get(f"{server.url}/server_info", timeout=60).json()
-        missing, until = metrics_named(), time.monotonic() + 60
-        while missing and time.monotonic() < until:
-            samples = list(read_samples(server.url))
-            missing -= {sample.name for sample in samples}
-            time.sleep(0.5)
+@everyday
+def test_a_server_tells_what_it_serves_with(server: Server) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hello there. " * 40}], "max_tokens": 8}
+    body = {"model": MODEL_NAME, "stream": True, "ignore_eos": True, **chat}
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+    assert reply.status_code == 200 and "[DONE]" in reply.text
+    before = requests_by_kind(server)
+    for asked in ASKED:
+        again = httpx.post(f"{server.url}/generate", json=body_of(asked), timeout=120)
+        assert again.status_code == 200
+    counted = requests_by_kind(server)
+    info = httpx.get(f"{server.url}/server_info", timeout=60).json()
+    missing, until = metrics_named(), time.monotonic() + 60
+    while missing and time.monotonic() < until:
+        samples = list(read_samples(server.url))
+        missing -= {sample.name for sample in samples}
+        time.sleep(0.5)
     assert missing == set(), "metrics of the dashboard that no server has"
     (state,) = info["internal_states"]
     settings = state["kascade"]
     plan = shipped_plan()
     assert settings["anchors"] == ",".join(map(str, plan.anchors))
-    assert (settings["topk_ratio"], settings["phases"]) == ("0.2", "decode")
+    assert (settings["topk_ratio"], settings["phases"]) == (str(plan.budget.ratio), "both")
     assert settings["min_k"] == str(plan.budget.min_k)
     (labels,) = [each.labels for each in samples if each.name == "kascade_settings"]
     assert labels == settings
     grown = {kind: counted[kind] - before[kind] for kind in counted}
-    assert grown == {"nothing": 2, "dense": 2, "phases": 0, "budget": 1}
+    assert grown == {"nothing": 2, "dense": 2, "phases": 1, "budget": 1}
 
 
 def test_the_dashboard_shows_what_is_kascades_own() -> None:

@@ -1,23 +1,16 @@
 """Real servers of tiny random models with sliding windows, against transformers' own attention."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kascade_kernels.budget import Budget
 from kascade_sglang.calibration.hf_attention import kascade_generate
-from kascade_sglang.calibration.hf_model import shape_of
 from kascade_sglang.cli import main
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.plan.library import PLAN_NAME
-from kascade_sglang.plan.presets import identity_plan
 from kascade_sglang.plan.schema import Plan, load_plan
 from kascade_sglang.servers.demo_model import demo_arguments
 from kascade_sglang.servers.process import Server
@@ -31,50 +24,21 @@ from tests.support.requests import (
     tokenizer,
     tokens_and_logprobs,
 )
+from tests.support.small_models import WINDOW, least, load, own, save
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(torch.cuda.is_available(), reason="compares with float32 on a CPU"),
 ]
 
-WINDOW, COVERED, NEW = 96, 320, 12
-"""Positions of a window; tokens that the budget covers; tokens asked for."""
-SMALL = {
-    "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.2,
-    "max_position_embeddings": 4096, "sliding_window": WINDOW,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-}  # fmt: skip
-
-
-def save(folder: Path, name: str, **changes: Any) -> Path:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path, **changes: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes).eval()
-
-
-@torch.inference_mode()
-def own(model: PreTrainedModel, ids: list[int]) -> tuple[list[int], list[float]]:
-    """What the model itself says, greedily, without a cache: tokens and log probabilities."""
-    logprobs = []
-    for _ in range(NEW):
-        row = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1], dim=-1)
-        ids = [*ids, int(row.argmax())]
-        logprobs.append(float(row.max()))
-    return ids[-NEW:], logprobs
+COVERED, NEW = 320, 12
+"""Tokens that the budget covers; tokens asked for."""
 
 
 def serve(folder: Path, plan: Plan, log: Path) -> Server:
-    least = ["--kascade-min-k", str(plan.budget.min_k)]
-    least += ["--kascade-prefill-min-k", str(plan.budget.min_k)]
+    flags = [(f"--kascade-{name.replace('_', '-')}", str(n)) for name, n in least(plan).items()]
     plan.save(folder / PLAN_NAME)
-    arguments = [*demo_arguments("kascade"), "--model-path", str(folder), *least]
+    arguments = [*demo_arguments("kascade"), "--model-path", str(folder), *sum(flags, ())]
     return Server([*arguments, "--chunked-prefill-size", "512"], log)
 
 
@@ -109,8 +73,8 @@ def server(gemma: Path, plan: Plan, tmp_path_factory: pytest.TempPathFactory) ->
 def test_gemma_3_within_the_budget_is_transformers_own(server: Server, gemma: Path) -> None:
     ids = prompt_ids(2, 900)[: COVERED - NEW]
     reply = tokens_and_logprobs(generate(server, ids, NEW))
-    assert_equals(reply, own(load(gemma), ids))
-    narrower = own(load(gemma, sliding_window=WINDOW - 1), ids)
+    assert_equals(reply, own(load(gemma), ids, NEW))
+    narrower = own(load(gemma, sliding_window=WINDOW - 1), ids, NEW)
     assert narrower[1] != pytest.approx(reply[1], abs=TOLERANCE), "the window says nothing"
 
 
@@ -124,7 +88,7 @@ def test_gemma_3_beyond_it_is_the_reference(
     for reply in (cold, warm):
         assert_equals(tokens_and_logprobs(reply), expected)
     assert warm["meta_info"]["cached_tokens"] >= (len(ids) - 1) // 32 * 32
-    assert own(model, ids)[1] != pytest.approx(expected[1], abs=0.01), "nothing was left out"
+    assert own(model, ids, NEW)[1] != pytest.approx(expected[1], abs=0.01), "nothing was left out"
 
 
 def test_windows_are_counted_as_what_they_hold(server: Server, plan: Plan) -> None:
@@ -139,16 +103,3 @@ def test_windows_are_counted_as_what_they_hold(server: Server, plan: Plan) -> No
         assert least <= grown["decode", kind] <= most
     assert prefill.attended < 0.8 * prefill.dense
     assert prefill.dense < 0.6 * 6 * sum(range(1, len(ids) + 1))
-
-
-@pytest.mark.parametrize("name", ["Mistral", "Phi3"])
-def test_a_window_everywhere_is_served_as_full_attention(name: str, tmp_path: Path) -> None:
-    """As SGLang's own backends do: its classes for these models know no windows."""
-    folder, ids = save(tmp_path / "model", name), prompt_ids(5, 900)[: COVERED - NEW]
-    full = load(folder, sliding_window=None)
-    plan = identity_plan(name, shape_of(full.config), (0, 2, 4), "test")
-    plan = replace(plan, budget=Budget(0.1, COVERED))
-    with serve(folder, plan, tmp_path / "log") as server:
-        reply = tokens_and_logprobs(generate(server, ids, NEW))
-    assert_equals(reply, own(full, ids))
-    assert own(load(folder), ids)[0] != reply[0], "the window says nothing"
