@@ -16,6 +16,7 @@ import pandas as pd
 from benchmarks import roofline
 from benchmarks.anchor_tables import anchors_table, pools_table
 from benchmarks.plot_quality import summary
+from benchmarks.rank_tables import rank_profile_table, ranks_table
 from benchmarks.serving_profile import STEPS
 from benchmarks.serving_workloads import WORKLOADS, compare, medians
 from benchmarks.tables import (
@@ -329,6 +330,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "models": models_table,
         "budgets": budgets_table,
         "rivals": partial(by_length, "quality_rivals.csv", ["config"], "diff", "{:+.1f}"),
+        "lessismore": partial(by_length, "quality_lessismore.csv", ["config"], "diff", "{:+.1f}"),
         "ttft": partial(by_length, "quality_ttft.csv", ["model", "config"], "ttft_ms", "{:.0f}"),
     },
     "docs/benchmarks.md": {
@@ -343,6 +345,9 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "decode-pieces": decode_pieces_table,
         "serving-h200": partial(serving_table, "serving_h200.csv"),
         "profile": profile_table,
+        "ranks": ranks_table,
+        "rank-profile": rank_profile_table,
+        "quality-tp": partial(by_length, "quality_tp.csv", ["config"], "diff", "{:+.1f}"),
         "anchors": anchors_table,
         "pools": pools_table,
         "ablations": ablations_table,

@@ -19,7 +19,7 @@ VERIFIED_WITH_SINKS = ("0.5.17",)
 VERIFIED_WITH_HICACHE = ("0.5.17",)
 """Those of them whose host-memory tier was read, and is tested on a GPU."""
 
-VERIFIED_WITH_SPECULATION = {"0.5.17": ("NGRAM", "STANDALONE")}
+VERIFIED_WITH_SPECULATION = {"0.5.17": ("NGRAM", "STANDALONE", "EAGLE")}
 """Those of them that verify chains of drafts, and by which algorithms a GPU has served them:
 ``tests/e2e/test_speculation.py`` passes there."""
 

@@ -84,15 +84,7 @@ def test_replies_with_ngrams_are_those_of_the_cpu(flags: list[str], tmp_path: Pa
     [
         ("STANDALONE", "fa3", []),
         ("STANDALONE", "triton", ["--disable-cuda-graph"]),
-        pytest.param(
-            "EAGLE",
-            "fa3",
-            [],
-            marks=pytest.mark.skipif(
-                "EAGLE" not in VERIFIED_WITH_SPECULATION.get(version("sglang"), ()),
-                reason="refused",
-            ),
-        ),
+        ("EAGLE", "fa3", []),
     ],
 )
 def test_replies_with_a_draft_model_are_those_of_the_cpu(

@@ -22,7 +22,7 @@ from kascade_sglang.host.dense import FP8_TYPES
 from kascade_sglang.host.release import VERIFIED_WITH_HICACHE, VERIFIED_WITH_SINKS
 from kascade_sglang.host.server import SUPPORTED_VALUES, SUPPORTED_VALUES_LATER
 from tests.support.models import GEMMA_3, POOL_PLAN, SHAPE, WINDOWED_PLAN, make_plan, parse
-from tests.support.refused import CHAIN, EAGLE, FLAGS, HICACHE, NGRAM, TREE, Refused
+from tests.support.refused import CHAIN, EAGLE, EAGLE3, FLAGS, HICACHE, NGRAM, TREE, Refused
 
 MakeModel = Callable[..., Path]
 
@@ -127,9 +127,9 @@ OTHERS = (
         "--speculative-draft-attention-backend triton " + CHAIN,
     ),
     Refused(
-        "--speculative-algorithm: expected NGRAM or STANDALONE, which a GPU has served, with the "
-        "kascade backend, got EAGLE",
-        f"{EAGLE} {CHAIN} --speculative-draft-attention-backend triton",
+        "--speculative-algorithm: expected NGRAM or STANDALONE or EAGLE, which a GPU has served, "
+        "with the kascade backend, got EAGLE3",
+        f"{EAGLE3} {CHAIN} --speculative-draft-attention-backend triton",
         speculation="0.5.17",
     ),
     Refused(

@@ -39,6 +39,7 @@ DP = "--attn-dp-size: expected" if LATER else "--enable-dp-attention: expected"
 GRAPHS = "cuda_graph_backend_prefill"
 FULL_GRAPHS = '--cuda-graph-config {"prefill":{"backend":"full"}}'
 EAGLE = "--speculative-algorithm EAGLE --speculative-draft-model-path MODEL"
+EAGLE3 = EAGLE.replace("EAGLE", "EAGLE3")
 NGRAM = "--speculative-algorithm NGRAM --speculative-ngram-max-bfs-breadth 1"
 HICACHE = "--enable-hierarchical-cache"
 CHAIN = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
