@@ -69,7 +69,8 @@ fuzz: $(STAMP)  ## random cases of every kernel and of whole steps, on a GPU or 
 test-gpu: $(STAMP)  ## kernels, backend and servers on a GPU, then tests of every kernel under compute-sanitizer
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "make: test-gpu needs a CUDA GPU, and torch sees none; make test needs none"; exit 1; }
-	$(PYTEST) tests/kernels tests/backend $(wildcard tests/e2e/test_gpu*.py) tests/e2e/test_parallel.py
+	$(PYTEST) tests/kernels tests/backend $(wildcard tests/e2e/test_gpu*.py) tests/e2e/test_parallel.py \
+		tests/e2e/test_speculation.py
 	@$(MAKE) --no-print-directory sanitize
 
 sanitize: $(STAMP)  ## tests of every kernel under compute-sanitizer: memory, races, barriers; TOOLS="memcheck"

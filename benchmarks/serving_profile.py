@@ -25,7 +25,7 @@ KINDS = {
     "all-reduce": r"all_?reduce|AllReduce|cross_device_reduce|nccl",
 }
 OURS = re.compile(
-    r"^(copy_keys|decode_\w+|pool_scores|merge_\w+|count_\w+|find_\w+|emit_slots|tile_\w+)_kernel"
+    r"^((copy|decode|merge|count|find|tile)_\w+|pool_scores|emit_slots|group_rows|compare_slots)_kernel"
 )
 
 

@@ -255,7 +255,7 @@ def test_every_patch_is_registered_and_explained() -> None:
     register = (ROOT / "patches/README.md").read_text()
     patches = kascade_patches
     some = patches.WITHOUT_GPU + patches.INFORMING + patches.OF_SINKS + patches.OF_NGRAM
-    for module in patches.EVERYWHERE + some:
+    for module in patches.EVERYWHERE + some + patches.OF_HICACHE:
         assert f"`{module.TARGET}`" in register
         for word in ("Why:", "How:", "Remove when:"):
             assert word in module.__doc__
