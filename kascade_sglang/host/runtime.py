@@ -188,7 +188,7 @@ def largest_key_bias(model: torch.nn.Module) -> float:
     for module in model.modules():
         if isinstance(module, QKVParallelLinear) and module.bias is not None:
             queries, keys = module.num_heads * module.head_size, module.num_kv_heads
-            bias = module.bias[queries : queries + keys * module.head_size]
+            bias = module.bias.detach()[queries : queries + keys * module.head_size]
             largest = max(largest, float(bias.abs().max()))
     return largest
 
