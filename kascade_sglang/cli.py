@@ -18,7 +18,7 @@ from kascade_sglang.errors import KascadeError, sentence
 from kascade_sglang.evaluation.command import add_eval
 from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.library import read_plan
-from kascade_sglang.plan.schema import HEAD_MODES, Plan, PlanError
+from kascade_sglang.plan.schema import HEAD_MODES, POOL_SHARE, Plan, PlanError
 from kascade_sglang.settings import read_settings
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _add_calibrate(commands: "argparse._SubParsersAction") -> None:
         help="which of the --anchors leave a candidate pool, that the anchors after them score "
         "alone in decoding; auto: the fewest by which answers lose little; default: none",
     )
-    add("--pool-share", type=float, default=0.25, help="share of the keys in a pool (0.25)")
+    add("--pool-share", type=float, default=POOL_SHARE, help="share of the keys in a pool (0.25)")
     add("--out", required=True, type=Path, help="the plan file to write")
     add("--report", type=Path, help="also draw a page about it: .png, .svg or .html")
     add("--device", default="auto", help="auto (the default), cpu, cuda, ...")
@@ -294,6 +294,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    from kascade_sglang.calibration.hf_model import name_of
     from kascade_sglang.plan.npy import plan_from_npy
 
     if why := why_unwritable(args.out, {"the head map": args.path}):
@@ -303,7 +304,8 @@ def _import(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise PlanError(str(error)) from error
     shape = _model_shape(args.model, args.trust_remote_code)
-    plan = plan_from_npy(args.path, args.anchors, args.model, shape, budget, args.heads)
+    name = name_of(args.model)
+    plan = plan_from_npy(args.path, args.anchors, name, shape, budget, args.heads)
     try:
         plan.save(args.out)
     except OSError as error:

@@ -19,6 +19,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kascade_kernels.budget import TILE
@@ -84,7 +85,7 @@ def show(findings: Sequence[Finding], console: Console) -> int:
         table.add_column(name, style=style, overflow="fold")
     for each in findings:
         mark = "[red]FAILED[/]" if each.failed else "[yellow]note[/]" if each.note else "ok"
-        table.add_row(mark, each.subject, each.text)
+        table.add_row(mark, each.subject, escape(each.text))
     console.print(table, markup=True)
     # Below the table, on lines of their own: commands are there to be copied.
     for each in findings:
@@ -210,7 +211,7 @@ def _server(model: str | None, flags: Sequence[str]) -> Iterator[Finding]:
     said: list[Finding] = []
     with _warnings(said), redirect_stderr(io.StringIO()) as stderr:
         try:
-            args = read_command_line(model or str(MODEL), flags)
+            args = read_command_line(str(MODEL) if model is None else model, flags)
             facts = server_facts(args)
             config = check(facts)
         except SystemExit as stop:

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+LONGEST_NAME = 235
+"""Bytes of a file's name: of the 255 that file systems take, less what stands beside it adds."""
+
 
 def expand(name: str) -> Path:
     """Return the path that a user has named, ``~`` read as a shell reads it.
@@ -21,8 +24,9 @@ def expand(name: str) -> Path:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file's content in one step, through a neighbouring ``.part`` file.
 
-    Raises OSError, with the old file untouched and the draft removed.
+    Of a link, what it points to. Raises OSError, with the old file untouched and the draft removed.
     """
+    path = Path(os.path.realpath(path))
     draft = path.with_name(path.name + ".part")
     try:
         with draft.open("wb") as file:
@@ -44,10 +48,16 @@ def why_unwritable(path: Path, others: Mapping[str, Path | None] | None = None) 
     for name, other in (others or {}).items():
         if other is not None and os.path.realpath(other) == os.path.realpath(path):
             return f"expected a file of its own, got that of {name}; name another"
+    if os.path.islink(path):
+        path = Path(os.path.realpath(path))
     if os.path.isdir(path):
         return "expected a file's name, got a folder; add a name"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "expected a file, got a device or pipe, which would be replaced; name another"
     if not os.path.isdir(path.parent):
         return f"expected a folder that exists, got {path.parent}; make it first"
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        return f"expected a name of at most {LONGEST_NAME} bytes, got a longer one; shorten it"
     try:
         # What may be written is not always what can be: read-only and full disks, ``/proc``.
         tempfile.TemporaryFile(dir=path.parent).close()

@@ -260,7 +260,15 @@ def _refusals(source: str, error: ValidationError) -> Iterator[str]:
 
 
 def _from_flags(environ: Mapping[str, str], refused: list[str]) -> Settings:
-    return _parse("command line", json.loads(environ.get(FLAGS_VARIABLE) or "{}"), refused)
+    given = environ.get(FLAGS_VARIABLE) or "{}"
+    try:
+        flags = json.loads(given)
+    except (ValueError, RecursionError):
+        flags = None
+    if not isinstance(flags, dict):
+        refused.append(f"{FLAGS_VARIABLE}: expected what a server's start leaves there, unset it")
+        return Settings()
+    return _parse("command line", flags, refused)
 
 
 def _from_environment(environ: Mapping[str, str], refused: list[str]) -> Settings:

@@ -30,7 +30,7 @@ from kascade_sglang.calibration.quantised import (
 from kascade_sglang.calibration.weight_files import refuse_files_elsewhere
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import expand
-from kascade_sglang.plan.schema import ModelShape
+from kascade_sglang.plan.schema import MAX_LAYERS, ModelShape
 from kascade_sglang.text import tokenizer
 from kascade_sglang.text.reading import UnreadableError, cause, one_line, why_no_model
 
@@ -88,6 +88,11 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
                 f"model: expected a configuration with 1 or more for {name}, got {value!r}; mend "
                 "its config.json"
             )
+    if max(shape.layers, shape.kv_heads) > MAX_LAYERS:
+        raise CalibrationError(
+            f"model: expected at most {MAX_LAYERS} layers and KV heads, got {shape.layers} and "
+            f"{shape.kv_heads}; mend its config.json"
+        )
     return shape
 
 
@@ -151,7 +156,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" has room, but for no numbers
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise CalibrationError(f"--device {name}: not usable ({one_line(error)})") from error
     return device
 

@@ -8,7 +8,7 @@ from kascade_sglang.calibration.build import build_plan, choices_by_mass
 from kascade_sglang.calibration.collect import LayerStats
 from kascade_sglang.calibration.elimination import chosen
 from kascade_sglang.calibration.pools import PoolChoice
-from kascade_sglang.plan.schema import ModelShape, Plan
+from kascade_sglang.plan.schema import POOL_SHARE, ModelShape, Plan
 
 ANCHORS = 8
 """How many ``--criterion mass`` picks where nobody says."""
@@ -35,7 +35,7 @@ class Measured(NamedTuple):
         heads: str,
         criterion: str = "kl",
         makers: tuple[int, ...] = (),
-        pool_share: float = 0.25,
+        pool_share: float = POOL_SHARE,
     ) -> Plan:
         """Build a plan; see ``CalibrationConfig``. By ``kl``, anchors are of ``choices``."""
         if criterion == "mass":

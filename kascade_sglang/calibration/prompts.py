@@ -162,6 +162,11 @@ def chat_prompt(
     template refuses.
     """
     template = getattr(tokenizer, "chat_template", None) or instead
+    if isinstance(template, dict):
+        if "default" not in template:
+            names = ", ".join(template)
+            raise CalibrationError(f"expected a chat template named default, got {names}")
+        template = template["default"]
     if not template:
         raise CalibrationError("a chat needs a chat template, and the tokenizer has none")
     # Templates are programs of their own: their errors are of any type.

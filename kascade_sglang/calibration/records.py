@@ -102,10 +102,13 @@ def text_or_chat(record: Any) -> str | list[dict[str, Any]]:
         return _chat(record, "a list")
     if not isinstance(record, dict):
         raise CalibrationError(EXPECTED)
-    for key in ("text", "prompt"):
-        if isinstance(record.get(key), str):
-            return record[key]
-    for key in ("messages", "conversations", "prompt"):
+    # A chat first: some data sets name its first message or its id beside it.
+    chats = [key for key in ("messages", "conversations") if isinstance(record.get(key), list)]
+    if not any(record[key] for key in chats):
+        for key in ("text", "prompt"):
+            if isinstance(record.get(key), str):
+                return record[key]
+    for key in (*chats, "prompt"):
         if isinstance(record.get(key), list):
             turns = _chat(record[key], f'"{key}"')
             system = record.get("system")

@@ -41,7 +41,7 @@ from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_o
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
-from kascade_sglang.plan.schema import HEAD_MODES, Plan, are_makers
+from kascade_sglang.plan.schema import HEAD_MODES, POOL_SHARE, Plan, are_makers
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class CalibrationConfig:
     tiles: int = 64
     criterion: str = "kl"
     makers: tuple[int, ...] | str = ()
-    pool_share: float = 0.25
+    pool_share: float = POOL_SHARE
 
     @property
     def seed(self) -> int:
@@ -198,6 +198,8 @@ def _check_makers(config: CalibrationConfig) -> None:
         PoolRule(config.pool_share)
     except ValueError as error:
         raise CalibrationError(f"--pool-share: {error}") from error
+    if config.pool_share != POOL_SHARE and not config.makers:
+        raise CalibrationError("--pool-share: expected --makers beside it, got none; add them")
 
 
 def _longest(prompts: list[Prompt]) -> int:

@@ -75,6 +75,13 @@ class PromptSource:
                 f"--dataset: expected --prompts or --dataset, got both ({self.prompts} and "
                 f"{self.dataset}); drop one"
             )
+        if self.dataset is None:
+            for name, usual in (("dataset_config", None), ("split", "train"), ("field", None)):
+                if getattr(self, name) != usual:
+                    flag = name.replace("_", "-")
+                    raise CalibrationError(
+                        f"--{flag}: expected --dataset beside it, got none; name one, or drop it"
+                    )
         if self.prompts is not None:
             prompts = read_prompts(
                 self.prompts, tokenizer, context, self.max_tokens, self.limit, self.seed

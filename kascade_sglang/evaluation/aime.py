@@ -24,6 +24,10 @@ def _make(path: Path, order: Order) -> list[Sample]:
     samples = []
     for number, row in enumerate(read_jsonl(path, ("problem", "answer")), 1):
         answer = _answer(path, number, row["answer"])
+        if not isinstance(row["problem"], str):
+            raise EvaluationError(
+                f"{path}: problem of object {number}: expected a text, got {row['problem']!r}"
+            )
         prompt = ASK.format(problem=row["problem"])
         score = partial(boxed_match, answer=answer)
         samples.append(Sample(prompt, (str(answer),), order.tokens.count(prompt), None, score))

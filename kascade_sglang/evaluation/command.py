@@ -157,6 +157,11 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and not 0 < value < math.inf:
             flag = name.replace("_", "-")
             raise EvaluationError(f"--{flag}: expected a number above 0, got {value}")
+    for name in ("label", "note"):
+        try:
+            (getattr(args, name) or "").encode()
+        except UnicodeEncodeError as error:
+            raise EvaluationError(f"--{name}: expected text in UTF-8, got other bytes") from error
     if not 0 <= args.temperature < math.inf:
         raise EvaluationError(f"--temperature: expected 0 or more, got {args.temperature}")
     for length in args.lengths:

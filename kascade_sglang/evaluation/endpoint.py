@@ -17,7 +17,10 @@ from kascade_sglang.servers.loopback import uses_proxies
 PROMPTS = ("chat_prefix", "chat", "completion")
 """How prompts are sent: as a chat whose reply starts with the benchmark's prefix (SGLang), as a
 chat whose user message ends with it (any server), or as text to continue."""
-MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
+MALFORMED = (
+    *(KeyError, IndexError, TypeError, AttributeError, ValueError),
+    *(RecursionError, OverflowError),
+)
 """What parsing raises where a reply is not what was asked for."""
 Result = TypeVar("Result")
 
@@ -81,18 +84,19 @@ class Endpoint:
             first = next((card for card in cards if not card["parent"]), cards[0])
         except MALFORMED as error:
             raise EvaluationError(
-                f"--url {url}: expected an OpenAI-compatible server, but /v1/models names no model"
+                f"--url {url}: expected an OpenAI-compatible server, but /v1/models names no model "
+                f"as OpenAI's does ({_brief(error)})"
             ) from error
         card = first if model is None else _pick(cards, model)
         info, settings = _get(f"{url}/model_info"), _get(f"{url}/server_info")
         parents = [each for each in cards if each["id"] == card["parent"]]
         context = next((each["context"] for each in (card, *parents) if each["context"]), None)
-        backend = settings.get("attention_backend")
+        backend = _text_of(settings, "attention_backend")
         return cls(
             url=url,
             model=card["id"],
             context=context,
-            tokenizer=info.get("tokenizer_path") or info.get("model_path"),
+            tokenizer=_text_of(info, "tokenizer_path") or _text_of(info, "model_path"),
             backend=backend or "server",
             others=tuple(each["id"] for each in cards if each is not card),
             # By its name alone, SGLang would answer with the base model.
@@ -200,10 +204,18 @@ def _headers() -> dict[str, str]:
 
 def _card(card: Mapping[str, Any]) -> dict[str, Any]:
     """What ``/v1/models`` says of a model that decides how it is asked."""
-    name, context = card["id"], card.get("max_model_len")
-    if not isinstance(name, str):
-        raise TypeError(f"expected a name, got {name!r}")
-    return {"id": name, "parent": card.get("parent"), "context": context}
+    name, context, parent = card["id"], card.get("max_model_len"), card.get("parent")
+    if not isinstance(name, str) or not isinstance(parent, str | None):
+        raise TypeError(f"expected names, got {name!r} and {parent!r}")
+    if not isinstance(context, int | None):
+        raise TypeError(f"max_model_len: expected a whole number, got {context!r}")
+    return {"id": name, "parent": parent, "context": context}
+
+
+def _text_of(found: Mapping[str, Any], name: str) -> str | None:
+    """A text that a server says of itself; None where it says another thing."""
+    value = found.get(name)
+    return value if isinstance(value, str) else None
 
 
 def _pick(cards: Sequence[dict[str, Any]], model: str) -> dict[str, Any]:
@@ -226,7 +238,8 @@ def _get(url: str, required: bool = False) -> dict[str, Any]:
             raise ValueError(f"expected an object, got {str(found)[:40]!r}")
         return found
     # ImportError: a SOCKS proxy in the environment, without the package that httpx needs for it.
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as error:
+    # OSError: certificates that the environment names, and are not there.
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError, *MALFORMED) as error:
         if not required:
             return {}
         raise EvaluationError(

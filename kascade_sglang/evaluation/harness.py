@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class Harness:
         self._settings, self._results = settings, results
         self._on_reply = on_reply
         self._saved = results.saved()
+        self._stopped = threading.Event()
 
     def run(self, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         """Run every task at every length; returns the rows, those of earlier runs included.
@@ -96,6 +98,7 @@ class Harness:
                     "most that, or serve the model with a longer --context-length"
                 )
         count = self._settings.samples
+        self._stopped.clear()
         tried = [
             self._make(task, length, 1 if task.by_length else count) for task, length in orders
         ]
@@ -113,11 +116,13 @@ class Harness:
                     for number, (task, length) in enumerate(orders)
                 ]
             finally:
+                self._stopped.set()
                 maker.shutdown(cancel_futures=True)
 
     def _make(self, task: Task, length: int | None, count: int) -> list[Sample]:
         """Samples that fit the server's context; raises EvaluationError."""
-        order = Order(length, count, self._settings.seed, self._tokens, self._endpoint.context)
+        seed, context = self._settings.seed, self._endpoint.context
+        order = Order(length, count, seed, self._tokens, context, self._stopped.is_set)
         samples = task.make(order)
         for sample in samples:
             self._endpoint.max_tokens(sample, self._tokens.overhead)

@@ -63,7 +63,10 @@ def _make(dataset: str, path: Path, order: Order) -> list[Sample]:
 
 
 def _check(row: dict[str, Any], metric: str, where: str) -> None:
-    """Refuse what could not be scored once a reply has come."""
+    """Refuse what could not be asked, or not be scored once a reply has come."""
+    for field in ("context", "input"):
+        if not isinstance(row[field], str):
+            raise EvaluationError(f"{where}: {field}: expected a text, got {row[field]!r}")
     for field in ("answers", "all_classes") if metric == "classification" else ("answers",):
         texts = row[field]
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):

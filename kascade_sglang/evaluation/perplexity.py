@@ -46,7 +46,7 @@ def _make(path: Path | None, order: Order) -> list[Sample]:
         )
     rng = random.Random(f"{NAME}-{order.length}-{order.seed}")
     samples = []
-    for _ in range(order.count):
+    for _ in order.numbers():
         place = rng.randrange(len(ids) - size + 1)
         window = (*start, *ids[place : place + size])
         scored = scored_tokens(order.length)

@@ -31,7 +31,7 @@ def _documents(order: Order) -> list[Document]:
     # The question, and the blank line before it, have at most about 40 tokens.
     length = order.length - order.tokens.overhead - MAX_TOKENS - 40
     found = []
-    for index in range(math.ceil(order.count / questions)):
+    for index in order.numbers(math.ceil(order.count / questions)):
         seed = random.Random(f"{order.length}-{order.seed}-{index}").getrandbits(48)
         try:
             found.append(make_document(seed, length, order.tokens.count, questions))
@@ -44,7 +44,7 @@ def _make(kind: str, order: Order) -> list[Sample]:
     documents = _documents(order)
     asked = [[q for q in document.questions if q.task == kind] for document in documents]
     samples = []
-    for index in range(order.count):
+    for index in order.numbers():
         # In turns: requests in flight are about several documents.
         turn, which = divmod(index, len(documents))
         question = asked[which][turn]

@@ -8,7 +8,9 @@ import csv
 import io
 import json
 import os
+import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,16 @@ class LineFile:
 
     header: the first line; a file that starts otherwise is somebody else's and is refused. There
         is no file before there is a line.
+    begin: how every line begins, where all begin alike.
+    is_whole: whether a line is all there, asked of the last one where its end is missing.
     """
 
-    def __init__(self, path: Path, header: str = "") -> None:
-        self.path, self._header = path, header
+    def __init__(
+        self, path: Path, is_whole: Callable[[str], bool], header: str = "", begin: str = ""
+    ) -> None:
+        # Of a link, what it points to.
+        self.path, self._header = Path(os.path.realpath(path)), header
+        self._begin, self._is_whole = begin, is_whole
         self._lock = threading.Lock()
         try:
             if os.path.exists(path) and not os.path.isfile(path):
@@ -44,19 +52,27 @@ class LineFile:
             with open(path, "ab"):
                 pass
             if fresh:
-                path.unlink()
+                self.path.unlink()
             else:
-                self._drop_torn_line()
+                self._mend_torn_line()
         except OSError as error:
             raise EvaluationError(f"--out {path}: cannot write ({error.strerror})") from error
 
-    def _drop_torn_line(self) -> None:
-        """Cut off what a crash left after the last end of line."""
+    def _mend_torn_line(self) -> None:
+        """End a last line that lacks nothing but its end; cut off one that a crash tore."""
         content = self.path.read_bytes()
         if self._header and content and content.split(b"\n", 1)[0] != self._header.encode():
             raise self.foreign()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        torn = content[whole:].decode(errors="replace")
+        if not torn:
+            return
+        if not (torn.startswith(self._begin) or self._begin.startswith(torn)):
+            raise self.foreign()
+        if self._is_whole(torn):
+            with open(self.path, "ab") as file:
+                file.write(b"\n")
+        else:
             os.truncate(self.path, whole)
 
     def foreign(self) -> EvaluationError:
@@ -114,8 +130,10 @@ class Results:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._csv = LineFile(out, ",".join(COLUMNS))
-        self._replies = LineFile(out.with_suffix(".replies.jsonl"))
+        self._csv = LineFile(out, _is_whole_row, header=",".join(COLUMNS))
+        self._replies = LineFile(
+            out.with_suffix(".replies.jsonl"), _is_whole_reply, begin='{"key": "'
+        )
         self.rows()
 
     def rows(self) -> list[dict[str, str]]:
@@ -160,11 +178,26 @@ class Results:
         self._replies.append(json.dumps({**entry, "reply": vars(saved.reply)}, ensure_ascii=True))
 
 
+def _is_whole_row(line: str) -> bool:
+    """Whether a line has all cells, the last of them, a date, to its last digit."""
+    cells = next(csv.reader([line]), [])
+    return len(cells) == len(COLUMNS) and bool(re.fullmatch(r"\d{4}-\d\d-\d\d", cells[-1]))
+
+
+def _is_whole_reply(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 def _check_row(row: dict[Any, Any]) -> None:
     """Raise ValueError for a row that could be neither shown nor drawn."""
     if None in row or None in row.values():
         raise ValueError("expected a cell for every column")
     int(row["length"] or 0)
+    if int(row["n"]) < 1:
+        raise ValueError("expected replies")
     for name in NUMBERS:
         float(row[name])
     for name in MAYBE:

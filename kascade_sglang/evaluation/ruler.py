@@ -125,7 +125,7 @@ def make_samples(
 ) -> list[Sample]:
     """Samples whose prompt, chat template and longest reply have just under ``order.length``."""
     samples = []
-    for index in range(order.count):
+    for index in order.numbers():
         seed = f"{name}-{order.length}-{order.seed}-{index}"
 
         def draft(size: int, seed: str = seed) -> Draft:

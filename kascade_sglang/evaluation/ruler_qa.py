@@ -153,7 +153,8 @@ def _make(load: partial[Collection], order: Order) -> list[Sample]:
     rng = random.Random(f"qa-{order.seed}")
     count = min(order.count, len(collection.questions))
     samples = []
-    for index, asked in enumerate(rng.sample(collection.questions, count)):
+    chosen = rng.sample(collection.questions, count)
+    for index, asked in zip(order.numbers(count), chosen, strict=True):
         seed = f"qa-{order.length}-{order.seed}-{index}"
         build = partial(_draft, collection, asked, seed)
         samples.append(fitted_sample("qa", build, string_match_part, MAX_TOKENS, 1, order))

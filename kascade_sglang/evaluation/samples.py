@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from kascade_sglang.errors import EvaluationError
 from kascade_sglang.evaluation.tokens import Tokens
 
 
@@ -48,6 +49,7 @@ class Order:
     length: tokens of prompt and reply together, chat template included, as RULER counts; None
         for tasks whose data decide.
     limit: most tokens of prompt and reply together, chat template included; None if unknown.
+    stopped: whether nobody waits for the samples any more.
     """
 
     length: int | None
@@ -55,6 +57,15 @@ class Order:
     seed: int
     tokens: Tokens
     limit: int | None = None
+    stopped: Callable[[], bool] = lambda: False
+
+    def numbers(self, count: int | None = None) -> Iterator[int]:
+        """Yield 0, 1, ...; as many as are wanted, or ``count``. Raises EvaluationError once nobody
+        waits: a thread that makes samples ends by nothing else."""
+        for number in range(self.count if count is None else count):
+            if self.stopped():
+                raise EvaluationError("stopped")
+            yield number
 
 
 @dataclass(frozen=True)

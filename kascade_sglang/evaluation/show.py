@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from kascade_sglang.errors import EvaluationError
@@ -17,7 +18,7 @@ from kascade_sglang.files import why_undrawable
 
 Row = dict[str, Any]
 KINDS = (".png", ".svg", ".pdf")
-BUDGET = re.compile(r"(.+) ([0-9.]+)%")
+BUDGET = re.compile(r"(.+) (\d+(?:\.\d+)?)%")
 NEAR_DENSE = 95
 """Percent from which the second half of a plot against budgets starts."""
 
@@ -37,7 +38,7 @@ def table(rows: list[Row]) -> Table:
         shown.add_column(name, justify=justify, no_wrap=name in ("task", "score", "95 %"))
     for row in rows:
         shown.add_row(
-            row["label"],
+            escape(row["label"]),
             row["task"],
             row["length"] or "-",
             str(row["n"]),
@@ -51,7 +52,7 @@ def table(rows: list[Row]) -> Table:
             f"{notes.index(row['note']) + 1}" if row["note"] else "",
         )
     if notes:
-        shown.caption = "\n".join(f"{place}: {note}" for place, note in enumerate(notes, 1))
+        shown.caption = escape("\n".join(f"{place}: {note}" for place, note in enumerate(notes, 1)))
         shown.caption_justify = "left"
     return shown
 
@@ -89,7 +90,7 @@ def summary(rows: list[Row]) -> Table:
         by_length = [f"{_mean(group)[0]:.1f}" if group else "" for group in groups]
         shares = [float(row["prefill_attended"]) for row in mine if row["prefill_attended"]]
         span = f"{min(shares):.0%}-{max(shares):.0%}" if shares else "-"
-        shown.add_row(label, span, *by_length, f"{mean:.1f}", str(count))
+        shown.add_row(escape(label), span, *by_length, f"{mean:.1f}", str(count))
     return shown
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kascade_sglang.errors import sentence
 from kascade_sglang.plan.schema import LayerRole, Plan
 
 _SHOWN = 60
@@ -76,4 +77,5 @@ def _numbers(values: tuple[int, ...]) -> str:
 
 
 def _line(name: str, one: Any, other: Any) -> str:
-    return f"{name:<14}  {str(one)[:_SHOWN]} | {str(other)[:_SHOWN]}"
+    shown = (sentence(str(value))[:_SHOWN] for value in (one, other))
+    return f"{sentence(name):<14}  {' | '.join(shown)}"

@@ -7,6 +7,9 @@ import numpy as np
 
 from kascade_sglang.plan.schema import Plan, PlanError
 
+DAMAGED = (KeyError, TypeError, ValueError, OverflowError)
+"""What reading provenance raises that is not ours; a whole number may be larger than any float."""
+
 
 @dataclass(frozen=True)
 class Measurements:
@@ -29,7 +32,7 @@ def measurements_of(plan: Plan) -> Measurements:
     """Read a plan's measurements; raises PlanError where it holds none, or damaged ones."""
     try:
         return _read(plan)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (*DAMAGED, IndexError, AttributeError) as error:
         raise PlanError(
             "plan: expected the measurements that `kascade calibrate` leaves in its provenance, "
             f"found none that can be drawn ({type(error).__name__}: {error}); calibrate again"
@@ -41,7 +44,7 @@ def choices_of(plan: Plan) -> list[tuple[tuple[int, ...], float]]:
     raw = plan.provenance.get("choices")
     try:
         return [(tuple(choice["anchors"]), float(choice["objective"])) for choice in raw or []]
-    except (KeyError, TypeError, ValueError):
+    except DAMAGED:
         return []  # provenance is free-form: a hand-written one may hold anything
 
 

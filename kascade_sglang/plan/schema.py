@@ -24,6 +24,8 @@ MAX_BYTES = 64 * 2**20
 MAX_LAYERS = 4096
 """More layers or KV heads than any model has; a larger count is a damaged file."""
 MAX_NAME = 500
+POOL_SHARE = 0.25
+"""Of the keys, that a candidate pool holds unless a plan says."""
 HEAD_MODES = ("per_head", "pooled")
 ONE_HOT = "one-hot from the map"
 """Value of ``provenance["similarity"]`` where a head map stood in for measured similarities."""
@@ -51,6 +53,7 @@ class LayerRole(Enum):
 
 Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[Whole, Field(ge=1, le=MAX_LAYERS)]
+Size = Annotated[Whole, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,10 @@ class ModelShape:
     """The part of a model's configuration that a plan depends on; files are held to the types."""
 
     layers: Count
-    q_heads: Whole
+    q_heads: Size
     kv_heads: Count
-    head_dim: Whole
-    hidden: Whole
+    head_dim: Size
+    hidden: Size
 
     def differences(self, other: "ModelShape") -> list[str]:
         """Return one phrase for each field in which ``other``, the model served, differs."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from kascade_sglang.errors import sentence
 from kascade_sglang.plan.measurements import choices_of
 from kascade_sglang.plan.presets import warning_of
 from kascade_sglang.plan.ranks import rank_losses
@@ -36,7 +37,9 @@ def describe(plan: Plan) -> str:
         "provenance",
     ]
     lines += [
-        f"  {name:<16} {value}" for name, value in plan.provenance.items() if name not in _MATRICES
+        f"  {sentence(name):<16} {sentence(str(value))}"
+        for name, value in plan.provenance.items()
+        if name not in _MATRICES
     ]
     return "\n".join(lines)
 
@@ -118,4 +121,7 @@ def _number_at(values: Any, index: int) -> str:
     if not isinstance(values, list) or index >= len(values):
         return "-"
     value = values[index]
-    return f"{value:.4f}" if isinstance(value, (int, float)) else "-"
+    try:
+        return f"{value:.4f}" if isinstance(value, (int, float)) else "-"
+    except OverflowError:
+        return "-"

@@ -71,6 +71,9 @@ def read_text(path: Path) -> str:
     if len(data) > MOST_BYTES:
         raise UnreadableError(f"more than {MOST_BYTES >> 20} MiB of text; take a part of it")
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UnreadableError(f"not UTF-8 text, at byte {error.start}") from error
+    if "\0" in text:
+        raise UnreadableError(f"no text: a byte of zero, at {data.index(0)}")
+    return text

@@ -45,6 +45,31 @@ def test_chat_is_rendered_with_the_template(
     assert answered.ids == [0, 13, 5, 13, 6]
 
 
+def test_a_chat_goes_before_the_text_beside_it(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in UltraChat, whose ``prompt`` is the first message."""
+    template = "<s>{% for m in messages %} {{ m.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    records = [{"prompt": "w1", "prompt_id": "1", "messages": chat}, {"text": "", "messages": chat}]
+    records.append({"text": "w3", "messages": []})
+    found = read_prompts(write(tmp_path, "p.jsonl", *records), tokenizer, context=16)
+    assert [prompt.ids for prompt in found] == [[0, 5, 6], [0, 5, 6], [0, 7]]
+
+
+def test_of_several_templates_the_default_is_taken(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "p.jsonl", {"messages": [{"role": "user", "content": "w1"}]})
+    plain = "<s>{% for m in messages %} {{ m.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", {"default": plain, "tool_use": "w9"})
+    assert read_prompts(path, tokenizer, context=16)[0].ids == [0, 5]
+    monkeypatch.setattr(tokenizer, "chat_template", {"rag": plain, "tool_use": "w9"})
+    with pytest.raises(CalibrationError, match="named default, got rag, tool_use"):
+        read_prompts(path, tokenizer, context=16)
+
+
 TURNS = (
     "<s>{% for m in messages %} {{ 'w9' if m.role == 'user' else 'w8' }} {{ m.content }} </s>"
     "{% endfor %}{% if add_generation_prompt %} w8{% endif %}"
@@ -129,6 +154,7 @@ def test_limit_draws_by_seed_in_file_order(
         ("[" * 100_000, ":1: not JSON"),
         ("9" * 5000, ":1: not JSON"),
         ('{"text": "\\ud800"}', ":1: .*surrogates not allowed"),
+        ("\0" * 99, "a byte of zero"),
         ('["w0"]\n', ':1: expected an object with "text"'),
         ('{"text": 5}\n', ':1: expected an object with "text"'),
         ('{"messages": [{"role": "user", "content": "w0"}]}\n', ":1: .*chat template"),
@@ -141,6 +167,7 @@ def test_limit_draws_by_seed_in_file_order(
         "deep",
         "long-number",
         "surrogate",
+        "zeros",
         "list",
         "number",
         "no-template",

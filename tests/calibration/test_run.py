@@ -360,6 +360,9 @@ def test_makers_are_chosen(
         (("--anchors", "0,2", "--makers", "1"), "of those that --anchors names, got 1 with"),
         (("--makers", "1"), "of those that --anchors names, got 1 with --anchors 2"),
         (("--pool-share", "1.5"), "--pool-share: pool_share: expected a number between 0 and 1"),
+        (("--pool-share", "0.5"), "--pool-share: expected --makers beside it, got none"),
+        (("--field", "x"), "--field: expected --dataset beside it, got none"),
+        (("--split", "test"), "--split: expected --dataset beside it, got none"),
     ],
 )
 def test_makers_that_are_no_anchors_are_refused(

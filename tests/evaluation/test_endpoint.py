@@ -14,10 +14,18 @@ TEXT = "/v1/completions"
 NO_REPLY = "expected a reply as OpenAI's or SGLang's, got another ("
 NO_LOSSES = {"meta_info": {"input_token_logprobs": [[1]]}}
 ODD_USAGE = {"choices": [{"text": "x"}], "usage": {"prompt_tokens": "many"}}
+ENDLESS_USAGE = '{"choices": [{"text": "x"}], "usage": {"prompt_tokens": 1e999}}'
+TEXT_CONTEXT = {"data": [{"id": "m", "max_model_len": "8192"}]}
+LIST_PARENT = {"data": [{"id": "m", "parent": ["m"]}]}
 MALFORMED = {
     "models is a list": ("vt", "/v1/models", [], "no OpenAI-compatible server answers"),
     "models holds texts": ("vt", "/v1/models", {"data": ["a"]}, "/v1/models names no model"),
     "model is a list": ("vt", "/v1/models", {"data": [["a"]]}, "/v1/models names no model"),
+    "models without end": ("vt", "/v1/models", "[" * 100_000, "server answers"),
+    "context is a text": ("vt", "/v1/models", TEXT_CONTEXT, "max_model_len: expected a whole"),
+    "parent is a list": ("vt", "/v1/models", LIST_PARENT, "/v1/models names no model"),
+    "chat without end": ("vt", CHAT, "[" * 100_000, NO_REPLY),
+    "infinite usage": ("vt", TEXT, ENDLESS_USAGE, NO_REPLY),
     "no metrics": ("vt", "/metrics/", "<html>not { metrics", "expected Prometheus's text format"),
     "chat without choices": ("vt", CHAT, {"choices": []}, NO_REPLY),
     "chat with null choices": ("vt", CHAT, {"choices": None}, NO_REPLY),
@@ -77,3 +85,20 @@ def test_a_proxy_that_does_not_work_is_one_sentence(
     assert kascade_eval("http://192.0.2.1", "vt", "--lengths", "1024") == 1
     (said,) = capsys.readouterr().err.strip().splitlines()
     assert said.startswith("kascade: --url: no OpenAI-compatible server answers")
+
+
+def test_what_a_server_says_of_itself_is_text_or_nothing(
+    kascade_eval: Eval, tmp_path: Path
+) -> None:
+    odd = {"/server_info": {"attention_backend": {}}, "/model_info": {"tokenizer_path": 5}}
+    with serving(lambda prompt: "", instead=odd) as stub:
+        assert kascade_eval(stub, "vt", "--lengths", "1024") == 0
+    assert "\nserver,stub,vt," in (tmp_path / "results.csv").read_text()
+
+
+def test_certificates_that_are_not_there(
+    kascade_eval: Eval, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/c.pem")
+    assert kascade_eval("https://localhost.invalid", "vt") == 1
+    assert "no OpenAI-compatible server answers" in capsys.readouterr().err

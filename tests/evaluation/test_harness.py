@@ -6,17 +6,19 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kascade_sglang.evaluation import command
-from kascade_sglang.evaluation.harness import NOT_SPARSE, RESUMED
+from kascade_sglang.evaluation import command, harness
+from kascade_sglang.evaluation.endpoint import Endpoint
+from kascade_sglang.evaluation.harness import NOT_SPARSE, RESUMED, EvalSettings
 from kascade_sglang.evaluation.registry import groups, pick
-from kascade_sglang.evaluation.results import COLUMNS
-from kascade_sglang.evaluation.samples import Order, Sample
+from kascade_sglang.evaluation.results import COLUMNS, Results
+from kascade_sglang.evaluation.samples import Order, Sample, Task
 from kascade_sglang.evaluation.tokens import Tokens
 from tests.support.stub import WordTokenizer, perfect, serving
 
@@ -269,3 +271,27 @@ def test_table_and_plot(
     assert picture.stat().st_size > 1000
     shown = capsys.readouterr().out
     assert "20.0%" in shown and "fwe" in shown and "0.00-56.15" in shown
+
+
+def test_an_interrupt_ends_the_making_of_samples(
+    tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are made in a thread, for hours where prompts are long, and it must not outlive it."""
+    begun, sample = threading.Event(), Sample("x", (), 1, 1, lambda reply: 1.0)
+
+    def endless(order: Order) -> list[Sample]:
+        if order.count == 1:  # The one that is tried first.
+            return [sample]
+        begun.set()
+        return [sample for _ in order.numbers(10**12) if time.sleep(0.001)]
+
+    def interrupted(*futures: object) -> list[Sample]:
+        assert begun.wait(30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "_next", interrupted)
+    endpoint = Endpoint("http://127.0.0.1:9", "m", None, None, "server")
+    settings = EvalSettings((1024,), 3, 0, "chat", 1, 0.0, 1.0, None, "label")
+    run = harness.Harness(endpoint, tokens, settings, Results(tmp_path / "r.csv")).run
+    with pytest.raises(KeyboardInterrupt):
+        run([Task("endless", endless, True, "m")])

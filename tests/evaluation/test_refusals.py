@@ -23,6 +23,7 @@ PARAGRAPH = '{"data": [{"paragraphs": [{"context": "Ada.", "qas": %s}]}]}'
 LONG = '{"problem": "%s", "answer": 1}' % ("word " * 5000)
 ROW = '{"problem": "1 + 1?", "answer": "2"}\n'
 HALF = '{"problem": "\\ud800", "answer": 1}'
+EMPTY_ROW = ",".join({"n": "0", "score": "1", "low": "1", "high": "1"}.get(c, "") for c in COLUMNS)
 REFUSALS = {
     "unknown task": ("nonsense", [], None, "--tasks nonsense: unknown; expected some of ruler"),
     "task without its file": ("aime", [], None, "--tasks aime: needs its data; give --aime"),
@@ -31,6 +32,9 @@ REFUSALS = {
     "not an object": ("aime", AIME, ROW + "\n[1]\n", "FILE, line 3: expected an object"),
     "missing field": ("aime", AIME, '{"problem": "x"}\n', "FILE, line 1: no field 'answer'"),
     "wrong answer": ("aime", AIME, '{"problem": "x", "answer": "two"}\n', "expected 0 to 999"),
+    "no problem": ("aime", AIME, '{"problem": null, "answer": 5}\n', "expected a text, got None"),
+    "label in bytes": ("vt", ["--label", "\udcff"], None, "--label: expected text in UTF-8"),
+    "no replies": ("vt", OUT, f"{HEADER}\n{EMPTY_ROW}\n", OTHER_COLUMNS),
     "answer above 999": ("aime", AIME, '{"problem": "x", "answer": 5000}\n', "expected 0 to 999"),
     "half a character": ("aime", AIME, HALF, "FILE, line 1: no JSON"),
     "empty file": ("aime", AIME, "", "FILE: empty; expected one JSON object a line"),
@@ -49,7 +53,7 @@ REFUSALS = {
     "no samples": ("vt", ["--samples", "0"], None, "--samples: expected a number above 0, got 0"),
     "no folder": ("vt", ["--out", "/no/a.csv"], None, "--out /no/a.csv: expected a folder that"),
     "out is a folder": ("vt", ["--out", "/tmp"], None, "--out /tmp: expected a file's name"),
-    "out is a device": ("vt", ["--out", "/dev/null"], None, "--out /dev/null: not a file"),
+    "out is a device": ("vt", ["--out", "/dev/null"], None, "--out /dev/null: expected a file"),
     "report is no page": ("vt", ["--report", "a.png"], None, "expected a name that ends in .html"),
     "nothing to show": ("perplexity", ["--report", "a.html"], None, "--report: expected a task"),
     "foreign csv": ("vt", OUT, "a,b\n1,2", OTHER_COLUMNS),
@@ -115,6 +119,8 @@ def test_no_server(kascade_eval: Eval, capsys: pytest.CaptureFixture[str]) -> No
         ("trec", {"all_classes": None}, "all_classes: expected a list of texts, got None"),
         ("qasper", {"answers": []}, "answers: expected a list of texts, got []"),
         ("qasper", {"answers": [1]}, "answers: expected a list of texts, got [1]"),
+        ("qasper", {"context": None}, "context: expected a text, got None"),
+        ("qasper", {"input": {}}, "input: expected a text, got {}"),
     ],
 )
 def test_longbench_that_could_not_be_scored(

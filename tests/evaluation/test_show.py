@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kascade_sglang.evaluation.show import means, plot, summary
+from kascade_sglang.evaluation.show import means, plot, summary, table
 
 SHARED = {"model": "m", "metric": "accuracy", "low": "0", "high": "100", "note": ""}
 
@@ -49,3 +49,18 @@ def test_labels_with_budgets_are_drawn_against_them(
     plot(rows, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
     assert f"<!-- {x}" in drawn and ("<!-- ours -->" in drawn) == (x == "budget")
+
+
+def test_labels_and_notes_are_text_and_no_markup() -> None:
+    cells = {"note": "see [/i]", "seconds": "1", "prompt_tokens": "1", "decode_attended": ""}
+    rows = [row("a [/] [bold]b", 1024, 1.0, task="vt", **cells)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(rows))
+    console.print(summary(rows))
+    shown = console.export_text()
+    assert shown.count("a [/] [bold]b") == 2 and "see [/i]" in shown
+
+
+def test_a_version_is_no_budget(tmp_path: Path) -> None:
+    plot([row("x 1.2.3%", 1024, 50.0)], tmp_path / "plot.svg")
+    assert "tokens of prompt" in (tmp_path / "plot.svg").read_text()

@@ -151,6 +151,7 @@ CONFIGS: dict[str, Spoil] = {
     "unknown": changed("config.json", model_type="banana\x1b[2J"),
     "type-number": changed("config.json", model_type=3),
     "no-layers": changed("config.json", num_hidden_layers=0),
+    "layers-endless": changed("config.json", num_hidden_layers=5_000_000),
     "layers-text": changed("config.json", num_hidden_layers="4"),
     "no-heads": changed("config.json", num_attention_heads=0),
     "heads-negative": changed("config.json", num_key_value_heads=-2),

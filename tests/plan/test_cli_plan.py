@@ -1,6 +1,7 @@
 """``kascade plan show | check | import``: output, exit status, one line for every mistake."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -221,3 +222,48 @@ def test_show_and_diff_name_pools(
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["makers", "2", "|", "none"] in rows and ["pool_share", "0.25", "|", "None"] in rows
     assert "layer 4 selects of 2's pool | anchor".split() in rows
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [{"importance": [HUGE] * 6}, {"choices": [{"anchors": [0], "objective": HUGE}]}],
+    ids=["importance", "objective"],
+)
+def test_numbers_that_no_float_holds(
+    plan_file: Path, provenance: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = load_plan(plan_file)
+    replace(plan, provenance=provenance).save(plan_file)
+    assert main(["plan", "show", str(plan_file)]) == 0
+    assert main(["plan", "report", str(plan_file), "--out", str(plan_file.with_suffix(".svg"))])
+    assert "kascade: plan: expected the measurements" in capsys.readouterr().err
+
+
+def test_what_a_plan_says_is_shown_as_text(
+    plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = load_plan(plan_file)
+    replace(plan, provenance={"source": "a\x1b[2Jb", "by": "c\nd"}).save(plan_file)
+    assert main(["plan", "show", str(plan_file)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "a\\x1b[2Jb" in out and "c d" in out
+
+
+def test_sizes_below_one_are_refused(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = json.loads(plan_file.read_text())
+    values["model"]["q_heads"] = -7
+    plan_file.write_text(json.dumps(values))
+    assert main(["plan", "check", str(plan_file)]) == 1
+    assert "q_heads" in error_of(capsys)
+
+
+@pytest.mark.parametrize("flags", ["x", "[]", "3", "null"])
+def test_flags_that_no_start_has_left(
+    plan_file: Path, flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KASCADE_FLAGS", flags)
+    assert main(["plan", "show", str(plan_file)]) == 1
+    assert "KASCADE_FLAGS: expected what a server's start leaves there" in error_of(capsys)
