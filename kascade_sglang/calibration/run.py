@@ -41,7 +41,7 @@ from kascade_sglang.calibration.sources import PromptSet, PromptSource, digest_o
 from kascade_sglang.errors import CalibrationError
 from kascade_sglang.files import why_unwritable
 from kascade_sglang.plan.report import check_target, write_report
-from kascade_sglang.plan.schema import HEAD_MODES, POOL_SHARE, Plan, are_makers
+from kascade_sglang.plan.schema import HEAD_MODES, POOL_SHARE, Plan, are_makers, check_name
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ def calibrate(config: CalibrationConfig) -> Plan:
 def measure(config: CalibrationConfig) -> tuple[Measured, Checkpoint]:
     """Measure a model, or what a stopped run has not; raises as ``calibrate`` does."""
     budget = _check(config)
+    check_name(hf_model.name_of(config.model))
     hf_config = hf_model.read_config(config.model, config.trust_remote_code)
     shape = hf_model.shape_of(hf_config)
     tokenizer = hf_model.load_tokenizer(config.model, config.trust_remote_code)

@@ -106,11 +106,7 @@ class Plan:
     pool_share: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.model.isprintable() or len(self.model) > MAX_NAME:
-            raise PlanError(
-                f"plan.model.id: expected a name of at most {MAX_NAME} printable characters, got "
-                f"{self.model[:MAX_NAME]!r}"
-            )
+        check_name(self.model)
         _check_windowed(self.windowed, self.shape.layers)
         _check_anchors(self.anchors, self.shape.layers, self.windowed)
         for phase, least in (("decode", self.decode_min_k), ("prefill", self.prefill_min_k)):
@@ -218,6 +214,15 @@ class Plan:
     def save(self, path: Path) -> None:
         """Write the plan in one step: a full disk leaves the old one. Raises OSError."""
         write_atomically(path, (json.dumps(self.to_json(), indent=1) + "\n").encode())
+
+
+def check_name(name: str) -> None:
+    """Raise PlanError for what no plan can be named after."""
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise PlanError(
+            f"plan.model.id: expected a name of at most {MAX_NAME} printable characters, got "
+            f"{name[:MAX_NAME]!r}"
+        )
 
 
 def _check_windowed(windowed: tuple[int, ...], layers: int) -> None:

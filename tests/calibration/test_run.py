@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -375,3 +376,13 @@ def test_makers_that_are_no_anchors_are_refused(
 ) -> None:
     assert calibrate(model_folder, prompts, tmp_path / "plan.json", *chosen) == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_a_name_that_no_plan_can_have_is_refused_at_once(
+    model_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = tmp_path / "a\tb"
+    shutil.copytree(model_folder, named)
+    assert calibrate(named, prompts, tmp_path / "plan.json") == 1
+    assert "printable characters" in capsys.readouterr().err
+    assert not list(tmp_path.glob("plan.json*"))
