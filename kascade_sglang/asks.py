@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kascade_kernels.budget import TILE, Budget
+from kascade_kernels.budget import PPM, TILE, Budget
 from kascade_sglang.config import KascadeConfig
 from kascade_sglang.errors import KascadeError, sentence
 
@@ -71,6 +71,17 @@ class AskReader:
         except KascadeError as error:
             raise KascadeError(f"custom_params.{NAME}: {sentence(error)}") from error
 
+    def check(self, custom_params: object) -> None:
+        """Raise KascadeError where a request's ``custom_params`` ask what they may not ask."""
+        if not isinstance(custom_params, Mapping | None):
+            raise KascadeError(
+                f'custom_params: expected an object like {{"{NAME}": {{"phases": "none"}}}}, got '
+                f"{sentence(repr(custom_params))}"
+            )
+        asked = asked_in(custom_params)
+        if asked is not None:
+            self.read(asked)
+
     def _read(self, values: Mapping[str, Any]) -> Ask | None:
         sparse = self._sparse_phases(values)
         for name, phases in PHASES_OF.items():
@@ -104,20 +115,24 @@ class AskReader:
 
     def _budget(self, phase: str, values: Mapping[str, Any]) -> Budget:
         own, prefix = self._server[phase], "prefill_" if phase == "prefill" else ""
-        ratio = values.get("topk_ratio", own.ratio)
+        given = [name for name in (f"{prefix}topk_ratio", "topk_ratio") if name in values][:1]
+        ratio = values[given[0]] if given else own.ratio
+        given += [name for name in (f"{prefix}min_k",) if name in values]
         try:
-            budget = Budget(
-                values.get(f"{prefix}topk_ratio", ratio), values.get(f"{prefix}min_k", own.min_k)
-            )
+            budget = Budget(ratio, values.get(f"{prefix}min_k", own.min_k))
         except ValueError as error:
-            raise KascadeError(f"{prefix}{error}") from error
+            # The budget says which of its two it is; a request may have another name for it.
+            field, _, why = str(error).partition(":")
+            name = next((name for name in given if name.endswith(field)), field)
+            raise KascadeError(f"{name}:{why}") from error
         last = (self._context - 1) // TILE
-        wanted, room = budget.selected(last), self._config.most_selected(phase, self._context)
-        if wanted > room and not budget.is_everything:
+        room = self._config.most_selected(phase, self._context)
+        if budget.selected(last) > room and not budget.is_everything:
+            wanted = max(budget.min_k, TILE * (last + 1) * budget.ratio_ppm // PPM)
             raise KascadeError(
-                f"{prefix}topk_ratio and {prefix}min_k: expected at most {room} keys of this "
-                f"server's {self._context} in {phase}, got {wanted}; ask for less, for "
-                "phases 'none', or start the server with --kascade-max-topk-ratio"
+                f"{' and '.join(given)}: expected at most {room + TILE} keys of this server's "
+                f"{self._context} in {phase}, got {wanted}; ask for less, for phases 'none', or "
+                "start the server with --kascade-max-topk-ratio"
             )
         return budget
 

@@ -45,6 +45,11 @@ def reasons(facts: ServerFacts, config: KascadeConfig) -> list[str]:
     found = [*_refused_plan(facts, config), *_refused_ranks(facts, config)]
     found += [*_refused_sinks(facts, config), *_refused_speculation(facts, config)]
     found += _refused_hicache(facts, config)
+    if facts.deterministic and not facts.gpu:
+        found.append(
+            "--enable-deterministic-inference: expected a GPU, which SGLang's operations for it "
+            "need, got none; drop it"
+        )
     return [*found, *_refused_on_gpu(facts, config)] if kernels else found
 
 

@@ -144,6 +144,9 @@ def read_config(
     try:
         plan = find_plan(model, shape, settings.plan)
     except KascadeError as error:
+        for prefix in ("", "prefill_"):
+            given = (getattr(settings, f"{prefix}{name}") for name in ("topk_ratio", "min_k"))
+            _budget(prefix, Budget(), *given, refused)
         raise KascadeError("\n".join([*refused, str(error)])) from error
 
     decode_default = _at_least(plan.budget, plan.decode_min_k, MIN_K)

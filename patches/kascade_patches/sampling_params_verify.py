@@ -9,7 +9,7 @@ Remove when: plugins can verify a request's parameters.
 
 from typing import Any
 
-from kascade_sglang.asks import asked_in, reader_here
+from kascade_sglang.asks import reader_here
 
 TARGET = "sglang.srt.sampling.sampling_params.SamplingParams.verify"
 KIND = "BEFORE"
@@ -17,6 +17,6 @@ KIND = "BEFORE"
 
 def hook(sampling_params: Any, vocab_size: int) -> None:
     """Raise KascadeError, which is a ValueError."""
-    asked, reader = asked_in(sampling_params.custom_params), reader_here()
-    if asked is not None and reader is not None:
-        reader.read(asked)
+    reader = reader_here()
+    if reader is not None:
+        reader.check(sampling_params.custom_params)

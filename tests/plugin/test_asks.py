@@ -64,8 +64,14 @@ def test_a_server_without_sparse_prefill_counts_alike(kind: str) -> None:
         ({"topk_ratio": True}, r"topk_ratio: expected a number in \(0, 1\], got True"),
         ({"prefill_topk_ratio": 0}, r"prefill_topk_ratio: expected a number in \(0, 1\], got 0"),
         ({"min_k": 9.5}, "min_k: expected a whole number"),
-        ({"min_k": 820}, "in decode, got 788; ask for less"),
-        ({"topk_ratio": 0.11}, "in prefill, got .*; ask for less"),
+        ({"topk_ratio": "0.2"}, r"(?<!_)topk_ratio: expected a number in \(0, 1\], got '0.2'"),
+        (
+            {"min_k": 820},
+            r"(?<!_)min_k: expected at most 819 keys .* in decode, got 820; ask for less",
+        ),
+        ({"min_k": 2**31 - 1}, r"(?<!_)min_k: expected at most 819 keys .* got 2147483647; ask"),
+        ({"topk_ratio": 0.11}, r"(?<!_)topk_ratio: expected .* in prefill, got 901; ask for less"),
+        ({"prefill_topk_ratio": 0.5, "prefill_min_k": 64}, "prefill_topk_ratio and prefill_min_k:"),
         ({"phases": ["none"]}, "phases: expected one of 'both', 'decode', 'none'"),
         ({"phases": "decode", "prefill_min_k": 64}, "prefill_min_k: expected no budget where"),
         ({"plan": "other.json"}, "unknown 'plan'; a request may ask for phases"),
@@ -101,3 +107,11 @@ def test_keys_differ_where_budgets_do() -> None:
     budgets = [OWN, PREFILL, EVERYTHING, Budget(0.2, 256)]
     asks = {Ask(first, second) for first in budgets for second in budgets}
     assert len({ask.key for ask in asks}) == len(asks) == 16
+
+
+@pytest.mark.parametrize("params", ['{"kascade": {"phases": "none"}}', [{}], 5, True], ids=str)
+def test_params_that_are_no_object_are_refused(params: object) -> None:
+    with pytest.raises(KascadeError, match="^custom_params: expected an object like"):
+        reader().check(params)
+    for fine in (None, {}, {"another": 5}):
+        reader().check(fine)

@@ -114,3 +114,13 @@ def test_a_preset_says_what_nobody_else_says(tmp_path: Path) -> None:
     assert served(preset="careful", phases="both") == (*balanced, "both")
     with pytest.raises(KascadeError, match="preset: .* got 'quick'"):
         served(preset="quick")
+
+
+def test_a_missing_plan_hides_no_other_mistake(tmp_path: Path) -> None:
+    environ = {"KASCADE_PLAN": str(tmp_path / "no.json"), "KASCADE_MIN_K": "10"}
+    environ |= {"KASCADE_PREFILL_TOPK_RATIO": "2"}
+    with pytest.raises(KascadeError) as refused:
+        load_config("m", SHAPE, None, environ)
+    said = str(refused.value).split("\n")
+    assert len(said) == 3 and said[0].startswith("min_k: ")
+    assert said[1].startswith("prefill_topk_ratio: ") and "no.json" in said[2]

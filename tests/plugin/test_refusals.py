@@ -188,9 +188,10 @@ def test_dense_backend_that_needs_other_pages(make_model: MakeModel, name: str) 
 
 
 def test_flashinfer_where_bits_must_not_depend_on_the_cache(make_model: MakeModel) -> None:
-    facts = server_facts(parse(make_model(), "--enable-deterministic-inference"))
+    facts = server_facts(parse(make_model()))
     config = replace(checks.check(facts), dense_backend="flashinfer")
-    facts = replace(facts, gpu=True, model=replace(facts.model, dtype="bfloat16"))
+    model = replace(facts.model, dtype="bfloat16")
+    facts = replace(facts, gpu=True, deterministic=True, model=model)
     sentences = checks.reasons(facts, config)
     assert any("expected fa3 or triton with --enable-det" in each for each in sentences)
     sentences = checks.reasons(facts, replace(config, dense_backend="triton"))
