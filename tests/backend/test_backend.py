@@ -144,7 +144,7 @@ def test_batch_mates_change_no_bit() -> None:
 
 
 def test_requests_on_one_prefix_decode_as_if_each_had_its_own() -> None:
-    lengths, prefix = [231, 230, 201], 192
+    lengths, prefix = [167, 166, 137], 128
     apart, together = (Harness(lengths, layers=2, anchors=(0, 1), exact=False) for _ in range(2))
     for harness in (apart, together):
         for layer in harness.qkv:

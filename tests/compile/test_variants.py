@@ -117,7 +117,8 @@ def test_warming_up_compiles_all_that_eager_decoding_launches(
     with launched_variants(90) as compiled:
         warm_up_decode(paths, layers, captured, eager, torch.bfloat16)
     with launched_variants(90) as launched:
-        for count in range(captured + 1, eager + 1):
+        # What is compiled changes at powers of two, and with what divides a number of rows.
+        for count in (*range(captured + 1, 70), *range(126, 132), 144, eager):
             requests = torch.arange(count)
             batch = Batch(True, requests, 100 + requests, torch.zeros(count, dtype=torch.int64))
             q = torch.zeros(count, HEADS * GROUP, DIM, dtype=torch.bfloat16)

@@ -77,7 +77,7 @@ def test_an_evaluation_whose_disk_is_full_and_whose_server_is_killed(tmp_path: P
         httpx.post(f"{server.url}/flush_cache", trust_env=False)
         assert tokens_and_logprobs(generate(server, ids, 4)) == before
 
-        wanted = ["--tasks", "niah_single_1", "--lengths", "1024", "--samples", "500"]
+        wanted = ["--tasks", "niah_single_1", "--lengths", "1024", "--samples", "60"]
         command = [*EVAL, *wanted, "--url", server.url, "--out", str(out)]
         kept = evaluate_on_a_full_disk(command, replies)
         run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
