@@ -5,8 +5,8 @@ import itertools
 import pandas as pd
 
 from benchmarks.serving_profile import STEPS
-from benchmarks.serving_workloads import WORKLOADS
-from benchmarks.tables import RESULTS, SERVING, cells, laid_out, markdown, newest, read
+from benchmarks.serving_workloads import WORKLOADS, compare, medians
+from benchmarks.tables import RESULTS, SERVING, cells, laid_out, markdown, newest, read, rounded
 
 CHUNK = 8
 """Thousands of tokens that a step of prefill takes, by SGLang's default on these GPUs."""
@@ -17,13 +17,12 @@ def ranks_table() -> str:
     rows = newest(RESULTS / "serving_tp_h200.csv", SERVING)
     lines = []
     for (model, name), found in rows.groupby(["model", "workload"], sort=False):
-        figure = WORKLOADS[name].figure
-        by_backend = found.set_index("backend")
-        ours, dense = by_backend.loc["kascade", figure], by_backend.loc["fa3", figure]
-        ratio = dense / ours if figure.endswith("_ms") else ours / dense
-        ranks = by_backend["flags"].iloc[0].split("--tp-size ")[1].split()[0]
-        shown = (f"{value:,.{0 if value >= 100 else 1}f}" for value in (ours, dense))
-        lines.append([model, ranks, name, f"`{figure}`", *shown, f"{ratio:.2f}x"])
+        workload = WORKLOADS[name]
+        figures = medians(found, workload)
+        _, ratio = compare(figures, workload)
+        ranks = found["flags"].iloc[0].split("--tp-size ")[1].split()[0]
+        shown = (rounded(figures[backend]) for backend in ("kascade", "fa3"))
+        lines.append([model, ranks, name, f"`{workload.figure}`", *shown, f"{ratio:.2f}x"])
     return markdown(["model", "GPUs", "workload", "figure", "kascade", "fa3", "ratio"], lines)
 
 

@@ -29,6 +29,7 @@ from benchmarks.tables import (
     newest,
     newest_runs,
     read,
+    rounded,
 )
 from kascade_sglang import settings
 from kascade_sglang.evaluation.results import Results
@@ -131,9 +132,7 @@ def serving_lines(results: str) -> dict[tuple[str, str], list[str]]:
         if "kascade" not in found or len(found) < 2 or not workload.must:
             continue
         best, ratio = compare(found, workload)
-        ours, theirs = (
-            f"{found[key]:,.{0 if found[key] >= 100 else 1}f}" for key in ("kascade", best)
-        )
+        ours, theirs = (rounded(found[key]) for key in ("kascade", best))
         figures = (ours, f"{theirs} ({best})", f"{ratio:.2f}x", f"{workload.must}x")
         lines[model, name] = [FIGURES[workload.figure], *figures]
     return lines

@@ -48,3 +48,8 @@ def laid_out(corner: Sequence[str], table: pd.DataFrame, form: str) -> str:
 def cells(values: Iterable[float], form: str) -> list[str]:
     """Numbers as text; gaps are empty."""
     return ["" if pd.isna(value) else form.format(value) for value in values]
+
+
+def rounded(value: float) -> str:
+    """A figure of serving as text: no more digits than runs agree in."""
+    return f"{value:,.{0 if value >= 100 else 1}f}"

@@ -77,7 +77,6 @@ class Harness:
         self._settings, self._results = settings, results
         self._on_reply = on_reply
         self._saved = results.saved()
-        self._stopped = threading.Event()
 
     def run(self, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         """Run every task at every length; returns the rows, those of earlier runs included.
@@ -97,15 +96,15 @@ class Harness:
                     f"--lengths {length}: the server's context is {context} tokens; ask for at "
                     "most that, or serve the model with a longer --context-length"
                 )
-        count = self._settings.samples
-        self._stopped.clear()
+        count, stopped = self._settings.samples, threading.Event()
         tried = [
-            self._make(task, length, 1 if task.by_length else count) for task, length in orders
+            self._make(task, length, 1 if task.by_length else count, stopped)
+            for task, length in orders
         ]
         # One thread: tokenizers of transformers do not bear several at a time.
         with ThreadPoolExecutor(1) as maker:
             made = [
-                maker.submit(self._make, task, length, count)
+                maker.submit(self._make, task, length, count, stopped)
                 if task.by_length
                 else maker.submit(list, samples)  # These are all of them.
                 for (task, length), samples in zip(orders, tried, strict=True)
@@ -116,13 +115,15 @@ class Harness:
                     for number, (task, length) in enumerate(orders)
                 ]
             finally:
-                self._stopped.set()
+                stopped.set()
                 maker.shutdown(cancel_futures=True)
 
-    def _make(self, task: Task, length: int | None, count: int) -> list[Sample]:
+    def _make(
+        self, task: Task, length: int | None, count: int, stopped: threading.Event
+    ) -> list[Sample]:
         """Samples that fit the server's context; raises EvaluationError."""
         seed, context = self._settings.seed, self._endpoint.context
-        order = Order(length, count, seed, self._tokens, context, self._stopped.is_set)
+        order = Order(length, count, seed, self._tokens, context, stopped.is_set)
         samples = task.make(order)
         for sample in samples:
             self._endpoint.max_tokens(sample, self._tokens.overhead)
